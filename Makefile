@@ -1,0 +1,53 @@
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help setup demo test lint dist test-oldest clean
+
+help:  ## what each target does
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+setup: .venv/.dev  ## create .venv with everything that the other targets need
+
+demo: .venv/.demo  ## train a small head on real photographs under a frozen teacher, and show what it learnt (ARGS=...)
+	$(BIN)/fused-dino demo $(ARGS)
+
+test: .venv/.dev  ## run all the tests; a skipped one fails
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --no-skips $(ARGS)
+
+lint: .venv/.dev  ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+dist: .venv/.dev  ## build the sdist and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch that is supported
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(ARGS)
+
+clean:  ## remove what the other targets made
+	rm -rf .venv .venv-oldest build dist *.egg-info demo
+
+# Each stamp is newer than what it was installed from, so that a second call installs nothing.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: .venv/bin/python pyproject.toml setup.py
+	@echo "Installing fused_dino and what the demo needs into .venv (some minutes the first time)"
+	@test -e .venv/.dev && test ! .venv/.dev -ot pyproject.toml || $(BIN)/python -m pip install -q -e ".[demo]"
+	@touch $@
+
+# dinov2 is a published copy of the official code: a test compares with it, and its own requirements are not needed.
+.venv/.dev: .venv/bin/python pyproject.toml setup.py
+	@echo "Installing fused_dino and what the tests need into .venv (some minutes the first time)"
+	@$(BIN)/python -m pip install -q -e ".[dev]"
+	@$(BIN)/python -m pip install -q --no-deps dinov2==0.0.1.dev2
+	@touch $@
+
+.venv-oldest/.dev: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install -q "torch==2.11.*" -e ".[dev]"
+	@.venv-oldest/bin/python -m pip install -q --no-deps dinov2==0.0.1.dev2
+	@touch $@
