@@ -1,0 +1,102 @@
+"""The one place that chooses an implementation.
+
+The order: the call's own `backend=`, then `use_backend`, then the environment variable FUSED_DINO_BACKEND, then auto.
+An explicit choice never falls back: it runs or raises.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+BACKENDS = ("auto", "reference", "torch", "triton")
+VARIABLE = "FUSED_DINO_BACKEND"
+
+# Which faster implementations an op has beside its reference.
+FLOORS: dict[str, tuple[str, ...]] = {
+    "preprocess": (),
+    "cosine_loss": (),
+    "mse_loss": (),
+    "vicreg_loss": (),
+}
+
+_selected: str | None = None  # a plain global: a ContextVar breaks full-graph compilation on torch 2.11
+
+
+def check_backend(name: str, where: str = "backend") -> str:
+    """`name` itself, or ValueError naming `where` it came from and the backends there are."""
+    if name not in BACKENDS:
+        raise ValueError(f"{where} is {name!r}, which is no backend; use one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Within the block every op whose call names no backend runs on `name`.
+
+    name: "auto" (triton on a GPU, torch elsewhere), "reference" (eager formulas: the specification), "torch" (closed
+    forms in plain PyTorch) or "triton". The choice is one per process, not per thread. Unknown names raise ValueError
+    at once; a backend that cannot run an op raises where the op is called.
+    """
+    global _selected
+    previous, _selected = _selected, check_backend(name)
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def requested(backend: str | None) -> tuple[str, str]:
+    """What is asked for, and by whom."""
+    if backend is not None:
+        return check_backend(backend), "the argument backend="
+    if _selected is not None:
+        return _selected, "use_backend"
+    if variable := os.environ.get(VARIABLE):
+        return check_backend(variable, f"the environment variable {VARIABLE}"), f"the environment variable {VARIABLE}"
+    return "auto", "nobody's choice"
+
+
+def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
+    """The implementation that `op` runs on `tensor`: "reference", "torch" or "triton"; raises where none can."""
+    return decide(op, tensor, backend)[0]
+
+
+def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> str:
+    """Which implementation `op` would run on `tensor`, and why, as one line that begins with its name.
+
+    op: "preprocess", "cosine_loss", "mse_loss" or "vicreg_loss"; ValueError for any other. Where the choice cannot run,
+    the line begins with "none" and holds the error that the call would raise.
+    """
+    if op not in FLOORS:
+        raise ValueError(f"op is {op!r}; use one of {', '.join(FLOORS)}")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor is a {type(tensor).__name__}; give the tensor that the op would run on")
+    try:
+        name, reason = decide(op, tensor, backend)
+    except NotImplementedError as error:
+        return f"none: {error}"
+    return f"{name}: {reason}"
+
+
+def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
+    """(implementation, reason); NotImplementedError where an explicit choice cannot run."""
+    name, source = requested(backend)
+    reason = f"{name} by {source}"
+    if name == "reference":
+        return name, reason
+    if name == "triton":
+        if "triton" not in FLOORS[op]:
+            raise NotImplementedError(
+                f"{op} has no Triton kernel yet, and {reason} never falls back; use auto or torch"
+            )
+        return name, reason
+    if name == "auto":
+        name = "triton" if tensor.is_cuda and "triton" in FLOORS[op] else "torch"
+        reason += f", a tensor on {tensor.device.type}"
+    if name not in FLOORS[op]:
+        return "reference", f"{reason}; {op} has no closed form yet, so that its reference formula runs"
+    return name, reason

@@ -1,0 +1,249 @@
+"""The public ops: what each computes, what it accepts, and the backend that runs it.
+
+The losses differentiate both inputs. Every op computes in float32 (float64 as soon as one input is float64), whatever
+the dtype of its inputs and whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .backend import Backend, check_backend, choose
+from .reference import cosine as reference_cosine
+from .reference import resize as reference_resize
+from .reference import vicreg as reference_vicreg
+from .validation import (
+    check_choice,
+    check_floating_dtype,
+    check_group,
+    check_images,
+    check_matching,
+    check_number,
+    check_patch_size,
+    check_range,
+    check_scalar,
+    check_size,
+    check_triple,
+    check_weight,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class VICRegOutput(NamedTuple):
+    """What vicreg_loss returns, each a scalar; only `loss` carries a gradient."""
+
+    loss: Tensor
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+
+def preprocess(
+    images: Tensor,
+    size: int | Sequence[int] = 224,
+    *,
+    input_range: Sequence[float] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    antialias: bool = False,
+    clamp: bool = False,
+    out_dtype: torch.dtype | None = None,
+    patch_size: int | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Images as a teacher wants them: resized, brought to 0..1 and normalised per channel.
+
+        out = ((resize(images) - low) / (high - low) - mean) / std
+
+    Equal to the usual `F.interpolate(((images - low) / (high - low) - mean) / std, size, mode=interpolation,
+    align_corners=False, antialias=antialias)`, since the weights of a resize sum to one.
+
+    images: [B, 3, H, W] of any H and W, contiguous or not; float16, bfloat16, float32, float64, or uint8. An empty
+        batch gives an empty result.
+    size: an int is a square (never the shorter side); or (h, w), in pixels.
+    input_range: (low, high), the values that mean black and white; None: (-1, 1) for floats, (0, 255) for uint8.
+    mean, std: per channel, on the scale 0..1.
+    antialias: as in F.interpolate: the filter widens when it shrinks an image.
+    clamp: clip the resized pixels to input_range before they are normalised (bicubic overshoots).
+    out_dtype: of the result; None: the images' own, float32 for uint8.
+    patch_size: None gives [B, 3, h, w]; p gives the patches [B, (h/p) (w/p), 3 p p], row by row, each in the order of
+        a Conv2d weight [D, 3, p, p], so that a patch embedding is one matrix product.
+    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+
+    Raises ValueError (TypeError for what is no tensor or no number) naming the argument; NotImplementedError for a
+    backend without this op. Source: the transforms that DINOv2 was published with (arXiv 2304.07193).
+    """
+    check_images(images)
+    size = check_size(size)
+    options: dict[str, Any] = {
+        "input_range": check_range(input_range, images.dtype),
+        "mean": check_triple("mean", mean),
+        "std": check_triple("std", std, positive=True),
+        "interpolation": check_choice("interpolation", interpolation, ("bilinear", "bicubic")),
+        "antialias": antialias,
+        "clamp": clamp,
+        "out_dtype": check_floating_dtype("out_dtype", out_dtype)
+        or (images.dtype if images.is_floating_point() else torch.float32),
+        "patch_size": check_patch_size(patch_size, size),
+    }
+    run = {"reference": reference_resize.preprocess}[choose("preprocess", images, backend)]
+    return run(images, size, **options)
+
+
+def cosine_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    eps: float = 1e-12,
+    backend: Backend | None = None,
+) -> Tensor:
+    """One minus the cosine between rows.
+
+        loss_i = 1 - <s_i / max(|s_i|, eps), t_i / max(|t_i|, eps)>
+
+    Equal to `(1 - (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1)).mean()`, in float32.
+
+    student, teacher: [..., D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you like.
+    weight: broadcasts to [...]; a mask is one. "mean" divides by the weights' sum, and is 0 where that is 0. It gets
+        no gradient: one that requires it is refused.
+    reduction: "mean" -> [], "sum" -> [], "none" -> [...]. A mean over no rows is NaN, as in torch.
+    eps: the smallest norm that is divided by; a row below it has a gradient of order 1 / eps.
+    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+
+    Returns float32, float64 if an input is. 0 is the same direction, 1 orthogonal, 2 opposite. Raises ValueError
+    (TypeError for what is no tensor) naming the argument; NotImplementedError for a backend without this op.
+    """
+    check_matching(student, teacher)
+    options: dict[str, Any] = {
+        "weight": check_weight(weight, student),
+        "reduction": check_choice("reduction", reduction, REDUCTIONS),
+        "eps": check_number("eps", eps, minimum=0),
+    }
+    run = {"reference": reference_cosine.cosine_loss}[choose("cosine_loss", student, backend)]
+    return run(student, teacher, **options)
+
+
+def mse_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normalize: bool = True,
+    whiten: bool = False,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    eps: float = 1e-5,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Squared error between elements, of rows of length one unless told otherwise.
+
+        loss_ij = (s_ij - t_ij)^2
+
+    normalize: rows are divided by max(|row|, 1e-12) first. The mean is then 2 (1 - cosine) / D: at D = 1024 some five
+        hundred times weaker than cosine_loss. reduction="sum" gives 2 (1 - cosine) a row.
+    whiten: columns are standardised next, (x - mean) / (deviation + eps) over all rows, the deviation unbiased. This
+        standardises each dimension; it does not decorrelate them. Needs two rows.
+    student, teacher: [..., D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you like.
+    weight: broadcasts to [...], one weight a row; a mask is one. "mean" divides by the weights' sum times D, and is 0
+        where that is 0. It gets no gradient: one that requires it is refused.
+    reduction: "mean" -> [], "sum" -> [], "none" -> [..., D], as in F.mse_loss, which this is with normalize=False.
+    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+
+    Returns float32, float64 if an input is. Raises ValueError (TypeError for what is no tensor) naming the argument;
+    NotImplementedError for a backend without this op.
+    """
+    check_matching(student, teacher)
+    if whiten and student.shape[:-1].numel() < 2:
+        raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
+    options: dict[str, Any] = {
+        "normalize": normalize,
+        "whiten": whiten,
+        "weight": check_weight(weight, student),
+        "reduction": check_choice("reduction", reduction, REDUCTIONS),
+        "eps": check_number("eps", eps, minimum=0),
+    }
+    run = {"reference": reference_cosine.mse_loss}[choose("mse_loss", student, backend)]
+    return run(student, teacher, **options)
+
+
+def vicreg_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    inv_weight: float | Tensor = 25.0,
+    var_weight: float | Tensor = 10.0,
+    cov_weight: float | Tensor = 0.5,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    cov_reduction: Literal["mean", "sum_over_d"] = "mean",
+    unbiased: bool = False,
+    route: Literal["auto", "gram", "covariance"] = "auto",
+    group: ProcessGroup | None = None,
+    backend: Backend | None = None,
+) -> VICRegOutput:
+    """VICReg against a frozen teacher: variance and covariance are the student's alone.
+
+        loss       = inv_weight * invariance + var_weight * variance + cov_weight * covariance
+        invariance = mean_ij (y_ij - g_ij)^2
+        variance   = mean_j relu(gamma - sqrt(var_j + eps))
+        covariance = sum_{i != j} c_ij^2 / D^2,   c = yc^T yc / max(N - 1, 1),   yc = y - mean(y)
+
+    student, teacher: y and g, [N, D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you
+        like. One row is finite (its deviations are 0) and warns; no rows are NaN.
+    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient.
+    cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
+    unbiased: the variance divides by N - 1, as VICReg was published, instead of N. (The covariance always does.)
+    route: how the covariance is computed, by the [N, N] or the [D, D] product; auto takes the smaller. The same
+        function; the reference always takes the [D, D] one.
+    group: None: the rows of this process; a ProcessGroup: the rows of all its ranks, which may bring different numbers
+        of rows. Every rank gets the same loss, and a gradient that DDP's mean over the ranks makes the full batch's.
+    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+
+    Returns VICRegOutput(loss, invariance, variance, covariance) in float32, float64 if an input is. Raises ValueError
+    (TypeError for what is no tensor) naming the argument; NotImplementedError for a backend without this op.
+    Source: arXiv 2105.04906; `cov_reduction="sum_over_d", unbiased=True` are its definitions.
+    """
+    check_matching(student, teacher)
+    if student.ndim != 2:
+        raise ValueError(f"student must be [N, D], got shape {list(student.shape)}")
+    check_choice("route", route, ("auto", "gram", "covariance"))
+    check_group(group)
+    options: dict[str, Any] = {
+        "inv_weight": check_scalar("inv_weight", inv_weight, student.device),
+        "var_weight": check_scalar("var_weight", var_weight, student.device),
+        "cov_weight": check_scalar("cov_weight", cov_weight, student.device),
+        "gamma": check_number("gamma", gamma),
+        "eps": check_number("eps", eps, minimum=0),
+        "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
+        "unbiased": unbiased,
+        "total": partial(distributed.sum_over_ranks, group=group),
+    }
+    if len(student) == 1 and group is None:
+        warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
+    run = {"reference": reference_vicreg.vicreg_loss}[choose("vicreg_loss", student, backend)]
+    loss, *terms = run(student, teacher, **options)
+    return VICRegOutput(loss, *(x.detach() for x in terms))
+
+
+def rehearsal(options: dict[str, Any]) -> dict[str, Any]:
+    """A module's options for a trial run at its construction, on the reference: the device may come later."""
+    if options.get("backend") is not None:
+        check_backend(options["backend"])
+    return {**options, "backend": "reference"}

@@ -1,0 +1,39 @@
+"""Resize and ImageNet normalisation."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .dtypes import upcast
+
+
+def preprocess(
+    images: Tensor,  # [B, 3, H, W]
+    size: tuple[int, int],
+    *,
+    input_range: tuple[float, float],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    interpolation: str,
+    antialias: bool,
+    clamp: bool,
+    out_dtype: torch.dtype,
+    patch_size: int | None,
+) -> Tensor:
+    """((resize(images) - low) / (high - low) - mean) / std, per channel.
+
+    The weights of a resize sum to one, so that normalising first, as most recipes do, is the same function. Only a
+    clamp does not commute: it acts on the resized pixels.
+    """
+    low, high = input_range
+    (pixels,) = upcast(images)
+    pixels = F.interpolate(pixels, size, mode=interpolation, align_corners=False, antialias=antialias)
+    if clamp:
+        pixels = pixels.clamp(low, high)
+    # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
+    channels = [((x - low) / (high - low) - m) / s for x, m, s in zip(pixels.unbind(1), mean, std, strict=True)]
+    out = torch.stack(channels, 1).to(out_dtype)
+    if patch_size is None:
+        return out
+    return rearrange(out, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)

@@ -1,0 +1,54 @@
+"""Variance, invariance and covariance, of the student alone (the teacher is frozen)."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .dtypes import upcast
+
+
+def vicreg_loss(
+    student: Tensor,  # [N, D]
+    teacher: Tensor,  # [N, D]
+    *,
+    inv_weight: float | Tensor,
+    var_weight: float | Tensor,
+    cov_weight: float | Tensor,
+    gamma: float,
+    eps: float,
+    cov_reduction: str,
+    unbiased: bool,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and its three terms, over the rows of every process that `total` sums over.
+
+    invariance = mean((y - g)^2)
+    variance   = mean_j relu(gamma - sqrt(var_j + eps)),  var_j over N rows, or over N - 1 if unbiased
+    covariance = sum_{i != j} c_ij^2 / D^2 ("mean") or / D ("sum_over_d"),  c = yc^T yc / (N - 1)
+
+    One row has deviations of 0: N - 1 is at least 1.
+    """
+    y, g = upcast(student, teacher)
+    n, d = total(y.new_full((), len(y))), y.shape[1]
+    spare = (n - 1).clamp(min=1)
+    invariance = total((y - g).square().sum()) / (n * d)
+
+    yc = y - total(y.sum(0)) / n
+    deviation = (total(yc.square().sum(0)) / (spare if unbiased else n) + eps).sqrt()
+    variance = torch.relu(gamma - deviation).mean()
+
+    with float32_products(y):
+        c = total(yc.T @ yc) / spare
+    off_diagonal = c - torch.diag(torch.diag(c))
+    covariance = off_diagonal.square().sum() / (d * d if cov_reduction == "mean" else d)
+
+    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
+    return loss, invariance, variance, covariance
+
+
+def float32_products(x: Tensor) -> torch.autocast | nullcontext:
+    """Autocast turned off, where x's device knows it: under it a product of float32 matrices is a bfloat16 product."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

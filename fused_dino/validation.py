@@ -1,0 +1,147 @@
+"""Checks of arguments: each returns what the op needs, or raises an error that names the argument and what would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_floating(name: str, x: Any) -> None:
+    check_tensor(name, x)
+    if x.dtype not in FLOATING:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_matching(student: Any, teacher: Any) -> None:
+    """Two floating tensors [..., D] of one shape on one device, D at least 1."""
+    check_floating("student", student)
+    check_floating("teacher", teacher)
+    if student.ndim < 1 or student.shape[-1] < 1:
+        raise ValueError(f"student must be [..., D] with D of at least 1, got shape {list(student.shape)}")
+    if student.shape != teacher.shape:
+        raise ValueError(f"teacher must have the student's shape {list(student.shape)}, got {list(teacher.shape)}")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+
+
+def check_weight(weight: Any, student: Tensor) -> Tensor | None:
+    """The weight expanded to one number a row."""
+    if weight is None:
+        return None
+    check_tensor("weight", weight)
+    rows = student.shape[:-1]
+    if weight.is_complex():
+        raise ValueError(f"weight must be real, got {weight.dtype}")
+    if weight.device != student.device:
+        raise ValueError(f"weight must be on the student's device {student.device}, got {weight.device}")
+    if weight.requires_grad:
+        raise ValueError("weight requires a gradient, which this loss does not compute; give weight.detach()")
+    try:
+        return weight.expand(rows)
+    except RuntimeError:
+        raise ValueError(f"weight must broadcast to the rows {list(rows)}, got shape {list(weight.shape)}") from None
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(choices)}")
+    return value
+
+
+def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
+    if not is_number(value) or value < minimum:
+        bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return float(value)
+
+
+def check_scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
+    """A number, or a scalar tensor on `device` that wants no gradient."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value)
+    if value.ndim or value.requires_grad or value.device != device:
+        raise ValueError(
+            f"{name} must be a number or a scalar tensor on {device} without a gradient, got shape {list(value.shape)} "
+            f"on {value.device}, requires_grad={value.requires_grad}"
+        )
+    return value
+
+
+def check_group(group: Any) -> None:
+    if group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be None or a torch.distributed.ProcessGroup, got {type(group).__name__}")
+
+
+def check_images(images: Any) -> None:
+    check_tensor("images", images)
+    if images.dtype not in (*FLOATING, torch.uint8):
+        raise ValueError(f"images must be float16, bfloat16, float32, float64 or uint8, got {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [B, 3, H, W], got shape {list(images.shape)}")
+    if images.shape[2] < 1 or images.shape[3] < 1:
+        raise ValueError(f"images must have at least one pixel, got shape {list(images.shape)}")
+
+
+def check_size(size: Any, name: str = "size") -> tuple[int, int]:
+    """(h, w); an int is a square."""
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in pair):
+        raise ValueError(f"{name} must be a positive int or two of them (h, w), got {size!r}")
+    return pair
+
+
+def check_patch_size(patch_size: Any, size: tuple[int, int]) -> int | None:
+    if patch_size is None:
+        return None
+    if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(f"patch_size must be None or a positive int, got {patch_size!r}")
+    if size[0] % patch_size or size[1] % patch_size:
+        raise ValueError(f"patch_size must divide size {size}, got {patch_size}")
+    return patch_size
+
+
+def check_range(input_range: Any, dtype: torch.dtype) -> tuple[float, float]:
+    """(low, high); None is -1..1 for floats and 0..255 for uint8."""
+    if input_range is None:
+        return (0.0, 255.0) if dtype == torch.uint8 else (-1.0, 1.0)
+    low, high = check_numbers("input_range", input_range, 2)
+    if low >= high:
+        raise ValueError(f"input_range must be (low, high) with low < high, got {input_range!r}")
+    return low, high
+
+
+def check_triple(name: str, values: Any, positive: bool = False) -> tuple[float, float, float]:
+    r, g, b = check_numbers(name, values, 3)
+    if positive and min(r, g, b) <= 0:
+        raise ValueError(f"{name} must be positive, got {values!r}")
+    return r, g, b
+
+
+def check_floating_dtype(name: str, dtype: Any) -> torch.dtype | None:
+    if dtype is not None and dtype not in FLOATING:
+        raise ValueError(f"{name} must be None, float16, bfloat16, float32 or float64, got {dtype!r}")
+    return dtype
+
+
+def check_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(values, Sequence) or len(values) != count or not all(map(is_number, values)):
+        raise ValueError(f"{name} must be {count} finite numbers, got {values!r}")
+    return tuple(map(float, values))
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)

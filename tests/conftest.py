@@ -1,0 +1,52 @@
+"""What every test may use: a small frozen teacher, random inputs, and --no-skips."""
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class TinyTeacher(nn.Module):
+    """A teacher with the right outputs and a few thousand weights: 56 x 56 pixels are 4 x 4 tokens of width 24."""
+
+    embed_dim = 24
+    patch_size = 14
+
+    def __init__(self, patches: bool = True) -> None:
+        super().__init__()
+        self.patches = patches
+        self.embed = nn.Conv2d(3, self.embed_dim, 14, 14)
+        self.mix = nn.Sequential(nn.Linear(self.embed_dim, self.embed_dim), nn.Dropout(0.5), nn.Tanh())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        tokens = self.mix(rearrange(self.embed(x), "b d h w -> b (h w) d"))
+        return {"global": tokens.square().mean(1), "patch": tokens if self.patches else None}
+
+
+@pytest.fixture
+def teacher() -> TinyTeacher:
+    torch.manual_seed(0)
+    return TinyTeacher()
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Latents [6, 64] and images [6, 3, 70, 60] in -1..1."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 64, generator=generator), torch.rand(6, 3, 70, 60, generator=generator) * 2 - 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test fails the run")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--no-skips") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if terminalreporter.config.getoption("--no-skips"):
+        for report in terminalreporter.stats.get("skipped", []):
+            terminalreporter.write_line(f"SKIPPED, which --no-skips forbids: {report.nodeid} {report.longrepr}", red=True)

@@ -1,0 +1,95 @@
+"""Which implementation runs: the order of the choices, what is refused, and what is said about it."""
+
+import pytest
+import torch
+
+import fused_dino
+from fused_dino import backend as registry
+from fused_dino import functional as FD
+
+X = torch.ones(2, 4)
+IMAGES = torch.zeros(1, 3, 4, 4)
+CALLS = {
+    "preprocess": lambda **k: FD.preprocess(IMAGES, 4, **k),
+    "cosine_loss": lambda **k: FD.cosine_loss(X, X, **k),
+    "mse_loss": lambda **k: FD.mse_loss(X, X, **k),
+    "vicreg_loss": lambda **k: FD.vicreg_loss(X, X, **k),
+}
+
+
+def test_every_op_is_listed():
+    assert set(CALLS) == set(registry.FLOORS)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_what_runs_without_a_choice(op, monkeypatch):
+    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    said = fused_dino.explain_backend(op, X)
+    assert said.startswith("reference: ")
+    assert op in said
+    assert "no closed form yet" in said
+    assert CALLS[op]() is not None
+    assert CALLS[op](backend="torch") is not None
+    assert CALLS[op](backend="reference") is not None
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_triton_without_a_kernel_raises_and_names_the_op(op):
+    for choose in (lambda: CALLS[op](backend="triton"), under("triton", CALLS[op])):
+        with pytest.raises(NotImplementedError, match=op):
+            choose()
+    assert fused_dino.explain_backend(op, X, backend="triton").startswith("none: ")
+
+
+def under(name, call):
+    def run():
+        with fused_dino.use_backend(name):
+            return call()
+
+    return run
+
+
+def test_the_argument_beats_the_context_beats_the_variable(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "triton")
+    with pytest.raises(NotImplementedError, match=registry.VARIABLE):
+        FD.cosine_loss(X, X)
+    with fused_dino.use_backend("torch"):
+        FD.cosine_loss(X, X)
+        assert "use_backend" in fused_dino.explain_backend("cosine_loss", X)
+        with pytest.raises(NotImplementedError, match="the argument backend="):
+            FD.cosine_loss(X, X, backend="triton")
+        with fused_dino.use_backend("triton"):
+            FD.cosine_loss(X, X, backend="auto")
+            with pytest.raises(NotImplementedError, match="use_backend"):
+                FD.cosine_loss(X, X)
+        FD.cosine_loss(X, X)
+    assert registry.VARIABLE in fused_dino.explain_backend("cosine_loss", X)
+    monkeypatch.setenv(registry.VARIABLE, "reference")
+    assert fused_dino.explain_backend("cosine_loss", X).startswith("reference: reference by the environment variable")
+
+
+def test_the_context_ends_with_an_error_too():
+    with pytest.raises(KeyError), fused_dino.use_backend("triton"):
+        raise KeyError
+    FD.cosine_loss(X, X)
+
+
+def test_unknown_names_raise_at_once(monkeypatch):
+    with pytest.raises(ValueError, match="^backend is 'fast'"), fused_dino.use_backend("fast"):
+        pass
+    monkeypatch.setenv(registry.VARIABLE, "fast")
+    with pytest.raises(ValueError, match=f"{registry.VARIABLE} is 'fast'"):
+        FD.cosine_loss(X, X)
+    with pytest.raises(ValueError, match="^op is 'cosine'"):
+        fused_dino.explain_backend("cosine", X)
+    with pytest.raises(TypeError, match="^tensor is a list"):
+        fused_dino.explain_backend("cosine_loss", [1.0])
+
+
+def test_a_compiled_function_follows_the_context():
+    compiled = torch.compile(lambda x: FD.cosine_loss(x, x + 1), fullgraph=True, backend="eager")
+    expected = compiled(X)
+    with fused_dino.use_backend("reference"):
+        assert torch.equal(compiled(X), expected)
+    with fused_dino.use_backend("triton"), pytest.raises(Exception, match="cosine_loss has no Triton kernel"):
+        compiled(X)

@@ -1,0 +1,201 @@
+"""vicreg_loss against the recipe, VICReg as published, lightly's code, and its own properties."""
+
+import warnings
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import recipe
+from fused_dino import VICRegLoss
+from fused_dino import functional as FD
+
+
+def rows(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pair(*shape, **options):
+    return rows(*shape, **options), rows(*shape, seed=1, **options)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (2, 3), (6, 1), (40, 40)])
+@pytest.mark.parametrize(
+    "options", [{}, {"gamma": 2.0, "eps": 0.1}, {"inv_weight": 1.0, "var_weight": 0.0, "cov_weight": 3.0}]
+)
+def test_is_the_recipe(shape, options):
+    y, g = pair(*shape)
+    names = {"inv_weight": "inv_w", "var_weight": "var_w", "cov_weight": "cov_w"}
+    expected, terms = recipe.vicreg(y, g, **{names.get(k, k): v for k, v in options.items()})
+    out = FD.vicreg_loss(y, g, **options)
+    assert_close(tuple(out), (expected, *terms), rtol=1e-12, atol=1e-12)
+
+
+def test_is_vicreg_as_published():
+    """arXiv 2105.04906, equations 1, 3 and 4, written with loops."""
+    y, g = pair(7, 4)
+    n, d = y.shape
+    c = torch.zeros(d, d, dtype=y.dtype)
+    for row in y - y.mean(0):
+        c += torch.outer(row, row) / (n - 1)
+    variance = sum(max(0, 1 - float(c[j, j] + 1e-4) ** 0.5) for j in range(d)) / d
+    covariance = sum(float(c[i, j]) ** 2 for i in range(d) for j in range(d) if i != j) / d
+    out = FD.vicreg_loss(y, g, cov_reduction="sum_over_d", unbiased=True)
+    assert_close(out.variance.item(), variance, rtol=1e-12, atol=0)
+    assert_close(out.covariance.item(), covariance, rtol=1e-12, atol=0)
+
+
+def test_is_lightlys_terms():
+    lightly = pytest.importorskip("lightly.loss.vicreg_loss")
+    for shape in ((16, 6), (6, 16)):
+        y, g = pair(*shape)
+        out = FD.vicreg_loss(y, g, cov_reduction="sum_over_d", unbiased=True)
+        assert_close(out.invariance, lightly.invariance_loss(y, g), rtol=1e-12, atol=0)
+        assert_close(out.variance, lightly.variance_loss(y, eps=1e-4), rtol=1e-12, atol=0)
+        assert_close(out.covariance, lightly.covariance_loss(y), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 1)])
+@pytest.mark.parametrize("options", [{}, {"cov_reduction": "sum_over_d", "unbiased": True}])
+def test_gradients_of_both_inputs(shape, options):
+    y, g = (x.requires_grad_() for x in pair(*shape))
+    assert torch.autograd.gradcheck(lambda y, g: FD.vicreg_loss(y, g, **options).loss, (y, g))
+    assert torch.autograd.gradgradcheck(lambda y, g: FD.vicreg_loss(y, g, **options).loss, (y, g))
+
+
+def test_only_the_loss_carries_a_gradient():
+    y, g = pair(5, 4)
+    out = FD.vicreg_loss(y.requires_grad_(), g)
+    assert [x.requires_grad for x in out] == [True, False, False, False]
+    assert_close(out.loss, 25 * out.invariance + 10 * out.variance + 0.5 * out.covariance, rtol=1e-12, atol=0)
+
+
+def test_routes_are_one_function():
+    y, g = pair(12, 9)
+    results = [FD.vicreg_loss(y, g, route=route) for route in ("auto", "gram", "covariance")]
+    for other in results[1:]:
+        assert_close(tuple(other), tuple(results[0]), rtol=1e-12, atol=0)
+
+
+def test_properties():
+    y, g = pair(20, 7)
+    out = FD.vicreg_loss(y, g)
+    shifted = FD.vicreg_loss(y + 100, g + 100)
+    assert_close(tuple(shifted), tuple(out), rtol=1e-10, atol=1e-12)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
+    assert_close(tuple(FD.vicreg_loss(y[:, order], g[:, order])), tuple(out), rtol=1e-12, atol=1e-12)
+    assert FD.vicreg_loss(y, y).invariance == 0
+    collapsed = FD.vicreg_loss(y[:1].expand(20, 7), g)
+    assert_close(collapsed.variance.item(), 1 - 1e-2, rtol=1e-9, atol=0)  # the square root of eps is left
+    assert collapsed.covariance < 1e-25
+    spread = FD.vicreg_loss(10 * y, g)
+    assert spread.variance == 0
+    assert FD.vicreg_loss(y[:, :1], g[:, :1]).covariance == 0, "one column has nothing off the diagonal"
+
+
+def test_one_row_is_finite_and_warns_once():
+    y, g = pair(1, 6)
+    for unbiased in (False, True):
+        with pytest.warns(UserWarning, match="one row") as caught:
+            out = FD.vicreg_loss(y.requires_grad_(), g, unbiased=unbiased)
+        assert len(caught) == 1
+        assert out.covariance == 0
+        assert_close(out.variance.item(), 1 - 1e-2, rtol=1e-9, atol=0)
+        assert torch.autograd.grad(out.loss, y)[0].isfinite().all()
+
+
+def test_nothing_and_nan():
+    empty = torch.empty(0, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FD.vicreg_loss(empty, empty).loss.isnan()
+    y, g = pair(5, 4)
+    y[2, 1] = float("nan")
+    assert FD.vicreg_loss(y, g).loss.isnan()
+
+
+def test_half_precision_is_float32_inside():
+    y, g = pair(64, 48)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = y.to(dtype).requires_grad_(), g.to(dtype)
+        wide = low[0].detach().double().requires_grad_(), low[1].double()
+        out, exact = FD.vicreg_loss(*low), FD.vicreg_loss(*wide)
+        assert out.loss.dtype == torch.float32
+        for a, b in zip(out, exact, strict=True):
+            assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
+        grad, true = torch.autograd.grad(out.loss, low[0])[0], torch.autograd.grad(exact.loss, wide[0])[0]
+        assert_close(grad, true.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-7)  # float16's subnormal spacing
+    assert FD.vicreg_loss(y, g.bfloat16()).loss.dtype == torch.float64
+
+
+def test_weights_may_be_device_scalars():
+    y, g = pair(9, 5)
+    weights = {"inv_weight": 2.0, "var_weight": 3.0, "cov_weight": 4.0}
+    tensors = {name: torch.tensor(value) for name, value in weights.items()}
+    assert_close(FD.vicreg_loss(y, g, **tensors).loss, FD.vicreg_loss(y, g, **weights).loss, rtol=1e-12, atol=0)
+
+
+def test_autocast_changes_nothing():
+    y, g = pair(32, 24, dtype=torch.float32)
+    expected = FD.vicreg_loss(y, g)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (y.T @ y).dtype == torch.bfloat16, "the example must be under autocast"
+        out = FD.vicreg_loss(y, g)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+def test_layouts_give_the_same_numbers():
+    y, g = pair(6, 10)
+    expected = FD.vicreg_loss(y, g).loss
+    assert_close(FD.vicreg_loss(y.T.contiguous().T, g).loss, expected, rtol=1e-13, atol=0)
+    wide = torch.zeros(6, 21, dtype=y.dtype)
+    wide[:, 1::2] = y
+    assert_close(FD.vicreg_loss(wide[:, 1::2], g).loss, expected, rtol=1e-13, atol=0)
+
+
+def test_vmap_and_compile():
+    y, g = pair(3, 6, 4)
+    expected = torch.stack([FD.vicreg_loss(a, b).loss for a, b in zip(y, g, strict=True)])
+    assert_close(torch.func.vmap(lambda y, g: FD.vicreg_loss(y, g).loss)(y, g), expected, rtol=1e-12, atol=0)
+    y, g = pair(6, 4)
+    y.requires_grad_()
+    compiled = torch.compile(lambda y, g: FD.vicreg_loss(y, g), fullgraph=True, backend="aot_eager")
+    out, expected = compiled(y, g), FD.vicreg_loss(y, g)
+    assert_close(tuple(out), tuple(expected), rtol=1e-12, atol=0)
+    assert_close(torch.autograd.grad(out.loss, y), torch.autograd.grad(expected.loss, y), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("student", {"student": torch.ones(2, 4, 8), "teacher": torch.ones(2, 4, 8)}),
+        ("student", {"student": torch.ones(8), "teacher": torch.ones(8)}),
+        ("student", {"student": torch.ones(4, 8).long()}),
+        ("teacher", {"teacher": torch.ones(4, 7)}),
+        ("inv_weight", {"inv_weight": torch.ones(2)}),
+        ("var_weight", {"var_weight": torch.ones((), requires_grad=True)}),
+        ("cov_weight", {"cov_weight": "strong"}),
+        ("gamma", {"gamma": float("inf")}),
+        ("eps", {"eps": -1e-4}),
+        ("cov_reduction", {"cov_reduction": "sum"}),
+        ("route", {"route": "fast"}),
+        ("group", {"group": "auto"}),
+        ("backend", {"backend": ""}),
+    ],
+)
+def test_bad_arguments_are_named(name, arguments):
+    with pytest.raises((ValueError, TypeError), match=f"^{name} "):
+        FD.vicreg_loss(**{"student": torch.ones(4, 8), "teacher": torch.ones(4, 8), **arguments})
+
+
+def test_the_module():
+    y, g = (x.requires_grad_() for x in pair(6, 4))
+    out = VICRegLoss(gamma=2.0, cov_reduction="sum_over_d")(y, g)
+    expected = FD.vicreg_loss(y, g, gamma=2.0, cov_reduction="sum_over_d")
+    assert_close(tuple(out), tuple(expected), rtol=0, atol=0)
+    assert torch.autograd.grad(out.loss, (y, g), allow_unused=True)[1] is None
+    assert torch.autograd.grad(VICRegLoss(detach_teacher=False)(y, g).loss, g)[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="^group "):
+        VICRegLoss(group="all")
+    with pytest.raises(ValueError, match="^route "):
+        VICRegLoss(route="fast")
