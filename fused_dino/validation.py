@@ -144,4 +144,5 @@ def check_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
 
 
 def is_number(x: Any) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+    """Finite, by comparisons: torch.compile traces them for a float that it made symbolic, and math.isfinite not."""
+    return isinstance(x, Real) and not isinstance(x, bool) and -math.inf < float(x) < math.inf

@@ -49,4 +49,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     if terminalreporter.config.getoption("--no-skips"):
         for report in terminalreporter.stats.get("skipped", []):
-            terminalreporter.write_line(f"SKIPPED, which --no-skips forbids: {report.nodeid} {report.longrepr}", red=True)
+            terminalreporter.write_line(
+                f"SKIPPED, which --no-skips forbids: {report.nodeid} {report.longrepr}", red=True
+            )

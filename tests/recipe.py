@@ -47,7 +47,13 @@ class Recipe(nn.Module):
         self.dino_t_head = head(in_dim, hidden, teacher.embed_dim)
         if latent_shape:
             self.dino_local_head = head(latent_shape[0], 256, teacher.embed_dim)
-        self.size, self.loss_type, self.latent_shape, self.grid, self.warmup = size, loss_type, latent_shape, grid, warmup
+        self.size, self.loss_type, self.latent_shape, self.grid, self.warmup = (
+            size,
+            loss_type,
+            latent_shape,
+            grid,
+            warmup,
+        )
         self.steps = 0
 
     def compute_dino_loss(self, z: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

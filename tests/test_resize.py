@@ -43,7 +43,9 @@ def test_antialias_is_torchvisions_resize(interpolation):
     x = pixels(2, 3, 61, 45, dtype=torch.float32)
     resized = transforms.resize(x, [28, 42], interpolation=transforms.InterpolationMode(interpolation), antialias=True)
     expected = transforms.normalize((resized + 1) / 2, list(FD.IMAGENET_MEAN), list(FD.IMAGENET_STD))
-    assert_close(FD.preprocess(x, (28, 42), interpolation=interpolation, antialias=True), expected, rtol=1e-5, atol=1e-5)
+    assert_close(
+        FD.preprocess(x, (28, 42), interpolation=interpolation, antialias=True), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_bytes_are_the_same_image_as_floats():

@@ -1,0 +1,91 @@
+"""Room 4: the losses as modules, their options fixed and checked at construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import functional as FD
+from .functional import VICRegOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Loss(nn.Module):
+    """An op of `functional` with its options fixed.
+
+    detach_teacher: the teacher gets no gradient, as in the usual recipe. False lets it pass.
+    options: the keyword arguments of the op. A wrong one raises here, not in training.
+    """
+
+    op: Callable[..., Any]
+
+    def __init__(self, *, detach_teacher: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.detach_teacher = detach_teacher
+        self.options = options
+        rows = torch.zeros(2, 1)
+        type(self).op(rows, rows, **FD.rehearsal(options))
+
+    def compute(self, student: Tensor, teacher: Tensor, **more: Any) -> Any:
+        return type(self).op(student, teacher.detach() if self.detach_teacher else teacher, **self.options, **more)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+class CosineLoss(Loss):
+    """`functional.cosine_loss`: student, teacher [..., D], weight [...] -> a scalar, or [...] for reduction="none".
+
+    options: reduction, eps, backend.
+    """
+
+    op = staticmethod(FD.cosine_loss)
+
+    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.compute(student, teacher, weight=weight)
+
+
+class MSELoss(Loss):
+    """`functional.mse_loss`: student, teacher [..., D], weight [...] -> a scalar, or [..., D] for reduction="none".
+
+    options: normalize, whiten, reduction, eps, backend.
+    """
+
+    op = staticmethod(FD.mse_loss)
+
+    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.compute(student, teacher, weight=weight)
+
+
+class VICRegLoss(Loss):
+    """`functional.vicreg_loss`: student, teacher [N, D] -> VICRegOutput(loss, invariance, variance, covariance).
+
+    group: "auto" is the default process group once torch.distributed is initialised and this process's rows alone
+        before; None is always this process's rows; a ProcessGroup names the data-parallel ranks where tensor or context
+        parallelism makes them fewer than all.
+    options: inv_weight, var_weight, cov_weight, gamma, eps, cov_reduction, unbiased, route, backend.
+    """
+
+    op = staticmethod(FD.vicreg_loss)
+
+    def __init__(self, *, group: ProcessGroup | str | None = "auto", **options: Any) -> None:
+        super().__init__(**options)
+        if isinstance(group, str) and group != "auto":
+            raise ValueError(f"group is {group!r}; use 'auto', None or a ProcessGroup")
+        self.group = group
+
+    def forward(self, student: Tensor, teacher: Tensor) -> VICRegOutput:
+        return self.compute(student, teacher, group=default_group() if self.group == "auto" else self.group)
+
+
+def default_group() -> ProcessGroup | None:
+    """The default process group once torch.distributed is initialised with more than one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None

@@ -1,0 +1,34 @@
+"""Room 1: images to a teacher's input."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as FD
+
+
+class Preprocess(nn.Module):
+    """`functional.preprocess` with its options fixed: images [B, 3, H, W] -> [B, 3, h, w], or patches [B, N, 3 p p].
+
+    size: an int is a square; or (h, w).
+    options: the keyword arguments of `functional.preprocess` (input_range, mean, std, interpolation, antialias, clamp,
+        out_dtype, patch_size, backend). A wrong one raises here, not in training.
+    """
+
+    def __init__(self, size: int | Sequence[int] = 224, **options: Any) -> None:
+        super().__init__()
+        self.size = size
+        self.options = options
+        FD.preprocess(torch.zeros(1, 3, 1, 1), size, **FD.rehearsal(options))
+
+    def forward(self, images: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """out_dtype: of this result, where the module's own options name none."""
+        options = self.options
+        if out_dtype is not None and options.get("out_dtype") is None:
+            options = {**options, "out_dtype": out_dtype}
+        return FD.preprocess(images, self.size, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in {"size": self.size, **self.options}.items())

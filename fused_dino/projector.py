@@ -1,0 +1,29 @@
+"""Room 3: the student's latent to the teacher's width."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Projector(nn.Sequential):
+    """Linear(in_dim, hidden_dim), GELU, LayerNorm, Linear(hidden_dim, out_dim): [..., in_dim] -> [..., out_dim].
+
+    A plain Sequential of the usual recipe's layers in its order, so that its parameters carry the recipe's names
+    (0.weight, 0.bias, 2.weight, 2.bias, 3.weight, 3.bias) and the recipe's initial values from the same seed.
+    """
+
+    def __init__(self, in_dim: int = 8192, hidden_dim: int = 4096, out_dim: int = 1024) -> None:
+        for name, value in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        super().__init__(
+            nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim)
+        )
+        self.in_dim = in_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def nothing(self) -> Tensor:
+        """The projection of an empty batch, [0, out_dim] in float32: its sum is 0 and reaches every parameter."""
+        return self(next(self.parameters()).new_zeros(0, self.in_dim)).float()

@@ -1,0 +1,78 @@
+"""When the loss counts, and how much: a linear warm-up, a weight, a last step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .validation import check_number
+
+
+class Schedule(nn.Module):
+    """alpha * min(1, step / warmup_steps) before stop_step, 0 from it on.
+
+    `step` is an int64 buffer, so that a checkpoint resumes it, a graph capture replays it and torch.compile does not
+    compile anew for each value.
+    """
+
+    step: Tensor
+
+    def __init__(self, alpha: float, warmup_steps: int, stop_step: int | None = None) -> None:
+        super().__init__()
+        self.alpha = check_number("alpha", alpha)
+        self.warmup_steps = check_step("warmup_steps", warmup_steps)
+        self.stop_step = None if stop_step is None else check_step("stop_step", stop_step)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._counted: tuple[tuple[int, int], int] | None = None
+
+    def advance(self) -> None:
+        """One step more, where a step is trained: in training mode with gradients enabled."""
+        if not self.training or not torch.is_grad_enabled():
+            return
+        on_host = self.stop_step is not None and not torch.compiler.is_compiling()
+        count = self.count() + 1 if on_host else 0
+        self.step.add_(1)
+        if on_host:
+            self._counted = (self._stamp(), count)
+
+    def stopped(self, step: int | None) -> bool:
+        """Whether `step` (the counter where None) has reached stop_step, without asking the device.
+
+        Compiled code must not read the counter on the host, or it would be compiled anew in every step: there this is
+        False for the counter, and `scale` gives the zero.
+        """
+        if self.stop_step is None or (step is None and torch.compiler.is_compiling()):
+            return False
+        return (self.count() if step is None else step) >= self.stop_step
+
+    def scale(self, loss: Tensor, step: int | None) -> Tensor:
+        """The weighted loss, in its own dtype and on its own device."""
+        if self.warmup_steps == 0:
+            loss = loss * self.alpha
+        elif step is not None:
+            loss = loss * (self.alpha * min(1.0, step / self.warmup_steps))
+        else:
+            loss = loss * (self.step.clamp(max=self.warmup_steps).to(loss.dtype) * (self.alpha / self.warmup_steps))
+        if self.stop_step is not None and step is None:
+            loss = torch.where(self.step < self.stop_step, loss, 0)
+        return loss
+
+    def count(self) -> int:
+        """The counter on the host. The device is asked only when somebody else has written the buffer."""
+        if self._counted is None or self._counted[0] != self._stamp():
+            self._counted = (self._stamp(), int(self.step))
+        return self._counted[1]
+
+    def _stamp(self) -> tuple[int, int]:
+        return id(self.step), self.step._version
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, warmup_steps={self.warmup_steps}, stop_step={self.stop_step}"
+
+
+def check_step(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
+    return value

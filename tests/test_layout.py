@@ -1,0 +1,166 @@
+"""The house: who may import whom, what importing costs, and what is packaged."""
+
+import ast
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fused_dino"
+
+# room -> the rooms that it may import. validation holds checks of arguments, and imports nothing of ours.
+ARROWS = {
+    "validation": set(),
+    "kernels": set(),
+    "reference": set(),
+    "backend": set(),
+    "distributed": set(),
+    "ops": {"kernels", "reference", "distributed"},
+    "functional": {"ops", "reference", "backend", "distributed", "validation"},
+    "preprocess": {"functional"},
+    "losses": {"functional"},
+    "weights": set(),
+    "teacher": {"weights"},
+    "projector": set(),
+    "schedule": {"validation"},
+    "recipe": set(),
+    "supervision": {"preprocess", "losses", "teacher", "projector", "schedule", "recipe", "validation"},
+    "cli": {"", "supervision"},
+    "integrations": {"", "supervision"},
+    "__main__": {"cli"},
+    "": {"functional", "backend", "losses", "preprocess", "projector", "supervision", "teacher"},
+}
+# What a room may import of others' packages; rooms that are not listed import what they need.
+OUTSIDE = {"kernels": {"triton"}, "reference": {"torch", "einops"}}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names of the modules that a file imports, wherever in it."""
+    package = ["fused_dino", *path.relative_to(PACKAGE).parent.parts]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            inside = PACKAGE.joinpath(*stem.split(".")[1:])
+            folder = stem.split(".")[0] == "fused_dino" and inside.is_dir()
+            for alias in node.names:
+                below = folder and ((inside / f"{alias.name}.py").exists() or (inside / alias.name).is_dir())
+                names.add(f"{stem}.{alias.name}" if below else stem)
+    return names
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    here = room(path)
+    assert here in ARROWS, f"{path.name} is in no room of the house"
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "fused_dino":
+            there = rest.split(".")[0]
+            assert there == here or there in ARROWS[here], f"{here or 'the front door'} must not import {name}"
+        elif here in OUTSIDE and top not in sys.stdlib_module_names:
+            assert top in OUTSIDE[here], f"{here} must not import {name}"
+
+
+def test_the_test_of_imports_sees_a_wrong_arrow(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "fused_dino")
+    (tmp_path / "fused_dino/reference").mkdir(parents=True)
+    (tmp_path / "fused_dino/ops").mkdir()
+    wrong = tmp_path / "fused_dino/reference/cosine.py"
+    wrong.write_text("def f():\n    from .. import ops\n    from ..ops.cosine import g\n    import timm\n")
+    assert imports(wrong) == {"fused_dino.ops", "fused_dino.ops.cosine", "timm"}
+    assert room(wrong) == "reference"
+
+
+def test_the_kernels_folder_is_a_link_without_init():
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_the_front_door_is_short():
+    assert len((PACKAGE / "__init__.py").read_text().splitlines()) < 30
+
+
+def python(code: str, cwd: Path = ROOT, **environment: str) -> str:
+    """stdout of a fresh interpreter that writes nothing to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env={"PATH": "", **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_import_needs_neither_triton_nor_timm_and_says_nothing():
+    code = """
+import sys, time
+import torch
+before = set(sys.modules)
+for name in ("triton", "timm", "torchvision", "rich", "matplotlib"):
+    if name not in before: sys.modules[name] = None
+start = time.perf_counter()
+import fused_dino
+from fused_dino import functional as FD
+assert FD.cosine_loss(torch.ones(2, 3), torch.ones(2, 3)).item() < 1e-6
+assert not {name.partition(".")[0] for name in set(sys.modules) - before if sys.modules[name]} & {"triton", "timm"}
+print(time.perf_counter() - start)
+"""
+    assert float(python(code)) < 5, "beyond torch itself there is little to import"
+
+
+def test_a_package_named_kernels_is_not_shadowed(tmp_path):
+    """Hugging Face's package of that name must win over our folder, also for someone who works in the root."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("theirs = True")
+    assert python("import kernels; print(kernels.theirs)", PYTHONPATH=str(tmp_path)) == "True"
+
+
+def build(tmp_path: Path) -> tuple[Path, Path]:
+    """An sdist of the tree, and the wheel that is built from the sdist."""
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    return sdist, wheel
+
+
+def test_the_wheel_and_the_sdist(tmp_path):
+    pytest.importorskip("build")
+    sdist, wheel = build(tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fused_dino"}
+    assert {"fused_dino/py.typed", "fused_dino/kernels/README.md"} <= set(names)
+    assert {f"fused_dino/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} <= set(names)
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"kernels/README.md", "setup.py", "LICENSE", "tests/conftest.py"} <= inside
+    code = """
+import fused_dino, fused_dino.kernels, torch
+print(fused_dino.__file__, fused_dino.__version__)
+fused_dino.Preprocess(14)(torch.zeros(1, 3, 8, 8))
+"""
+    out = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert out.startswith(str(tmp_path / "site"))

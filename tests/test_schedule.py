@@ -1,0 +1,103 @@
+"""Warm-up and stop: the counter, what overrides it, and the exact zero."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fused_dino import DinoSupervision
+
+
+def make(teacher, **options):
+    return DinoSupervision(64, teacher=teacher, hidden_dim=32, img_size=56, **options)
+
+
+def ratio(losses):
+    return (losses["loss_dino"] / losses["dino_global"]).item()
+
+
+def test_rises_linearly_to_alpha(teacher, batch):
+    module = make(teacher, alpha=0.5, warmup_steps=4)
+    assert [ratio(module.loss_dict(*batch)) for _ in range(6)] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+    assert module.schedule.step == 6
+    assert module.schedule.step.dtype == torch.int64
+
+
+def test_the_default_is_the_recipes(teacher, batch):
+    assert ratio(make(teacher).loss_dict(*batch)) == pytest.approx(0.2 / 5000)
+    assert ratio(make(teacher, warmup_steps=0).loss_dict(*batch)) == pytest.approx(0.2)
+
+
+def test_an_explicit_step_wins_and_leaves_the_counter(teacher, batch):
+    module = make(teacher, alpha=1.0, warmup_steps=10)
+    assert [ratio(module.loss_dict(*batch, step=s)) for s in (0, 5, 10, 99)] == pytest.approx([0, 0.5, 1, 1])
+    assert module.schedule.step == 0
+
+
+def test_advances_only_where_a_step_is_trained(teacher, batch):
+    module = make(teacher, warmup_steps=10)
+    module.eval().loss_dict(*batch)
+    module.train()
+    with torch.no_grad():
+        module.loss_dict(*batch)
+    module(*batch)  # the bare loss has no schedule
+    assert module.schedule.step == 0
+    module.loss_dict(*batch)
+    assert module.schedule.step == 1
+
+
+def test_stops_with_an_exact_zero_that_reaches_every_parameter(teacher, batch):
+    module = make(teacher, warmup_steps=0, stop_step=3, use_patch=True, latent_shape=(4, 4, 4))
+    calls = []
+    module.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    values = [module.loss_dict(*batch)["loss_dino"] for _ in range(5)]
+    assert [v.item() > 0 for v in values] == [True, True, False, False, False]
+    assert len(calls) == 2, "a stopped loss needs no teacher"
+    with torch.no_grad():
+        module.projector[0].weight.fill_(float("nan"))
+    last = module.loss_dict(*batch)
+    assert last.keys() == {"loss_dino"}
+    assert last["loss_dino"] == 0
+    assert last["loss_dino"].dtype == torch.float32
+    last["loss_dino"].backward()
+    for name, p in module.named_parameters():
+        assert p.grad is not None, name
+        assert torch.equal(p.grad, torch.zeros_like(p)), name
+    assert module.loss_dict(*batch, step=2)["loss_dino"].isnan(), "an explicit step wins here too"
+
+
+def test_the_host_follows_a_counter_that_others_write(teacher, batch):
+    module = make(teacher, stop_step=100)
+    module.loss_dict(*batch)
+    module.schedule.step.fill_(99)
+    assert module.loss_dict(*batch)["loss_dino"] == 0
+    other = make(teacher, stop_step=100)
+    other.load_state_dict(module.state_dict())
+    assert other.loss_dict(*batch).keys() == {"loss_dino"}
+    other.load_state_dict(make(teacher).state_dict(), assign=True)
+    assert other.loss_dict(*batch)["loss_dino"] > 0
+
+
+def test_the_host_asks_the_device_once(teacher, batch, monkeypatch):
+    module = make(teacher, stop_step=100)
+    module.loss_dict(*batch)
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: asked.append(1) or self.item())
+    for _ in range(3):
+        module.loss_dict(*batch)
+    assert not asked
+    assert module.schedule.count() == 4
+
+
+def test_resume_goes_on(teacher, batch):
+    module = make(teacher, alpha=1.0, warmup_steps=10)
+    for _ in range(4):
+        module.loss_dict(*batch)
+    resumed = make(teacher, alpha=1.0, warmup_steps=10)
+    resumed.load_state_dict(module.state_dict())
+    assert ratio(resumed.loss_dict(*batch)) == pytest.approx(0.5)
+
+
+def test_half_precision_models_count_right(teacher, batch):
+    module = make(teacher, warmup_steps=5000).bfloat16()
+    module.schedule.step.fill_(2500)
+    assert_close(torch.tensor(ratio(module.loss_dict(*batch))), torch.tensor(0.2 * 2501 / 5000), rtol=1e-6, atol=0)
