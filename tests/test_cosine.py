@@ -192,6 +192,14 @@ def test_autocast_changes_nothing(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_no_value_is_read_on_the_host(loss):
+    """Meta tensors have none: a read would raise."""
+    s = torch.empty(6, 4, device="meta", requires_grad=True)
+    loss(s, s.detach(), weight=torch.empty(6, device="meta")).backward()
+    assert s.grad.shape == (6, 4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_vmap_and_compile(loss):
     s, t = pair(3, 4, 8)
     expected = torch.stack([loss(a, b) for a, b in zip(s, t, strict=True)])

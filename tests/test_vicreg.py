@@ -144,6 +144,13 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
+def test_no_value_is_read_on_the_host():
+    """Meta tensors have none: a read would raise."""
+    y = torch.empty(6, 4, device="meta", requires_grad=True)
+    FD.vicreg_loss(y, y.detach()).loss.backward()
+    assert y.grad.shape == (6, 4)
+
+
 def test_layouts_give_the_same_numbers():
     y, g = pair(6, 10)
     expected = FD.vicreg_loss(y, g).loss
