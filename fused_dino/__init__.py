@@ -1,0 +1,23 @@
+"""Supervise a generative or representation model with a frozen DINOv2 teacher, at the speed of the hardware."""
+
+from . import functional
+from .backend import explain_backend, use_backend
+from .losses import CosineLoss, MSELoss, VICRegLoss
+from .preprocess import Preprocess
+from .projector import Projector
+from .supervision import DinoSupervision
+from .teacher import DINOv2Backbone
+
+__version__ = "0.1.0"
+__all__ = [
+    "CosineLoss",
+    "DINOv2Backbone",
+    "DinoSupervision",
+    "MSELoss",
+    "Preprocess",
+    "Projector",
+    "VICRegLoss",
+    "explain_backend",
+    "functional",
+    "use_backend",
+]

@@ -1,0 +1,235 @@
+"""Room 2: the frozen teacher, a normalised image -> {'global': [B, D], 'patch': [B, N, D]}."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .weights import PATCH_SIZE, canonical, load_dinov2
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GLOBAL_KEYS = ("global", "x_norm_clstoken", "cls_token")
+PATCH_KEYS = ("patch", "x_norm_patchtokens", "patch_tokens")
+
+
+class DINOv2Backbone(nn.Module):
+    """A frozen DINOv2, or any other vision model in its place, as a source of features.
+
+        backbone(x)  ->  {'global': [B, D], 'patch': [B, N, D]}      x [B, 3, H, W], normalised with .mean and .std
+
+    'global' is the normalised class token, 'patch' the normalised patch tokens in row-major order, without class and
+    register tokens: N = (H / patch_size) * (W / patch_size). Both have the weights' dtype, to which x is cast. The
+    forward is differentiable in x; wrap it in torch.no_grad() where no gradient to the image is wanted.
+
+    variant: vits14, vitb14, vitl14, vitg14, each also with four registers as *_reg; in any case, or as one of the
+        names that hub (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m) and transformers (facebook/dinov2-small,
+        facebook/dinov2-with-registers-small) give them.
+    img_size: H and W in pixels, an int for a square or (h, w), multiples of the patch size.
+    use_timm_fallback: whether "auto" tries timm where hub fails.
+    source: "hub" is the official model from torch hub, which RUNS THE CODE of github.com/facebookresearch/dinov2 at a
+        pinned revision in this process (its models unpickle only where that code is imported); "timm" is timm's model
+        with the weights that it publishes at Hugging Face; "local" is timm's model with the weights of a file. These
+        three never fall back. "auto" is "local" where `weights` is given, else hub and then timm, the one that is in
+        the cache first. A full cache is read without network; where it is empty, one process per cache directory
+        downloads and the others wait.
+    weights: a .safetensors file or a checkpoint of torch.save (read with weights_only=True), of the official or timm's
+        parameter names, at any square training resolution.
+    pretrained: False gives random weights without network, through timm unless source="hub".
+    dtype: of the weights, a floating dtype; None keeps what they are stored in.
+    pos_embed: how position embeddings reach img_size: "official" as the official code resamples them, "timm" as timm
+        does: antialiased, which moves the patch features by some percent at 224. The same with registers.
+    model: another model in place of variant, source and weights: the name of a timm model, or any nn.Module. Where it
+        has `forward_features`, this is called, else the module. Its result is a dict of {'global', 'patch'}, of the
+        official names or of {'cls_token', 'patch_tokens'}, tokens [B, P + N, D] (P = its num_prefix_tokens, else 1), a
+        map [B, D, h, w] (or NHWC by its output_fmt), or pooled features [B, D], which leave 'patch' None. Without a
+        class token 'global' is what its head pools, else the mean of the patches. It is frozen and put in eval mode.
+
+    Attributes: model; embed_dim (D) and patch_size, ints; mean and std, of three floats for images in 0..1; img_size
+    (H, W) and grid (H / patch_size, W / patch_size); variant; source, where the weights came from: "hub", "timm",
+    "local", "random" or "model".
+
+    The weights stay frozen and in eval mode, whatever a parent does with train(), and out of state_dict(): they are
+    `backbone.model.state_dict()`. Loading a parent's checkpoint without them leaves them as they are; one that holds
+    them under "model." loads them.
+
+    Raises ValueError naming the argument at construction (TypeError for a dtype that is none), FileNotFoundError for a
+    missing file, RuntimeError with each attempt and its cause where no source gives the weights.
+    Source: Oquab et al., DINOv2, arXiv 2304.07193; Darcet et al., registers, arXiv 2309.16588.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        variant: str = "vitl14",
+        img_size: int | Sequence[int] = 224,
+        use_timm_fallback: bool = True,
+        *,
+        source: str = "auto",
+        weights: str | os.PathLike[str] | None = None,
+        pretrained: bool = True,
+        dtype: torch.dtype | None = None,
+        pos_embed: str = "official",
+        model: nn.Module | str | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        if model is None:
+            self.variant = canonical(variant)
+            self.img_size = check_img_size(img_size, PATCH_SIZE)
+            self.model, self.source = load_dinov2(
+                self.variant,
+                self.img_size,
+                use_timm_fallback=use_timm_fallback,
+                source=source,
+                weights=weights,
+                pretrained=pretrained,
+                pos_embed=pos_embed,
+            )
+        else:
+            self.variant = model if isinstance(model, str) else type(model).__name__
+            self.img_size = check_img_size(img_size)
+            self.model = create_timm(model, self.img_size, pretrained) if isinstance(model, str) else model
+            self.source = "model"
+        self.model.to(dtype=dtype)
+        self.embed_dim = read_embed_dim(self.model)
+        self.patch_size = read_patch_size(self.model)
+        self.mean = read_statistic(self.model, "mean", IMAGENET_MEAN)
+        self.std = read_statistic(self.model, "std", IMAGENET_STD)
+        check_img_size(self.img_size, self.patch_size)
+        check_fixed_size(self.model, self.img_size)
+        self.grid = self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        """x [B, 3, H, W], floating, normalised -> {'global': [B, D], 'patch': [B, N, D] or None}.
+
+        Raises ValueError where x is anything else, or the model's features are not of embed_dim and grid.
+        """
+        if x.shape[1:] != (3, *self.img_size) or not x.is_floating_point():
+            h, w = self.img_size
+            raise ValueError(f"x must be floating of shape [B, 3, {h}, {w}], got {x.dtype} of shape {list(x.shape)}")
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), x)
+        features = getattr(self.model, "forward_features", self.model)(x.to(weight.dtype))
+        pooled, patch = self.split(features)
+        if pooled.shape[1:] != (self.embed_dim,):
+            raise ValueError(f"model gave global features {list(pooled.shape)} where embed_dim is {self.embed_dim}")
+        if patch is not None and patch.shape[1:] != (self.grid[0] * self.grid[1], self.embed_dim):
+            raise ValueError(
+                f"model gave patch tokens {list(patch.shape)} where img_size {self.img_size} at patch_size "
+                f"{self.patch_size} has {self.grid[0]} x {self.grid[1]} of width {self.embed_dim}"
+            )
+        return {"global": pooled, "patch": patch}
+
+    def split(self, features: Any) -> tuple[Tensor, Tensor | None]:
+        """(global [B, D], patch [B, N, D] or None) of whatever the model returned."""
+        if isinstance(features, Mapping):
+            pooled = next((features[key] for key in GLOBAL_KEYS if key in features), None)
+            if pooled is None:
+                raise ValueError(f"model gave {sorted(features)}, and no features as {' or '.join(GLOBAL_KEYS)}")
+            return pooled, next((features[key] for key in PATCH_KEYS if key in features), None)
+        if not isinstance(features, Tensor) or features.ndim not in (2, 3, 4):
+            raise ValueError(
+                f"model gave {type(features).__name__} in place of a dict, tokens, a map or pooled features"
+            )
+        if features.ndim == 2:
+            return features, None
+        if features.ndim == 4:
+            layout = "b h w d" if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else "b d h w"
+            patch = rearrange(features, f"{layout} -> b (h w) d")
+        else:
+            prefix = getattr(self.model, "num_prefix_tokens", 1)
+            patch = features[:, prefix:]
+            if prefix and getattr(self.model, "cls_token", True) is not None:  # prefix tokens may all be registers
+                return features[:, 0], patch
+        head = getattr(self.model, "forward_head", None)
+        pooled = patch.mean(1) if head is None else head(features, pre_logits=True)
+        return pooled if pooled.shape[-1] == patch.shape[-1] else patch.mean(
+            1
+        ), patch  # some heads widen what they pool
+
+    def train(self, mode: bool = True) -> DINOv2Backbone:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> DINOv2Backbone:
+        """Stays frozen."""
+        return super().requires_grad_(False)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Nothing: a checkpoint need not carry the teacher. Its weights are `backbone.model.state_dict()`."""
+        destination = args[0] if args else destination
+        return OrderedDict() if destination is None else destination
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(f"{prefix}model.") for key in state_dict):
+            # A checkpoint as state_dict() leaves it: strict loading finds what is loaded already.
+            state_dict.update(self.model.state_dict(prefix=f"{prefix}model.", keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.variant}, img_size={self.img_size}, embed_dim={self.embed_dim}, source={self.source}, frozen"
+
+
+def check_img_size(img_size: int | Sequence[int], patch_size: int = 1) -> tuple[int, int]:
+    """img_size as (h, w); ValueError unless both are positive multiples of patch_size."""
+    size = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"img_size must be a positive int or a pair (h, w) of them, got {img_size!r}")
+    h, w = size
+    if h % patch_size or w % patch_size:
+        below = tuple(max(side // patch_size, 1) * patch_size for side in size)
+        above = tuple(-(-side // patch_size) * patch_size for side in size)
+        raise ValueError(
+            f"img_size must be a multiple of the patch size {patch_size}, got {img_size!r}; "
+            f"the nearest: {' or '.join(map(str, sorted({below, above})))}"
+        )
+    return h, w
+
+
+def create_timm(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=img_size)
+    except TypeError:  # convolutional networks take no img_size
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+def read_embed_dim(model: nn.Module) -> int:
+    """The width of what the model returns: num_features first, for embed_dim is the width of Swin's first stage."""
+    for name in ("num_features", "embed_dim"):
+        if isinstance(width := getattr(model, name, None), int):
+            return width
+    raise ValueError(f"model {type(model).__name__} must have an int embed_dim or num_features, its features' width")
+
+
+def read_patch_size(model: nn.Module) -> int:
+    """Pixels per side of one token: timm's last reduction, or what the model says of itself, else 14."""
+    if stages := getattr(model, "feature_info", None):
+        return int(stages[-1]["reduction"])
+    embed: Any = getattr(model, "patch_embed", None)
+    size: Any = getattr(model, "patch_size", None) or getattr(embed, "patch_size", PATCH_SIZE)
+    return int(size[0] if isinstance(size, Sequence) else size)
+
+
+def read_statistic(model: nn.Module, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """The model's own mean or std, or that of its timm configuration, else the default."""
+    value = getattr(model, name, (getattr(model, "pretrained_cfg", None) or {}).get(name, default))
+    return tuple(torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist())
+
+
+def check_fixed_size(model: nn.Module, img_size: tuple[int, int]) -> None:
+    """ValueError where a model of timm's takes images of one size only, which is another."""
+    embed: Any = getattr(model, "patch_embed", None)
+    if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != img_size:
+        raise ValueError(f"img_size must be {tuple(embed.img_size)}, which model was built for, got {img_size}")

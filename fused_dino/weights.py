@@ -1,0 +1,289 @@
+"""Where DINOv2's weights come from: torch hub, timm or a file.
+
+Caches come first, and one process per cache directory downloads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+PATCH_SIZE = 14
+HUB_REPO = "facebookresearch/dinov2:7764ea0f912e53c92e82eb78a2a1631e92725fc8"  # torch hub runs this revision's code
+TIMEOUT = 10.0  # seconds without an answer after which a server counts as out of reach
+SOURCES = ("auto", "hub", "timm", "local")
+POS_EMBEDS = ("official", "timm")
+PATCH_KEY = "patch_embed.proj.weight"
+
+
+class Variant(NamedTuple):
+    """What one model is called: timm's architecture, the official checkpoint, transformers' name."""
+
+    timm: str
+    checkpoint: str
+    transformers: str
+
+
+VARIANTS = {
+    "vits14": Variant("vit_small_patch14_dinov2", "dinov2_vits14", "facebook/dinov2-small"),
+    "vitb14": Variant("vit_base_patch14_dinov2", "dinov2_vitb14", "facebook/dinov2-base"),
+    "vitl14": Variant("vit_large_patch14_dinov2", "dinov2_vitl14", "facebook/dinov2-large"),
+    "vitg14": Variant("vit_giant_patch14_dinov2", "dinov2_vitg14", "facebook/dinov2-giant"),
+    "vits14_reg": Variant(
+        "vit_small_patch14_reg4_dinov2", "dinov2_vits14_reg4", "facebook/dinov2-with-registers-small"
+    ),
+    "vitb14_reg": Variant("vit_base_patch14_reg4_dinov2", "dinov2_vitb14_reg4", "facebook/dinov2-with-registers-base"),
+    "vitl14_reg": Variant(
+        "vit_large_patch14_reg4_dinov2", "dinov2_vitl14_reg4", "facebook/dinov2-with-registers-large"
+    ),
+    "vitg14_reg": Variant(
+        "vit_giant_patch14_reg4_dinov2", "dinov2_vitg14_reg4", "facebook/dinov2-with-registers-giant"
+    ),
+}
+ALIASES = {alias: name for name, known in VARIANTS.items() for alias in (name, f"dinov2_{name}", *known)}
+
+
+def canonical(variant: str) -> str:
+    """The key of VARIANTS that `variant` or one of its aliases means, in any case; ValueError for any other."""
+    name = ALIASES.get(str(variant).lower().removesuffix(".lvd142m"))
+    if name is None:
+        raise ValueError(f"variant is {variant!r}, which is no DINOv2; use one of {', '.join(VARIANTS)}")
+    return name
+
+
+def load_dinov2(
+    variant: str,
+    img_size: tuple[int, int],
+    *,
+    use_timm_fallback: bool = True,
+    source: str = "auto",
+    weights: str | os.PathLike[str] | None = None,
+    pretrained: bool = True,
+    pos_embed: str = "official",
+) -> tuple[nn.Module, str]:
+    """(the model, where its weights came from: "hub", "timm", "local" or "random"), for a key of VARIANTS.
+
+    Arguments and errors: see DINOv2Backbone.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}; use one of {', '.join(SOURCES)}")
+    if pos_embed not in POS_EMBEDS:
+        raise ValueError(f"pos_embed is {pos_embed!r}; use one of {', '.join(POS_EMBEDS)}")
+    if weights is None and source == "local":
+        raise ValueError('source="local" needs weights, the path of a file')
+    if weights is not None and source in ("hub", "timm"):
+        raise ValueError(f'weights={os.fspath(weights)!r} needs source="local" or "auto", got {source!r}')
+    if weights is not None and not pretrained:
+        raise ValueError("weights and pretrained=False exclude each other; give one")
+    if weights is not None:
+        return timm_from_file(variant, img_size, Path(weights), pos_embed), "local"
+    order = order_of(source, variant, use_timm_fallback, pretrained, pos_embed)
+    if "hub" in order and pos_embed == "timm":
+        raise ValueError('pos_embed="timm" is for timm\'s model, not hub\'s; use source="timm" or "local"')
+    loaders: dict[str, Callable[[], nn.Module]] = {
+        "hub": partial(load_hub, variant, pretrained),
+        "timm": partial(load_timm, variant, img_size, pretrained, pos_embed),
+    }
+    places = {"hub": HUB_REPO, "timm": timm_file(variant)[0]}
+    attempts = []
+    for name in order:
+        try:
+            return loaders[name](), name if pretrained else "random"
+        except Exception as error:  # hub runs foreign code, and importing timm can fail in any way
+            attempts.append(f"  {name} ({places[name]}): {type(error).__name__}: {shorten(str(error), 500)}\n")
+            cause = error
+    raise RuntimeError(
+        f"DINOv2 {variant!r} could not be loaded. Tried, in this order:\n{''.join(attempts)}"
+        'Give source="local" and weights=PATH, a file with its weights, or pretrained=False for random ones.'
+    ) from cause
+
+
+def order_of(source: str, variant: str, use_timm_fallback: bool, pretrained: bool, pos_embed: str) -> list[str]:
+    """The sources to try: the one that is named, or for "auto" those that can serve, in the cache first."""
+    if source != "auto":
+        return [source]
+    if not use_timm_fallback:
+        return ["hub"] if pretrained else ["timm"]
+    if not pretrained or pos_embed == "timm":
+        return ["timm"]
+    return sorted(["hub", "timm"], key=lambda name: not is_cached(name, variant))
+
+
+# --- caches and downloads ---------------------------------------------------------------------------------------------
+
+
+def cached_hub(variant: str, pretrained: bool = True) -> Path | None:
+    """The folder of hub's code, where this and the weights are on the disk."""
+    hub = Path(torch.hub.get_dir())
+    code = hub / re.sub("[/:]", "_", HUB_REPO)
+    weights = hub / "checkpoints" / f"{VARIANTS[variant].checkpoint}_pretrain.pth"
+    return code if (code / "hubconf.py").is_file() and (weights.is_file() or not pretrained) else None
+
+
+def cached_timm(variant: str) -> Path | None:
+    """timm's file of weights, where it is in Hugging Face's cache."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    path = try_to_load_from_cache(*timm_file(variant), cache_dir=constants.HF_HUB_CACHE)
+    return Path(path) if isinstance(path, str) else None
+
+
+def timm_file(variant: str) -> tuple[str, str]:
+    """(repository, file) at Hugging Face."""
+    return f"timm/{VARIANTS[variant].timm}.lvd142m", "model.safetensors"
+
+
+def is_cached(source: str, variant: str) -> bool:
+    try:
+        return (cached_hub if source == "hub" else cached_timm)(variant) is not None
+    except (ImportError, RuntimeError, OSError):  # as load_timm will report
+        return False
+
+
+def fetch(directory: Path, cached: Callable[[], Path | None], download: Callable[[], object]) -> Path:
+    """cached(), after download() if it is None: in one process per directory, while the others wait for it.
+
+    A file lock and no collective, for nodes need not share their disks. A full cache may be read-only.
+    """
+    if (path := cached()) is not None:
+        return path
+    from filelock import FileLock
+
+    locks = directory / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "fused_dino.lock"):
+        if (path := cached()) is None:
+            with socket_timeout(TIMEOUT):
+                download()
+            path = cached()
+    if path is None:
+        raise FileNotFoundError(f"the download left nothing in {directory}")
+    return path
+
+
+@contextmanager
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub sets no timeout of its own: a silent server would hold it for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# --- the sources ------------------------------------------------------------------------------------------------------
+
+
+def load_hub(variant: str, pretrained: bool) -> nn.Module:
+    """The official model from torch hub, whose code runs in this process."""
+    entry = f"dinov2_{variant}"
+    options = {"pretrained": pretrained, "verbose": False}
+    code = fetch(
+        Path(torch.hub.get_dir()),
+        partial(cached_hub, variant, pretrained),
+        partial(torch.hub.load, HUB_REPO, entry, trust_repo=True, skip_validation=True, **options),
+    )
+    return torch.hub.load(str(code), entry, source="local", **options)
+
+
+def load_timm(variant: str, img_size: tuple[int, int], pretrained: bool, pos_embed: str) -> nn.Module:
+    """timm's architecture, with the weights that timm publishes or with random ones."""
+    if not pretrained:
+        return new_timm(variant, img_size)
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    def download() -> None:
+        file = timm_file(variant)
+        # hf_hub_download alone would retry for half a minute without network, and hide the cause.
+        get_hf_file_metadata(hf_hub_url(*file), timeout=TIMEOUT)
+        hf_hub_download(*file, cache_dir=constants.HF_HUB_CACHE, etag_timeout=TIMEOUT)
+
+    path = fetch(Path(constants.HF_HUB_CACHE), partial(cached_timm, variant), download)
+    return timm_from_file(variant, img_size, path, pos_embed)
+
+
+def new_timm(variant: str, img_size: tuple[int, int]) -> Any:
+    import timm
+
+    return timm.create_model(VARIANTS[variant].timm, pretrained=False, num_classes=0, img_size=img_size)
+
+
+def timm_from_file(variant: str, img_size: tuple[int, int], path: Path, pos_embed: str) -> nn.Module:
+    """timm's architecture with the weights of a file under official or timm's names, in the file's own dtype."""
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
+    with torch.device("meta"):  # every tensor comes from the file
+        model = new_timm(variant, img_size)
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    try:
+        state = read_weights(path)
+        if state[PATCH_KEY].shape != model.patch_embed.proj.weight.shape:
+            raise ValueError(f"its {PATCH_KEY} is {list(state[PATCH_KEY].shape)}")  # timm would resample it silently
+        antialias = pos_embed == "timm" or variant.endswith("_reg")
+        positions = resize_pos_embed(state["pos_embed"], model.patch_embed.grid_size, antialias)
+        state = checkpoint_filter_fn(state, model)
+        state["pos_embed"] = positions[:, -model.pos_embed.shape[1] :]  # timm keeps no class position beside registers
+        model.load_state_dict(state, strict=True, assign=True)
+    except Exception as error:  # a file can be broken in any way
+        raise ValueError(
+            f"weights: {str(path)!r} does not hold DINOv2 {variant!r}: {shorten(str(error), 500)}"
+        ) from error
+    return model.to(torch.get_default_device())
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The vision transformer in a .safetensors file, or in a checkpoint of torch.save, which is read without code.
+
+    The wrappers state_dict, model and teacher, a prefix such as "backbone." and the chunks of blocks that the official
+    training saves are taken off.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state: dict[str, Any] = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model", "teacher"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    prefixes = {key.removesuffix(PATCH_KEY) for key in state if key.endswith(PATCH_KEY)}
+    if len(prefixes) != 1:
+        raise ValueError(f"it holds {len(prefixes)} vision transformers, by their {PATCH_KEY}, instead of one")
+    prefix = prefixes.pop()
+    names = {key: re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key.removeprefix(prefix)) for key in state}
+    return {names[key]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def resize_pos_embed(positions: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
+    """positions [1, P + g*g, D], of P = 0 or 1 prefix tokens and a square grid -> [1, P + h*w, D], bicubic in float32.
+
+    antialias=False is DINOv2 without registers, which gives the scale (h + 0.1) / g rather than the size h, and so
+    samples at slightly different points; True is DINOv2 with registers, and timm. A grid of the same size stays as it
+    is. Source: `interpolate_pos_encoding` in facebookresearch/dinov2, dinov2/models/vision_transformer.py.
+    """
+    g = math.isqrt(positions.shape[1])
+    if positions.shape[1] - g * g not in (0, 1):
+        raise ValueError(f"its pos_embed has {positions.shape[1]} positions, which is no square grid")
+    if (g, g) == tuple(grid):
+        return positions
+    prefix, patches = positions.split([positions.shape[1] - g * g, g * g], dim=1)
+    target: dict[str, Any] = {"size": tuple(grid)}
+    if not antialias:
+        target = {"scale_factor": tuple((side + 0.1) / g for side in grid)}
+    patches = rearrange(patches.float(), "b (h w) d -> b d h w", h=g)
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **target)
+    return torch.cat([prefix, rearrange(patches, "b d h w -> b (h w) d").to(prefix.dtype)], dim=1)

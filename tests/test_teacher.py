@@ -1,0 +1,312 @@
+"""DINOv2Backbone as a module: frozen, invisible to checkpoints, and the same two features from any model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_dino.teacher import DINOv2Backbone
+
+timm = pytest.importorskip("timm")
+
+
+def tiny_vit(**options) -> nn.Module:
+    """A DINOv2 of timm's, one block of width 32, for images of 28 x 42."""
+    torch.manual_seed(0)
+    shape = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": (28, 42), "num_classes": 0}
+    return timm.create_model("vit_small_patch14_reg4_dinov2", **(shape | options))
+
+
+@pytest.fixture
+def backbone() -> DINOv2Backbone:
+    return DINOv2Backbone(img_size=(28, 42), model=tiny_vit())
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
+
+
+class Stub(nn.Module):
+    """Gives what it is told, whatever the image."""
+
+    patch_size = 14
+
+    def __init__(self, features, embed_dim: int = 8, **attributes) -> None:
+        super().__init__()
+        self.features, self.embed_dim = features, embed_dim
+        self.scale = nn.Parameter(torch.ones(()))
+        self.__dict__.update(attributes)
+
+    def forward(self, x):
+        return self.features
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_trap_5_registers_are_no_patches(backbone, x):
+    tokens = backbone.model.forward_features(x)
+    out = backbone(x)
+    assert tokens.shape == (2, 1 + 4 + 6, 32)
+    assert set(out) == {"global", "patch"}
+    assert torch.equal(out["global"], tokens[:, 0])
+    assert torch.equal(out["patch"], tokens[:, 5:])
+    assert backbone.grid == (2, 3)
+
+
+@pytest.mark.parametrize("count", [5, 7, 10])
+def test_a_wrong_number_of_patch_tokens_is_refused(count, x):
+    backbone = DINOv2Backbone(img_size=(28, 42), model=Stub(torch.randn(2, 1 + count, 8)))
+    with pytest.raises(ValueError, match=rf"\[2, {count}, 8\].* 2 x 3"):
+        backbone(x)
+
+
+def test_a_wrong_width_is_refused(x):
+    backbone = DINOv2Backbone(img_size=(28, 42), model=Stub(torch.randn(2, 7, 16)))
+    with pytest.raises(ValueError, match="embed_dim is 8"):
+        backbone(x)
+
+
+@pytest.mark.parametrize(
+    "keys", [("global", "patch"), ("x_norm_clstoken", "x_norm_patchtokens"), ("cls_token", "patch_tokens")]
+)
+def test_dicts(keys, x):
+    pooled, patch = torch.randn(2, 8), torch.randn(2, 6, 8)
+    out = DINOv2Backbone(img_size=(28, 42), model=Stub(dict(zip(keys, (pooled, patch), strict=True))))(x)
+    assert out["global"] is pooled
+    assert out["patch"] is patch
+    assert DINOv2Backbone(img_size=(28, 42), model=Stub({keys[0]: pooled}))(x)["patch"] is None
+
+
+def test_plain_tensors(x):
+    tokens, pooled, maps = torch.randn(2, 7, 8), torch.randn(2, 8), torch.randn(2, 8, 2, 3)
+    out = DINOv2Backbone(img_size=(28, 42), model=Stub(tokens))(x)
+    assert torch.equal(out["global"], tokens[:, 0])
+    assert torch.equal(out["patch"], tokens[:, 1:])
+    out = DINOv2Backbone(img_size=(28, 42), model=Stub(pooled))(x)
+    assert out["global"] is pooled
+    assert out["patch"] is None
+    out = DINOv2Backbone(img_size=(28, 42), model=Stub(maps))(x)
+    torch.testing.assert_close(out["global"], maps.mean((2, 3)))
+    assert torch.equal(out["patch"][:, 1 * 3 + 2], maps[:, :, 1, 2])
+
+
+@pytest.mark.parametrize("features", [{"logits": torch.ones(2, 8)}, [torch.ones(2, 8)], torch.ones(2)])
+def test_features_of_no_known_kind_are_refused(features, x):
+    with pytest.raises(ValueError, match="model gave"):
+        DINOv2Backbone(img_size=(28, 42), model=Stub(features))(x)
+
+
+# --- other families ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_dinov3_by_name():
+    entry = "vit_small_patch16_dinov3"
+    backbone = DINOv2Backbone(model=entry, img_size=(32, 48), pretrained=False, dtype=torch.float64)
+    x = torch.randn(2, 3, 32, 48)
+    tokens = backbone.model.forward_features(x.double())
+    out = backbone(x)
+    assert (backbone.variant, backbone.source, backbone.patch_size, backbone.grid) == (entry, "model", 16, (2, 3))
+    assert torch.equal(out["global"], tokens[:, 0])
+    assert torch.equal(out["patch"], tokens[:, 5:])
+    assert out["patch"].dtype == torch.float64
+
+
+@torch.no_grad()
+def test_siglip_pools_with_its_own_head():
+    shape = {"depth": 1, "embed_dim": 48, "num_heads": 4, "img_size": (32, 48), "num_classes": 5}
+    model = timm.create_model("vit_base_patch16_siglip_224", **shape).eval()
+    x = torch.randn(2, 3, 32, 48)
+    backbone = DINOv2Backbone(model=model, img_size=(32, 48))
+    out = backbone(x)
+    tokens = model.forward_features(x)
+    assert torch.equal(out["global"], model.forward_head(tokens, pre_logits=True))
+    assert not torch.equal(out["global"], tokens[:, 0])
+    assert torch.equal(out["patch"], tokens)
+    assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+
+
+@torch.no_grad()
+def test_prefix_tokens_that_are_all_registers_are_no_class_token():
+    shape = {"depth": 1, "embed_dim": 48, "num_heads": 4, "img_size": 32}
+    model = timm.create_model("vit_medium_patch16_reg4_gap_256", **shape).eval()
+    x = torch.randn(2, 3, 32, 32)
+    out = DINOv2Backbone(model=model, img_size=32)(x)
+    tokens = model.forward_features(x)
+    assert torch.equal(out["patch"], tokens[:, 4:])
+    torch.testing.assert_close(out["global"], model.fc_norm(tokens[:, 4:].mean(1)))
+
+
+@torch.no_grad()
+def test_efficientnet_by_name():
+    backbone = DINOv2Backbone(model="tf_efficientnet_lite0", img_size=(64, 96), pretrained=False)
+    x = torch.randn(2, 3, 64, 96)
+    out = backbone(x)
+    maps = backbone.model.forward_features(x)
+    assert (backbone.embed_dim, backbone.patch_size, backbone.grid) == (1280, 32, (2, 3))
+    assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+    torch.testing.assert_close(out["global"], maps.mean((2, 3)))
+    assert torch.equal(out["patch"][:, 1 * 3 + 2], maps[:, :, 1, 2])
+
+
+@torch.no_grad()
+def test_a_head_that_widens_is_not_asked():
+    """MobileNetV3 pools 288 channels into 1024: the patches have 288."""
+    backbone = DINOv2Backbone(model="mobilenetv3_small_050", img_size=64, pretrained=False)
+    out = backbone(torch.randn(2, 3, 64, 64))
+    assert backbone.embed_dim == 288
+    torch.testing.assert_close(out["global"], out["patch"].mean(1))
+
+
+@torch.no_grad()
+def test_swin_gives_channels_last_maps_of_its_last_width():
+    shape = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 2, 4), "img_size": (64, 96), "window_size": 2}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **shape).eval()
+    x = torch.randn(2, 3, 64, 96)
+    backbone = DINOv2Backbone(model=model, img_size=(64, 96))
+    out = backbone(x)
+    assert (backbone.embed_dim, backbone.patch_size) == (96, 32)
+    torch.testing.assert_close(out["global"], model(x))
+    assert torch.equal(out["patch"][:, 1 * 3 + 2], model.forward_features(x)[:, 1, 2])
+
+
+def test_statistics_come_from_the_model_where_it_has_them():
+    plain = DINOv2Backbone(img_size=28, model=Stub(None))
+    assert (plain.mean, plain.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    own = DINOv2Backbone(img_size=28, model=Stub(None, mean=torch.full((3, 1, 1), 0.25), std=[0.5, 0.75, 1]))
+    assert (own.mean, own.std) == ((0.25, 0.25, 0.25), (0.5, 0.75, 1.0))
+    assert (own.variant, own.source) == ("Stub", "model")
+
+
+def test_models_that_cannot_serve_are_refused_at_construction():
+    with pytest.raises(ValueError, match="embed_dim"):
+        DINOv2Backbone(img_size=28, model=nn.Identity())
+    with pytest.raises(ValueError, match=r"img_size must be \(28, 42\)"):
+        DINOv2Backbone(img_size=56, model=tiny_vit())
+    with pytest.raises(ValueError, match=r"multiple of the patch size 32.* \(32, 64\) or \(64, 64\)"):
+        DINOv2Backbone(img_size=(48, 64), model="tf_efficientnet_lite0", pretrained=False)
+
+
+# --- frozen, and out of the way ---------------------------------------------------------------------------------------
+
+
+def test_trap_7_stays_frozen_and_in_eval_mode():
+    model = nn.Sequential(nn.Conv2d(3, 8, 14, 14), nn.BatchNorm2d(8), nn.Dropout(0.5)).train()
+    model.embed_dim = 8
+    parent = nn.ModuleDict({"teacher": DINOv2Backbone(img_size=28, model=model)})
+    parent.train()
+    assert parent.training
+    assert not any(module.training for module in parent["teacher"].modules())
+    parent["teacher"].requires_grad_(True).train()
+    assert not any(p.requires_grad for p in model.parameters())
+    x = torch.randn(4, 3, 28, 28)
+    first, second = parent["teacher"](x), parent["teacher"](x)
+    assert torch.equal(first["patch"], second["patch"])
+    assert not first["patch"].requires_grad
+    assert model[1].num_batches_tracked == 0
+
+
+class Parent(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.teacher = DINOv2Backbone(img_size=(28, 42), model=tiny_vit())
+        torch.manual_seed(seed)
+        self.head = nn.Linear(32, 4)
+        with torch.no_grad():
+            self.teacher.model.cls_token.fill_(seed)
+
+
+def test_trap_7_teacher_stays_out_of_checkpoints(backbone):
+    assert set(Parent(0).state_dict()) == {"head.weight", "head.bias"}
+    assert len(backbone.state_dict()) == 0
+    assert len(backbone.model.state_dict()) > 10
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_without_the_teacher_loads_strictly(assign):
+    parent, saved = Parent(0), Parent(1).state_dict()
+    assert parent.load_state_dict(saved, strict=True, assign=assign) == ([], [])
+    assert torch.equal(parent.head.weight, saved["head.weight"])
+    assert (parent.teacher.model.cls_token == 0).all()
+    assert not any(p.requires_grad for p in parent.teacher.parameters())
+    parent.teacher.load_state_dict({}, assign=assign)
+    with pytest.raises(RuntimeError, match=r"head\.bias"):
+        parent.load_state_dict({"head.weight": saved["head.weight"]})
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_with_the_teacher_loads_it(assign):
+    parent, other = Parent(0), Parent(1)
+    full = other.state_dict() | other.teacher.model.state_dict(prefix="teacher.model.")
+    parent.load_state_dict(full, strict=True, assign=assign)
+    assert (parent.teacher.model.cls_token == 1).all()
+    assert not any(p.requires_grad for p in parent.teacher.parameters())
+    del full["teacher.model.reg_token"]
+    with pytest.raises(RuntimeError, match="reg_token"):
+        parent.load_state_dict(full)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_are_the_same_teacher(backbone, x):
+    for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        assert torch.equal(twin(x)["patch"], backbone(x)["patch"])
+        assert (twin.grid, twin.mean, twin.training) == (backbone.grid, backbone.mean, False)
+        assert not any(p.requires_grad for p in twin.parameters())
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.parameters(), backbone.parameters(), strict=True))
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_trap_21_images_are_cast_to_the_weights(backbone, x):
+    """The recipe's fp32 teacher raised on the bf16 images that it was given."""
+    exact = backbone(x)["patch"]
+    out = backbone(x.bfloat16())
+    assert out["patch"].dtype == torch.float32
+    assert torch.equal(out["patch"], backbone(x.bfloat16().float())["patch"])
+    half = backbone.to(torch.bfloat16)(x)
+    assert half["global"].dtype == half["patch"].dtype == torch.bfloat16
+    torch.testing.assert_close(half["patch"].float(), exact, atol=0.1, rtol=0.05)
+    assert DINOv2Backbone(img_size=(28, 42), model=tiny_vit(), dtype=torch.float64)(x)["patch"].dtype == torch.float64
+
+
+def test_trap_22_gradient_reaches_the_image(backbone, x):
+    x = x.double().requires_grad_()
+    backbone.double()
+    assert torch.autograd.gradcheck(
+        lambda x: backbone(x)["patch"][:, :, :2].sum((1, 2)), x[:1, :, :, :], fast_mode=True
+    )
+    out = backbone(x)
+    (out["global"].sum() + out["patch"].square().sum()).backward()
+    assert x.grad.abs().min() > 0
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 42), (2, 1, 28, 42), (2, 3, 42, 28), (2, 3, 28, 43), (2, 6, 32)])
+def test_images_of_another_shape_are_refused(backbone, shape):
+    with pytest.raises(ValueError, match=r"x must be .*\[B, 3, 28, 42\]"):
+        backbone(torch.zeros(shape))
+
+
+def test_integer_images_are_refused(backbone):
+    with pytest.raises(ValueError, match=r"x must be floating .* torch\.uint8"):
+        backbone(torch.zeros(2, 3, 28, 42, dtype=torch.uint8))
+
+
+@torch.no_grad()
+def test_no_images_give_no_features(backbone, x):
+    out = backbone(x[:0])
+    assert out["global"].shape == (0, 32)
+    assert out["patch"].shape == (0, 6, 32)
+
+
+@torch.no_grad()
+def test_compiles_as_one_graph(backbone, x):
+    out = torch.compile(backbone, fullgraph=True, backend="eager")(x)
+    assert torch.equal(out["patch"], backbone(x)["patch"])
