@@ -24,7 +24,7 @@ dist: .venv/.dev  ## build the sdist and the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
-test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch that is supported
+test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch, timm and einops that are supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(ARGS)
 
 clean:  ## remove what the other targets made
@@ -48,6 +48,6 @@ clean:  ## remove what the other targets made
 
 .venv-oldest/.dev: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv-oldest
-	@.venv-oldest/bin/python -m pip install -q "torch==2.11.*" -e ".[dev]"
+	@.venv-oldest/bin/python -m pip install -q "torch==2.11.*" timm==1.0.22 einops==0.8.0 -e ".[dev]"
 	@.venv-oldest/bin/python -m pip install -q --no-deps dinov2==0.0.1.dev2
 	@touch $@
