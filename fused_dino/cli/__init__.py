@@ -1,0 +1,5 @@
+"""The `fused-dino` command: `fused-dino demo` and `fused-dino doctor`."""
+
+from .main import main
+
+__all__ = ["main"]

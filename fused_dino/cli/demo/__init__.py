@@ -1,0 +1,59 @@
+"""`fused-dino demo`: captions learn to find photographs under a frozen teacher, in about a minute on a CPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import CommandError
+
+EXTRA = ("rich", "matplotlib", "PIL", "jinja2")
+PATIENCE = 50.0  # seconds of training, where neither --steps nor --seconds says otherwise
+STEPS = 80
+
+
+def run(
+    teacher: str, images: Path | None, loss: str, steps: int | None, seconds: float | None, seed: int, out: Path
+) -> int:
+    """-> the exit status: 0, or 130 when Ctrl-C ended the training."""
+    if missing := [name for name in EXTRA if find_spec(name) is None]:
+        raise CommandError(f'the demo needs {", ".join(missing)}: pip install "fused_dino[demo]"')
+    import torch
+    from rich.console import Console
+
+    from . import data, learn, report
+    from .show import learning, summary
+    from .teacher import load_teacher
+
+    console = Console(highlight=False)
+    photos = data.embedded() if images is None else data.from_folder(images)
+    report.prepare(out)
+    settings = learn.Settings(
+        loss=loss,
+        steps=steps or STEPS,
+        seconds=PATIENCE if steps is None and seconds is None else seconds,
+        seed=seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    with console.status(f"Loading the teacher {teacher} and encoding the held-out crops"):
+        frozen = load_teacher(teacher)
+        student, control = (learn.Student(frozen.train, settings) for _ in range(2))
+        exam = learn.Exam(photos, student, settings)
+        before = exam.sit(student)
+    console.print(
+        f"{frozen.title} teaches a text head: {len(photos)} photographs, "
+        f"{sum(len(photo.learn) for photo in photos)} captions to learn, {len(exam.captions)} held out.",
+        soft_wrap=True,
+    )
+    with learning(console, settings.steps) as on_step:
+        course = learn.train(student, control, photos, settings, on_step)
+    if len(course.losses) < settings.steps:
+        cause = "Interrupted" if course.interrupted else f"The {settings.seconds:g} s for training were over"
+        done = f"{len(course.losses)} of {settings.steps} steps"
+        console.print(f"{cause} after {done}: this is what was learnt so far.", soft_wrap=True)
+    with console.status("Testing, and writing the report"):
+        story = report.Story(settings, frozen, photos, exam, course, before, exam.sit(student), exam.sit(control))
+        report.write(story, out)
+    console.print(summary(story))
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    return 130 if course.interrupted else 0

@@ -1,0 +1,117 @@
+"""Captioned photographs: the embedded ones or a folder of the user's, crops of them, and words as numbers."""
+
+import re
+import zlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import CommandError
+from .photographs import PHOTOGRAPHS, Entry
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+LONGEST_SIDE = 640  # larger photographs are reduced once; a crop then costs the same whatever the camera
+SHORTEST_SIDE = 32
+LEARNING_SHARE = 0.6
+# A word, or a single ideograph: Chinese and Japanese captions share characters where they share no spaces.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """A photograph with the captions to learn from and those held out."""
+
+    name: str
+    pixels: Tensor  # uint8 [3, H, W]
+    learn: tuple[str, ...]
+    held_out: tuple[str, ...]
+    entry: Entry | None = None  # whose it is, for the embedded ones
+
+    def part(self, held_out: bool) -> Tensor:
+        """The end of the longer side is held out; the rest is for learning. The two share no pixel."""
+        axis = 2 if self.pixels.shape[2] >= self.pixels.shape[1] else 1
+        length = self.pixels.shape[axis]
+        cut = round(LEARNING_SHARE * length)
+        return self.pixels.narrow(axis, cut, length - cut) if held_out else self.pixels.narrow(axis, 0, cut)
+
+
+def embedded() -> list[Photo]:
+    """The photographs that scikit-image and scikit-learn carry inside their wheels."""
+    return [Photo(e.name, read_image(locate(e)), e.learn, e.held_out, e) for e in PHOTOGRAPHS]
+
+
+def locate(entry: Entry) -> Path:
+    spec = find_spec(entry.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise CommandError(f'the demo\'s photographs need {entry.project}: pip install "fused_dino[demo]"')
+    return Path(next(iter(spec.submodule_search_locations))) / entry.file
+
+
+def from_folder(folder: Path) -> list[Photo]:
+    """Every image NAME.jpg (or png, webp, bmp) with its captions, one a line, in NAME.txt beside it.
+
+    The last quarter of the captions, and at least one, is held out.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise CommandError(f"--images: cannot read the folder {folder}: {error.strerror}") from None
+    if len(paths) < 2:
+        kinds = ", ".join(SUFFIXES)
+        raise CommandError(f"--images: {folder} holds {len(paths)} images ({kinds}); a choice takes at least two")
+    return [captioned(path) for path in paths]
+
+
+def captioned(path: Path) -> Photo:
+    text = path.with_suffix(".txt")
+    try:
+        lines = [line.strip() for line in text.read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise CommandError(f"--images: {path.name} has no captions: write them, one a line, to {text}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--images: cannot read {text}: {error}") from None
+    captions = tuple(dict.fromkeys(line for line in lines if WORD.search(line)))
+    if len(captions) < 2:
+        raise CommandError(f"--images: {text} needs at least two different captions, one to learn and one to hold out")
+    kept = len(captions) - max(1, len(captions) // 4)
+    return Photo(path.stem, read_image(path), captions[:kept], captions[kept:])
+
+
+def read_image(path: Path) -> Tensor:
+    """-> uint8 [3, H, W], at most `LONGEST_SIDE` long."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's readers raise many kinds, SyntaxError among them
+        raise CommandError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
+    if min(upright.size) < SHORTEST_SIDE:
+        raise CommandError(f"the image {path} is {upright.width}x{upright.height}: too small to cut crops from")
+    upright.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()  # HWC -> CHW
+
+
+def crop(part: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A random square of 60 to 100% of the shorter side, mirrored half of the time -> [3, size, size] in -1..1."""
+    height, width = part.shape[1:]
+    share, down, right, mirror = torch.rand(4, generator=generator).tolist()
+    side = round((0.6 + 0.4 * share) * min(height, width))
+    top, left = round(down * (height - side)), round(right * (width - side))
+    square = part[None, :, top : top + side, left : left + side]
+    square = F.interpolate(square.float() / 127.5 - 1, size=(size, size), mode="bilinear", antialias=True)[0]
+    return square.flip(-1) if mirror < 0.5 else square
+
+
+def bag_of_words(captions: list[str], buckets: int) -> Tensor:
+    """Each word adds one to the bucket that its checksum names; rows have unit length -> [len(captions), buckets]."""
+    bags = torch.zeros(len(captions), buckets)
+    for row, caption in zip(bags, captions, strict=True):
+        for word in WORD.findall(caption.lower()):
+            row[zlib.crc32(word.encode()) % buckets] += 1
+    return F.normalize(bags, dim=-1)

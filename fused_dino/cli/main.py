@@ -1,0 +1,99 @@
+"""`fused-dino`: its arguments, and which command they call. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import CommandError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without argparse's usage before it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0; 2 for what the user can mend, said in one line; 130 after Ctrl-C."""
+    parser = make_parser()
+    options = vars(parser.parse_args(argv))
+    command = options.pop("command")
+    try:
+        return command(**options)
+    except CommandError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> Parser:
+    parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, check it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_demo(commands)
+    doctor = commands.add_parser("doctor", help="print versions, devices and the implementation each op would run")
+    doctor.set_defaults(command=run_doctor)
+    return parser
+
+
+def add_demo(commands: Any) -> None:
+    text = "Train a small text head on captioned photographs under a frozen teacher, and test what it learnt."
+    demo = commands.add_parser("demo", help="train on real photographs and write a report", description=text)
+    demo.add_argument(
+        "--teacher",
+        default="efficientnet-lite0",
+        metavar="NAME",
+        help="efficientnet-lite0 (default: real weights, no download) or a DINOv2 such as vits14 (downloads it)",
+    )
+    demo.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="your own images: each NAME.jpg (png, webp, bmp) with its captions, one a line, in NAME.txt; "
+        "the last quarter of the captions, at least one, is held out",
+    )
+    demo.add_argument("--loss", choices=("cosine", "mse", "vicreg"), default="cosine", help="default: cosine")
+    demo.add_argument("--steps", type=positive_int, metavar="N", help="default: 80, or as many as 50 seconds allow")
+    demo.add_argument("--seconds", type=positive_float, metavar="S", help="stop training after this long")
+    demo.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: ./demo")
+    demo.set_defaults(command=run_demo)
+
+
+def run_demo(**options: Any) -> int:
+    from .demo import run
+
+    return run(**options)
+
+
+def run_doctor() -> int:
+    from .doctor import run
+
+    return run()
+
+
+def positive_int(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
+    return int(text)

@@ -1,0 +1,373 @@
+"""`fused-dino demo`: the photographs and captions, the teacher's weights, learning, and what a run leaves behind."""
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_dino import DinoSupervision, DINOv2Backbone
+from fused_dino.cli import main
+from fused_dino.cli.demo import data, learn, report
+from fused_dino.cli.demo import teacher as teachers
+from fused_dino.cli.demo.photographs import PHOTOGRAPHS
+from fused_dino.cli.errors import CommandError
+
+
+class Colours(nn.Module):
+    """A teacher that sees colours and nothing else: patches of 32 x 32 pixels, four features of each."""
+
+    embed_dim, patch_size = 4, 32
+    mean = std = (0.5, 0.5, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        colours = F.avg_pool2d(x, self.patch_size)
+        return torch.cat([colours, torch.ones_like(colours[:, :1])], 1)
+
+
+@pytest.fixture(autouse=True)
+def demo_extra() -> None:
+    for package in ("rich", "matplotlib", "PIL", "jinja2", "skimage", "sklearn", teachers.STAND_IN_PACKAGE):
+        pytest.importorskip(package)
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> teachers.Teacher:
+    """`Colours` in place of the demo's teacher: a run then takes a second."""
+    backbone = DINOv2Backbone(model=Colours())
+    stand_in = teachers.Teacher("Colours", "nobody", backbone, backbone)
+    monkeypatch.setattr("fused_dino.cli.demo.teacher.load_teacher", lambda name: stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three one-coloured images with three captions each, the last held out."""
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, colour in (("red", (220, 40, 30)), ("green", (30, 200, 60)), ("blue", (20, 60, 230))):
+        Image.new("RGB", (96, 64), colour).save(images / f"{name}.png")
+        text = f"a {name} wall\nthe wall is {name}\nall {name}\n"
+        (images / f"{name}.txt").write_text(text, encoding="utf-8")
+    return images
+
+
+@pytest.fixture
+def demo(folder: Path, colours: teachers.Teacher, tmp_path: Path) -> Callable[..., dict]:
+    """Runs the demo on `folder` under `colours` -> its metrics, and its exit status as "status"."""
+
+    def run(*argv: str, out: str = "out") -> dict:
+        status = main(["demo", "--images", str(folder), "--out", str(tmp_path / out), *argv])
+        return {"status": status, **json.loads((tmp_path / out / "metrics.json").read_text())}
+
+    return run
+
+
+# --- photographs and captions -----------------------------------------------------------------------------------------
+
+
+def words(captions: tuple[str, ...]) -> set[str]:
+    return {word for caption in captions for word in data.WORD.findall(caption.lower())}
+
+
+def test_captions_are_all_different() -> None:
+    captions = [caption for entry in PHOTOGRAPHS for caption in (*entry.learn, *entry.held_out)]
+    assert len(set(captions)) == len(captions)
+    assert all((len(entry.learn), len(entry.held_out)) == (6, 2) for entry in PHOTOGRAPHS)
+
+
+def test_held_out_captions_use_known_words_in_new_sentences() -> None:
+    known = set().union(*(words(entry.learn) for entry in PHOTOGRAPHS))
+    for entry in PHOTOGRAPHS:
+        assert words(entry.held_out) <= known
+        for held_out in entry.held_out:
+            assert all(words((held_out,)) != words((caption,)) for caption in entry.learn)
+
+
+def test_every_photograph_has_an_owner_a_licence_and_a_source() -> None:
+    for entry in PHOTOGRAPHS:
+        assert entry.credit
+        assert entry.licence
+        assert entry.source.startswith("http")
+
+
+def test_embedded_photographs_are_there_and_in_colour() -> None:
+    for photo in data.embedded():
+        assert photo.pixels.dtype == torch.uint8
+        assert max(photo.pixels.shape) <= data.LONGEST_SIDE
+        assert photo.pixels.float().std(0).mean() > 1, f"{photo.name} is grey"
+
+
+@pytest.mark.parametrize("size", [(50, 90), (90, 50), (64, 64)])
+def test_crops_to_learn_from_and_held_out_share_no_pixel(size: tuple[int, int]) -> None:
+    height, width = size
+    numbers = torch.arange(height * width).view(1, height, width)
+    photo = data.Photo("numbers", numbers, (), ())
+    learning, held_out = (set(photo.part(flag).flatten().tolist()) for flag in (False, True))
+    assert not learning & held_out
+    assert len(learning | held_out) == height * width
+    assert 0.55 < len(learning) / (height * width) < 0.65
+
+
+def test_a_crop_is_a_square_in_range() -> None:
+    part = torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8)
+    for seed in range(20):
+        square = data.crop(part, 32, torch.Generator().manual_seed(seed))
+        assert square.shape == (3, 32, 32)
+        assert square.min() >= -1
+        assert square.max() <= 1
+
+
+def test_a_folder_holds_out_the_last_quarter(folder: Path) -> None:
+    (folder / "red.txt").write_text("\n".join(f"caption {i}" for i in range(8)), encoding="utf-8")
+    by_name = {photo.name: photo for photo in data.from_folder(folder)}
+    assert by_name["red"].held_out == ("caption 6", "caption 7")
+    assert by_name["blue"].learn == ("a blue wall", "the wall is blue")
+    assert by_name["blue"].held_out == ("all blue",)
+
+
+def test_bags_ignore_order_and_case_and_split_ideographs() -> None:
+    bags = data.bag_of_words(["A red Cup, red", "cup a RED red", "红色的杯子", "杯子 红色"], 512)
+    assert torch.equal(bags[0], bags[1])
+    assert torch.allclose(bags.norm(dim=1), torch.ones(4))
+    assert bags[2] @ bags[3] > 0.8  # four of five characters
+
+
+# --- the teacher's weights --------------------------------------------------------------------------------------------
+
+
+def test_tampered_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    content = bytearray(teachers.stand_in_file().read_bytes())
+    content[len(content) // 2] ^= 1
+    tampered = tmp_path / "weights.pth"
+    tampered.write_bytes(content)
+    monkeypatch.setattr(teachers, "stand_in_file", lambda: tampered)
+    assert main(["demo", "--images", str(folder), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "weights.pth is not the known file: its sha256 is" in error
+
+
+def test_weights_by_position_need_the_same_shapes() -> None:
+    saved = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    assert list(teachers.by_position(saved, {"x": torch.zeros(2, 3), "y": torch.zeros(4)})) == ["x", "y"]
+    for wrong in ({"x": torch.zeros(4), "y": torch.zeros(2, 3)}, {"x": torch.zeros(2, 3)}):
+        with pytest.raises(CommandError, match="shapes"):
+            teachers.by_position(saved, wrong)
+
+
+def test_the_pretrained_teacher_knows_what_it_sees() -> None:
+    backbone = teachers.load_teacher(teachers.STAND_IN).train
+    assert (backbone.embed_dim, backbone.grid) == (1280, (7, 7))
+    assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+    classes = {"cat": (281, 282, 285), "coffee": (967,)}  # ImageNet: tabby, tiger cat, Egyptian cat; espresso
+    for photo in data.embedded():
+        if photo.name in classes:
+            image = F.interpolate(photo.pixels[None] / 127.5 - 1, size=(224, 224), mode="bilinear", antialias=True)
+            with torch.no_grad():
+                assert backbone.model(image).argmax().item() in classes[photo.name]
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_loss_learns_and_its_control_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, seen = DinoSupervision.encode, {}
+
+    def remember(self: DinoSupervision, images: Tensor) -> dict[str, Tensor]:
+        """One seed gives one sequence of crops: the teacher need see it once for the three losses."""
+        key = images.numpy().tobytes()
+        if key not in seen:
+            seen[key] = encode(self, images)
+        return seen[key]
+
+    monkeypatch.setattr(DinoSupervision, "encode", remember)
+    teacher = teachers.load_teacher(teachers.STAND_IN).train
+    photos = data.embedded()
+    for loss in learn.LOSSES:
+        settings = learn.Settings(loss=loss, steps=32)
+        student, control = (learn.Student(teacher, settings) for _ in range(2))
+        exam = learn.Exam(photos, student, settings)
+        before = exam.sit(student).top1
+        course = learn.train(student, control, photos, settings, lambda loss: None)
+        assert course.losses[-1] < course.losses[0]
+        # Chance is 1/9, about which 18 guesses scatter by sqrt(1/9 * 8/9 / 18) = 0.07: three times that is 0.33.
+        assert before < 0.33, loss
+        assert exam.sit(control).top1 < 0.33, loss
+        assert exam.sit(student).top1 > 0.5, loss
+
+
+def test_the_control_starts_as_the_student_does(colours: teachers.Teacher) -> None:
+    one, other = (learn.Student(colours.train, learn.Settings(seed=3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_captions_of_a_lesson_belong_to_its_crops(folder: Path) -> None:
+    photos = data.from_folder(folder)
+    crops, captions, strangers = learn.lesson(photos, torch.Generator().manual_seed(0))
+    assert len(crops) == len(captions) == len(strangers) == learn.CROPS_PER_STEP
+    for crop, caption in zip(crops, captions, strict=True):
+        assert ("red", "green", "blue")[int(crop.mean((1, 2)).argmax())] in caption
+    assert captions != strangers
+
+
+def test_the_seed_decides(demo: Callable[..., dict]) -> None:
+    same = [demo("--steps", "5", "--seed", "7", out=name) for name in ("one", "two")]
+    other = demo("--steps", "5", "--seed", "8", out="three")
+    for key in ("losses", "control_losses", "top1", "per_photo"):
+        assert same[0][key] == same[1][key]
+    assert same[0]["losses"] != other["losses"]
+
+
+def test_it_learns_colours(demo: Callable[..., dict]) -> None:
+    found = demo("--steps", "60")
+    assert found["status"] == 0
+    assert found["top1"]["after"] == 1
+    assert found["top1"]["chance"] == pytest.approx(1 / 3)
+
+
+def test_seconds_bound_the_training(demo: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    found = demo("--steps", "1000000", "--seconds", "0.2")
+    assert 1 <= found["steps_done"] < 1000000
+    assert found["status"] == 0
+    assert not found["interrupted"]
+    assert "The 0.2 s for training were over" in capsys.readouterr().out
+
+
+# The student and its control take turns: the fifth call is the student's third step.
+@pytest.mark.parametrize(("call", "steps"), [(1, 0), (5, 2)])
+def test_ctrl_c_keeps_what_was_learnt(
+    demo: Callable[..., dict],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    call: int,
+    steps: int,
+) -> None:
+    learn_one, calls = learn.Student.learn, []
+
+    def interrupted(self: learn.Student, *args: object) -> float:
+        calls.append(self)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return learn_one(self, *args)
+
+    monkeypatch.setattr(learn.Student, "learn", interrupted)
+    found = demo("--steps", "50")
+    assert found["status"] == 130
+    assert found["interrupted"]
+    assert found["steps_done"] == steps
+    assert f"Interrupted after {steps} of 50 steps" in capsys.readouterr().out
+    assert "interrupted by Ctrl-C" in (tmp_path / "out/report.html").read_text()
+
+
+def test_ctrl_c_before_training_is_one_line(
+    folder: Path, colours: teachers.Teacher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learn, "Exam", interrupted)
+    assert main(["demo", "--images", str(folder), "--out", str(folder / "out")]) == 130
+    assert capsys.readouterr().err == "fused-dino: interrupted\n"
+
+
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
+
+
+class Loads(HTMLParser):
+    """Whatever a page makes the browser fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        fetching = ("src", "srcset", "data", "poster") if tag == "a" else ("src", "srcset", "data", "poster", "href")
+        self.found += [value or "" for name, value in attrs if name in fetching]
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+
+
+def test_the_report_needs_nothing_from_elsewhere(demo: Callable[..., dict], tmp_path: Path) -> None:
+    demo("--steps", "3")
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    loads = Loads()
+    loads.feed(page)
+    assert len(loads.found) == 2 + 2 * 3  # two figures; a photograph and its patches, three times
+    for address in loads.found:
+        kind, content = address.split(";base64,")
+        assert kind in ("data:image/svg+xml", "data:image/jpeg")
+        if kind.endswith("svg+xml"):
+            assert not re.search(rb'(?:href|src)="(?!#|data:)|url\((?!#)', base64.b64decode(content))
+    style = page.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    folder: Path, colours: teachers.Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "metrics.json").mkdir(parents=True)
+    assert main(["demo", "--images", str(folder), "--out", str(out), "--steps", "1"]) == 2
+    assert capsys.readouterr().err.startswith(f"fused-dino: --out: cannot write {out / 'metrics.json'}")
+
+
+def test_metrics_say_what_was_run_and_found(demo: Callable[..., dict], tmp_path: Path) -> None:
+    found = demo("--steps", "3", "--loss", "vicreg", "--seed", "2")
+    config = found["config"]
+    assert (config["teacher"], config["loss"], config["steps"], config["seed"]) == ("Colours", "vicreg", 3, 2)
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert len(found["losses"]) == len(found["control_losses"]) == found["steps_done"] == 3
+    assert set(found["top1"]) == {"before", "after", "control", "chance"}
+    assert [photo["name"] for photo in found["per_photo"]] == ["blue", "green", "red"]
+    for name in ("before", "after", "control"):
+        mean = sum(photo[name] for photo in found["per_photo"]) / 3
+        assert found["top1"][name] == pytest.approx(mean, abs=1e-6)
+    assert found["seconds"] > 0
+    assert (tmp_path / "out/overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_stands_beside_chance_and_control(
+    demo: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo("--steps", "2")
+    out = capsys.readouterr().out
+    for column in ("before", "after", "control", "chance", "all 3", "0.33", "report.html"):
+        assert column in out
+    assert "DINO" not in out
+
+
+def test_strange_captions_do_no_harm(
+    demo: Callable[..., dict], folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (folder / "red.txt").write_text(
+        "一堵红色的墙\n<b>red</b> for $5, not $7\n红色的 & $x_1$ {{ 1 }}\n", encoding="utf-8"
+    )
+    demo("--steps", "1")
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "红色的 &amp; $x_1$ {{ 1 }}" in page
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_a_long_album_is_shown_in_part(demo: Callable[..., dict], folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for i in range(report.SHOWN):
+        Image.new("RGB", (64, 64), (20 * i, 255 - 20 * i, 128)).save(folder / f"many{i}.jpg")
+        (folder / f"many{i}.txt").write_text(f"number {i}\nthe {i}th\n", encoding="utf-8")
+    found = demo("--steps", "1")
+    assert found["photographs"] == len(found["per_photo"]) == report.SHOWN + 3
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert page.count("<article") == report.SHOWN
+    assert f"The first {report.SHOWN} of {report.SHOWN + 3}" in page
