@@ -57,7 +57,7 @@ def requested(backend: str | None) -> tuple[str, str]:
         return _selected, "use_backend"
     if variable := os.environ.get(VARIABLE):
         return check_backend(variable, f"the environment variable {VARIABLE}"), f"the environment variable {VARIABLE}"
-    return "auto", "nobody's choice"
+    return "auto", "default"
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
