@@ -7,8 +7,10 @@ An explicit choice never falls back: it runs or raises.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "torch", "triton"]
@@ -18,7 +20,7 @@ VARIABLE = "FUSED_DINO_BACKEND"
 # Which faster implementations an op has beside its reference.
 FLOORS: dict[str, tuple[str, ...]] = {
     "preprocess": (),
-    "cosine_loss": (),
+    "cosine_loss": ("torch", "triton"),
     "mse_loss": (),
     "vicreg_loss": (),
 }
@@ -77,13 +79,14 @@ def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> 
         raise TypeError(f"tensor is a {type(tensor).__name__}; give the tensor that the op would run on")
     try:
         name, reason = decide(op, tensor, backend)
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError) as error:
         return f"none: {error}"
     return f"{name}: {reason}"
 
 
 def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
-    """(implementation, reason); NotImplementedError where an explicit choice cannot run."""
+    """(implementation, reason). An explicit choice that cannot run raises: NotImplementedError where the op has no such
+    implementation, RuntimeError where this machine or this tensor cannot run it."""
     name, source = requested(backend)
     reason = f"{name} by {source}"
     if name == "reference":
@@ -93,10 +96,27 @@ def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
             raise NotImplementedError(
                 f"{op} has no Triton kernel yet, and {reason} never falls back; use auto or torch"
             )
+        if obstacle := triton_obstacle(tensor):
+            raise RuntimeError(f"{op} cannot run on triton, which is asked for by {source}: {obstacle}")
         return name, reason
     if name == "auto":
-        name = "triton" if tensor.is_cuda and "triton" in FLOORS[op] else "torch"
         reason += f", a tensor on {tensor.device.type}"
+        obstacle = "no kernel" if "triton" not in FLOORS[op] else triton_obstacle(tensor, interpreter=False)
+        name = "torch" if obstacle else "triton"
     if name not in FLOORS[op]:
         return "reference", f"{reason}; {op} has no closed form yet, so that its reference formula runs"
     return name, reason
+
+
+def triton_obstacle(tensor: Tensor, interpreter: bool = True) -> str | None:
+    """What keeps Triton from running on `tensor`, or None. The interpreter counts only for an explicit choice."""
+    if not has_triton():
+        return "triton is not installed"
+    if tensor.is_cuda or (interpreter and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"the tensor is on {tensor.device.type}, and it needs a GPU or TRITON_INTERPRET=1"
+
+
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    return find_spec("triton") is not None

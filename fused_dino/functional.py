@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import distributed
 from .backend import Backend, check_backend, choose
+from .ops import cosine as ops_cosine
 from .reference import cosine as reference_cosine
 from .reference import resize as reference_resize
 from .reference import vicreg as reference_vicreg
@@ -137,8 +138,10 @@ def cosine_loss(
         "reduction": check_choice("reduction", reduction, REDUCTIONS),
         "eps": check_number("eps", eps, minimum=0),
     }
-    run = {"reference": reference_cosine.cosine_loss}[choose("cosine_loss", student, backend)]
-    return run(student, teacher, **options)
+    name = choose("cosine_loss", student, backend)
+    if name == "reference":
+        return reference_cosine.cosine_loss(student, teacher, **options)
+    return ops_cosine.cosine_loss(student, teacher, **options, backend=name)
 
 
 def mse_loss(

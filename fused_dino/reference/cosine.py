@@ -24,6 +24,12 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return values.sum() / torch.where(total == 0, 1, total)
 
 
+def cosine_distance(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    """1 - <s / max(|s|, eps), t / max(|t|, eps)> per row: [..., D], [..., D] -> [...]."""
+    s, t = (F.normalize(x, dim=-1, eps=eps) for x in upcast(student, teacher))
+    return 1 - (s * t).sum(-1)
+
+
 def cosine_loss(
     student: Tensor,  # [..., D]
     teacher: Tensor,  # [..., D]
@@ -32,9 +38,8 @@ def cosine_loss(
     reduction: str,
     eps: float,
 ) -> Tensor:
-    """1 - <s / max(|s|, eps), t / max(|t|, eps)> per row, reduced."""
-    s, t = (F.normalize(x, dim=-1, eps=eps) for x in upcast(student, teacher))
-    return reduce(1 - (s * t).sum(-1), weight, reduction)
+    """The cosine distance per row, reduced."""
+    return reduce(cosine_distance(student, teacher, eps), weight, reduction)
 
 
 def mse_loss(

@@ -1,10 +1,20 @@
 """The one rule of precision, which every op keeps."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 as soon as one of the tensors is float64, float32 otherwise."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All tensors in the dtype of the arithmetic: float64 as soon as one of them is float64, float32 otherwise."""
-    wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-    return tuple(x.to(wide) for x in tensors)
+    return tuple(x.to(wide(*tensors)) for x in tensors)
+
+
+def without_autocast(x: Tensor) -> torch.autocast | nullcontext:
+    """Autocast turned off, which meta tensors have none of: under it float32 matrices have a bfloat16 product."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -1,12 +1,11 @@
 """Variance, invariance and covariance, of the student alone (the teacher is frozen)."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from .dtypes import upcast
+from .dtypes import upcast, without_autocast
 
 
 def vicreg_loss(
@@ -39,15 +38,10 @@ def vicreg_loss(
     deviation = (total(yc.square().sum(0)) / (spare if unbiased else n) + eps).sqrt()
     variance = torch.relu(gamma - deviation).mean()
 
-    with float32_products(y):
+    with without_autocast(y):
         c = total(yc.T @ yc) / spare
     off_diagonal = c - torch.diag(torch.diag(c))
     covariance = off_diagonal.square().sum() / (d * d if cov_reduction == "mean" else d)
 
     loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
     return loss, invariance, variance, covariance
-
-
-def float32_products(x: Tensor) -> torch.autocast | nullcontext:
-    """Autocast turned off, which meta tensors have none of: under it float32 matrices have a bfloat16 product."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

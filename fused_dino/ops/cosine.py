@@ -1,0 +1,193 @@
+"""Cosine between rows: closed form, Triton launcher, dispatcher op, autograd.Function.
+
+distance_i = 1 - <s, t>,   s = student_i / max(|student_i|, eps),  t likewise
+d distance_i / d student_i = (<s, t> s - t) / |student_i|,   without its first term where the norm is clamped
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.cosine import cosine_distance, reduce
+from ..reference.dtypes import upcast, wide, without_autocast
+from .dispatch import batched_rows, define
+
+CPU_BLOCK = 128  # rows: at a thousand columns a block of each operand stays in a core's cache from pass to pass
+# Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
+CONFIGURATIONS = {256: 1, 1024: 4, 4096: 8}
+
+
+# --- closed form in plain torch ---------------------------------------------------------------------------------------
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Rows to take at a time: few in eager code on a CPU, all where launches cost more or a compiler fuses."""
+    step = CPU_BLOCK if x.device.type == "cpu" and not torch.compiler.is_compiling() else max(len(x), 1)
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def cosine_fwd_torch(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    distance, s_norm, t_norm = cosine_fwd_fake(student, teacher, eps)
+    with without_autocast(student):  # vecdot is a matrix product
+        for rows in blocks(student):
+            s, t = upcast(student[rows], teacher[rows])
+            s_norm[rows], t_norm[rows] = (torch.linalg.vecdot(x, x).sqrt() for x in (s, t))
+            distance[rows] = torch.linalg.vecdot(s, t)
+        distance /= s_norm.clamp(min=eps)
+        distance /= t_norm.clamp(min=eps)
+    return 1 - distance, s_norm, t_norm
+
+
+def cosine_bwd_torch(
+    student: Tensor, teacher: Tensor, distance: Tensor, s_norm: Tensor, t_norm: Tensor, grad: Tensor, eps: float,
+    for_student: bool, for_teacher: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grads = cosine_bwd_fake(student, teacher, distance, s_norm, t_norm, grad, eps, for_student, for_teacher)
+    for wanted, out, x, y, x_norm, y_norm in (
+        (for_student, grads[0], student, teacher, s_norm, t_norm),
+        (for_teacher, grads[1], teacher, student, t_norm, s_norm),
+    ):
+        if wanted:
+            along = torch.where(x_norm < eps, 0, 1 - distance)  # a clamped norm is a constant
+            x_inverse, y_inverse = (1 / norm.clamp(min=eps) for norm in (x_norm, y_norm))
+            scales = torch.stack([along * x_inverse, -y_inverse, grad * x_inverse])[..., None]
+            for rows in blocks(x):
+                a, b = upcast(x[rows], y[rows])
+                # One factor after the other: products of inverse norms can leave the range.
+                out[rows] = (a * scales[0, rows]).addcmul_(b, scales[1, rows]).mul_(scales[2, rows])
+    return grads
+
+
+# --- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def cosine_fwd_fake(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What the forward returns, not filled: distance, |student| and |teacher|, [N] each."""
+    distance, s_norm, t_norm = (student.new_empty(len(student), dtype=wide(student, teacher)) for _ in range(3))
+    return distance, s_norm, t_norm
+
+
+def cosine_bwd_fake(
+    student: Tensor, teacher: Tensor, distance: Tensor, s_norm: Tensor, t_norm: Tensor, grad: Tensor, eps: float,
+    for_student: bool, for_teacher: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the backward returns, not filled: the gradients, each [N, D] and contiguous, or empty where not wanted."""
+    return student.new_empty(student.shape if for_student else 0), teacher.new_empty(
+        teacher.shape if for_teacher else 0
+    )
+
+
+def rows_of(*tensors: Tensor) -> list[Tensor]:
+    """Tensors [N, D] whose last dimension is contiguous, which is all that the kernels ask."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def launch_options(distance: Tensor, width: int) -> dict[str, Any]:
+    import triton.language as tl
+
+    block = next((block for block in CONFIGURATIONS if block >= width), max(CONFIGURATIONS))
+    wide = tl.float64 if distance.dtype == torch.float64 else tl.float32
+    return {"BLOCK": block, "ACC": wide, "num_warps": CONFIGURATIONS[block]}
+
+
+def cosine_fwd_triton(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.cosine import cosine_fwd_kernel
+
+    student, teacher = rows_of(student, teacher)
+    distance, s_norm, t_norm = cosine_fwd_fake(student, teacher, eps)
+    if len(student):
+        with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
+            cosine_fwd_kernel[(len(student),)](
+                student, teacher, distance, s_norm, t_norm, student.stride(0), teacher.stride(0), student.shape[1], eps,
+                **launch_options(distance, student.shape[1]),
+            )  # fmt: skip
+    return distance, s_norm, t_norm
+
+
+def cosine_bwd_triton(
+    student: Tensor, teacher: Tensor, distance: Tensor, s_norm: Tensor, t_norm: Tensor, grad: Tensor, eps: float,
+    for_student: bool, for_teacher: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from ..kernels.cosine import cosine_bwd_kernel
+
+    student, teacher = rows_of(student, teacher)
+    grads = cosine_bwd_fake(student, teacher, distance, s_norm, t_norm, grad, eps, for_student, for_teacher)
+    if len(student):
+        with torch.cuda.device_of(student):
+            cosine_bwd_kernel[(len(student),)](
+                student, teacher, distance, s_norm, t_norm, grad,
+                grads[0] if for_student else None, grads[1] if for_teacher else None,
+                student.stride(0), teacher.stride(0), grad.stride(0), student.shape[1], eps,
+                **launch_options(distance, student.shape[1]),
+            )  # fmt: skip
+    return grads
+
+
+cosine_fwd = define(
+    "cosine_fwd(Tensor student, Tensor teacher, float eps) -> (Tensor distance, Tensor s_norm, Tensor t_norm)",
+    cosine_fwd_triton,
+    cosine_fwd_fake,
+)
+cosine_bwd = define(
+    "cosine_bwd(Tensor student, Tensor teacher, Tensor distance, Tensor s_norm, Tensor t_norm, Tensor grad, float eps, "
+    "bool for_student, bool for_teacher) -> (Tensor, Tensor)",
+    cosine_bwd_triton,
+    cosine_bwd_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class CosineFunction(torch.autograd.Function):
+    """(student [N, D], teacher [N, D], eps, backend) -> (distance [N], |student|, |teacher|), the norms for itself."""
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        return (cosine_fwd if backend == "triton" else cosine_fwd_torch)(student, teacher, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        student, teacher, ctx.eps, ctx.backend = inputs
+        ctx.save_for_backward(student, teacher, *output)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        student, teacher, distance, s_norm, t_norm = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if grad is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():  # create_graph=True: the formula has derivatives of every order
+            grads = torch.func.vjp(partial(cosine_distance, eps=ctx.eps), student, teacher)[1](grad)
+        else:
+            backward = cosine_bwd if ctx.backend == "triton" else cosine_bwd_torch
+            grads = backward(student, teacher, distance, s_norm, t_norm, grad, ctx.eps, *wanted)
+        for_student, for_teacher = (g if want else None for g, want in zip(grads, wanted, strict=True))
+        return for_student, for_teacher, None, None  # student, teacher, eps, backend
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, student: Tensor, teacher: Tensor, eps: float, backend: str) -> tuple:
+        student, teacher = batched_rows(info.batch_size, in_dims, student, teacher)
+        out = CosineFunction.apply(student, teacher, eps, backend)
+        return tuple(x.unflatten(0, (info.batch_size, len(x) // info.batch_size)) for x in out), (0, 0, 0)
+
+
+def cosine_loss(
+    student: Tensor,  # [..., D]
+    teacher: Tensor,  # [..., D]
+    *,
+    weight: Tensor | None,  # [...]
+    reduction: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    width = student.shape[-1]
+    distance = CosineFunction.apply(student.reshape(-1, width), teacher.reshape(-1, width), eps, backend)[0]
+    return reduce(distance.reshape(student.shape[:-1]), weight, reduction)
