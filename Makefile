@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup demo test lint dist test-oldest clean
+.PHONY: help setup demo test lint aot dist test-oldest clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -12,8 +12,13 @@ setup: .venv/.dev  ## create .venv with everything that the other targets need
 demo: .venv/.demo  ## train a small head on real photographs under a frozen teacher, and show what it learnt (ARGS=...)
 	$(BIN)/fused-dino demo $(ARGS)
 
+# The second call proves the kernels in Triton's interpreter, which takes a process of its own.
 test: .venv/.dev  ## run all the tests; a skipped one fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --no-skips $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --no-skips tests/test_ops.py tests/test_kernels.py
+
+aot: .venv/.dev  ## compile every kernel for GPUs that are not here, and hold it against its budget
+	$(BIN)/python tests/aot.py
 
 lint: .venv/.dev  ## check format, lint and types
 	$(BIN)/ruff format --check .

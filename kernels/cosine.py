@@ -11,20 +11,28 @@ def inverse(norm, eps):
 
 
 @triton.jit
+def store(pointer, value, mask):
+    """A store rounded once more on its way from float64 to 16 bits, which the interpreter gets wrong in one step."""
+    if pointer.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
 def cosine_fwd_kernel(
     student, teacher,  # [N, D], last dimension contiguous
     distance, student_norm, teacher_norm,  # [N]
     stride_student, stride_teacher, width, eps,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns one row and walks it in blocks.
+    # One program owns one row and walks it twice, the second time out of the cache: the product of two rows is taken
+    # of rows of length one, since of the rows themselves it can leave the range.
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2**31
     column = tl.arange(0, BLOCK)
     student += row * stride_student
     teacher += row * stride_teacher
     ss = tl.zeros((BLOCK,), ACC)
     tt = tl.zeros((BLOCK,), ACC)
-    st = tl.zeros((BLOCK,), ACC)
     for start in range(0, width, BLOCK):
         live = start + column < width
         # Upcast right at the load: half precision must not reach the products, and bf16 in the interpreter is wrong.
@@ -32,11 +40,17 @@ def cosine_fwd_kernel(
         t = tl.load(teacher + start + column, mask=live, other=0).to(ACC)
         ss += s * s
         tt += t * t
-        st += s * t
     s_norm = tl.sqrt(tl.sum(ss, 0))
     t_norm = tl.sqrt(tl.sum(tt, 0))
-    # One factor after the other: their product can leave the range.
-    tl.store(distance + row, 1 - tl.sum(st, 0) * inverse(s_norm, eps) * inverse(t_norm, eps))
+    s_inverse = inverse(s_norm, eps)
+    t_inverse = inverse(t_norm, eps)
+    st = tl.zeros((BLOCK,), ACC)
+    for start in range(0, width, BLOCK):
+        live = start + column < width
+        s = tl.load(student + start + column, mask=live, other=0).to(ACC)
+        t = tl.load(teacher + start + column, mask=live, other=0).to(ACC)
+        st += (s * s_inverse) * (t * t_inverse)
+    tl.store(distance + row, 1 - tl.sum(st, 0))
     tl.store(student_norm + row, s_norm)
     tl.store(teacher_norm + row, t_norm)
 
@@ -70,6 +84,6 @@ def cosine_bwd_kernel(
         s = tl.load(student + start + column, mask=live, other=0).to(ACC) * s_inverse
         t = tl.load(teacher + start + column, mask=live, other=0).to(ACC) * t_inverse
         if grad_student is not None:
-            tl.store(grad_student + row * width + start + column, s_outer * (s_along * s - t), mask=live)
+            store(grad_student + row * width + start + column, s_outer * (s_along * s - t), live)
         if grad_teacher is not None:
-            tl.store(grad_teacher + row * width + start + column, t_outer * (t_along * t - s), mask=live)
+            store(grad_teacher + row * width + start + column, t_outer * (t_along * t - s), live)

@@ -5,6 +5,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from proving import DEVICE, INTERPRETED
+
+# A kernel runs in the interpreter, in a process of its own, or on a GPU.
+collect_ignore = ["test_kernels.py"] if not INTERPRETED and DEVICE == "cpu" else []
+
 
 class TinyTeacher(nn.Module):
     """A teacher with the right outputs and a few thousand weights: 56 x 56 pixels are 4 x 4 tokens of width 24."""

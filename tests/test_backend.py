@@ -17,23 +17,40 @@ CALLS = {
 }
 
 
+WITH_FLOORS = [op for op in CALLS if registry.FLOORS[op]]
+WITHOUT = [op for op in CALLS if not registry.FLOORS[op]]
+
+
 def test_every_op_is_listed():
     assert set(CALLS) == set(registry.FLOORS)
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_what_runs_without_a_choice(op, monkeypatch):
+def test_what_runs_on_a_cpu_without_a_choice(op, monkeypatch):
     monkeypatch.delenv(registry.VARIABLE, raising=False)
     said = fused_dino.explain_backend(op, X)
-    assert said.startswith("reference: ")
-    assert op in said
-    assert "no closed form yet" in said
+    assert said.startswith("torch: " if op in WITH_FLOORS else "reference: ")
+    assert ("no closed form yet" in said) == (op in WITHOUT)
+    for backend in (None, "auto", "torch", "reference"):
+        assert CALLS[op](backend=backend) is not None
+
+
+@pytest.mark.parametrize("op", WITH_FLOORS)
+def test_triton_on_a_cpu_raises_and_says_why(op, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=f"{op} cannot run on triton.*the tensor is on cpu"):
+        CALLS[op](backend="triton")
+    assert fused_dino.explain_backend(op, X, backend="triton").startswith("none: ")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fused_dino.explain_backend(op, X, backend="triton").startswith("triton: ")
+    assert fused_dino.explain_backend(op, X).startswith("torch: "), "only an explicit choice takes the interpreter"
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        CALLS[op](backend="triton")
     assert CALLS[op]() is not None
-    assert CALLS[op](backend="torch") is not None
-    assert CALLS[op](backend="reference") is not None
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", WITHOUT)
 def test_triton_without_a_kernel_raises_and_names_the_op(op):
     for choose in (lambda: CALLS[op](backend="triton"), under("triton", CALLS[op])):
         with pytest.raises(NotImplementedError, match=op):
@@ -52,20 +69,20 @@ def under(name, call):
 def test_the_argument_beats_the_context_beats_the_variable(monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, "triton")
     with pytest.raises(NotImplementedError, match=registry.VARIABLE):
-        FD.cosine_loss(X, X)
+        FD.mse_loss(X, X)
     with fused_dino.use_backend("torch"):
-        FD.cosine_loss(X, X)
-        assert "use_backend" in fused_dino.explain_backend("cosine_loss", X)
+        FD.mse_loss(X, X)
+        assert "use_backend" in fused_dino.explain_backend("mse_loss", X)
         with pytest.raises(NotImplementedError, match="the argument backend="):
-            FD.cosine_loss(X, X, backend="triton")
+            FD.mse_loss(X, X, backend="triton")
         with fused_dino.use_backend("triton"):
-            FD.cosine_loss(X, X, backend="auto")
+            FD.mse_loss(X, X, backend="auto")
             with pytest.raises(NotImplementedError, match="use_backend"):
-                FD.cosine_loss(X, X)
-        FD.cosine_loss(X, X)
-    assert registry.VARIABLE in fused_dino.explain_backend("cosine_loss", X)
+                FD.mse_loss(X, X)
+        FD.mse_loss(X, X)
+    assert registry.VARIABLE in fused_dino.explain_backend("mse_loss", X)
     monkeypatch.setenv(registry.VARIABLE, "reference")
-    assert fused_dino.explain_backend("cosine_loss", X).startswith("reference: reference by the environment variable")
+    assert fused_dino.explain_backend("mse_loss", X).startswith("reference: reference by the environment variable")
 
 
 def test_the_context_ends_with_an_error_too():
@@ -87,9 +104,9 @@ def test_unknown_names_raise_at_once(monkeypatch):
 
 
 def test_a_compiled_function_follows_the_context():
-    compiled = torch.compile(lambda x: FD.cosine_loss(x, x + 1), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: FD.mse_loss(x, x + 1), fullgraph=True, backend="eager")
     expected = compiled(X)
     with fused_dino.use_backend("reference"):
         assert torch.equal(compiled(X), expected)
-    with fused_dino.use_backend("triton"), pytest.raises(Exception, match="cosine_loss has no Triton kernel"):
+    with fused_dino.use_backend("triton"), pytest.raises(Exception, match="mse_loss has no Triton kernel"):
         compiled(X)

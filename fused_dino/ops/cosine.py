@@ -6,7 +6,6 @@ d distance_i / d student_i = (<s, t> s - t) / |student_i|,   without its first t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from ..reference.cosine import cosine_distance, reduce
 from ..reference.dtypes import upcast, wide, without_autocast
-from .dispatch import batched_rows, define
+from .dispatch import batched_rows, by_rows, define, is_batched
 
-CPU_BLOCK = 128  # rows: at a thousand columns a block of each operand stays in a core's cache from pass to pass
 # Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
 CONFIGURATIONS = {256: 1, 1024: 4, 4096: 8}
 
@@ -25,42 +23,44 @@ CONFIGURATIONS = {256: 1, 1024: 4, 4096: 8}
 # --- closed form in plain torch ---------------------------------------------------------------------------------------
 
 
-def blocks(x: Tensor) -> Iterator[slice]:
-    """Rows to take at a time: few in eager code on a CPU, all where launches cost more or a compiler fuses."""
-    step = CPU_BLOCK if x.device.type == "cpu" and not torch.compiler.is_compiling() else max(len(x), 1)
-    return (slice(start, start + step) for start in range(0, len(x), step))
+def unit(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """Rows over their norms. Products are taken after it: the square of a large norm leaves the range."""
+    return x * (1 / norm.clamp(min=eps)).unsqueeze(-1)
+
+
+def forward_rows(student: Tensor, teacher: Tensor, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    s, t = upcast(student, teacher)
+    s_norm, t_norm = (torch.linalg.vecdot(x, x).sqrt() for x in (s, t))
+    return 1 - torch.linalg.vecdot(unit(s, s_norm, eps), unit(t, t_norm, eps)), s_norm, t_norm
+
+
+def backward_rows(
+    x: Tensor, y: Tensor, distance: Tensor, x_norm: Tensor, y_norm: Tensor, grad: Tensor, *, eps: float
+) -> tuple[Tensor]:
+    """The gradient of x; the two inputs are alike."""
+    x, y = upcast(x, y)
+    along = torch.where(x_norm < eps, 0, 1 - distance).unsqueeze(-1)  # a clamped norm is a constant
+    towards = (unit(x, x_norm, eps) * along).sub_(unit(y, y_norm, eps))
+    return (towards.mul_((grad / x_norm.clamp(min=eps)).unsqueeze(-1)),)
 
 
 def cosine_fwd_torch(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    distance, s_norm, t_norm = cosine_fwd_fake(student, teacher, eps)
-    with without_autocast(student):  # vecdot is a matrix product
-        for rows in blocks(student):
-            s, t = upcast(student[rows], teacher[rows])
-            s_norm[rows], t_norm[rows] = (torch.linalg.vecdot(x, x).sqrt() for x in (s, t))
-            distance[rows] = torch.linalg.vecdot(s, t)
-        distance /= s_norm.clamp(min=eps)
-        distance /= t_norm.clamp(min=eps)
-    return 1 - distance, s_norm, t_norm
+    out = cosine_fwd_fake(student, teacher, eps)
+    with without_autocast(student):  # to which vecdot is a matrix product
+        return by_rows(partial(forward_rows, eps=eps), out, student, teacher)
 
 
 def cosine_bwd_torch(
     student: Tensor, teacher: Tensor, distance: Tensor, s_norm: Tensor, t_norm: Tensor, grad: Tensor, eps: float,
     for_student: bool, for_teacher: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grads = cosine_bwd_fake(student, teacher, distance, s_norm, t_norm, grad, eps, for_student, for_teacher)
-    for wanted, out, x, y, x_norm, y_norm in (
-        (for_student, grads[0], student, teacher, s_norm, t_norm),
-        (for_teacher, grads[1], teacher, student, t_norm, s_norm),
-    ):
-        if wanted:
-            along = torch.where(x_norm < eps, 0, 1 - distance)  # a clamped norm is a constant
-            x_inverse, y_inverse = (1 / norm.clamp(min=eps) for norm in (x_norm, y_norm))
-            scales = torch.stack([along * x_inverse, -y_inverse, grad * x_inverse])[..., None]
-            for rows in blocks(x):
-                a, b = upcast(x[rows], y[rows])
-                # One factor after the other: products of inverse norms can leave the range.
-                out[rows] = (a * scales[0, rows]).addcmul_(b, scales[1, rows]).mul_(scales[2, rows])
-    return grads
+    for_s, for_t = cosine_bwd_fake(student, teacher, distance, s_norm, t_norm, grad, eps, for_student, for_teacher)
+    run = partial(backward_rows, eps=eps)
+    if for_student:
+        (for_s,) = by_rows(run, (for_s,), student, teacher, distance, s_norm, t_norm, grad)
+    if for_teacher:
+        (for_t,) = by_rows(run, (for_t,), teacher, student, distance, t_norm, s_norm, grad)
+    return for_s, for_t
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def cosine_bwd_torch(
 
 def cosine_fwd_fake(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """What the forward returns, not filled: distance, |student| and |teacher|, [N] each."""
-    distance, s_norm, t_norm = (student.new_empty(len(student), dtype=wide(student, teacher)) for _ in range(3))
+    distance, s_norm, t_norm = (student.new_empty(student.shape[0], dtype=wide(student, teacher)) for _ in range(3))
     return distance, s_norm, t_norm
 
 
@@ -164,7 +164,7 @@ class CosineFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if grad is None:
             return None, None, None, None
-        if torch.is_grad_enabled():  # create_graph=True: the formula has derivatives of every order
+        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap: the formula serves both
             grads = torch.func.vjp(partial(cosine_distance, eps=ctx.eps), student, teacher)[1](grad)
         else:
             backward = cosine_bwd if ctx.backend == "triton" else cosine_bwd_torch

@@ -1,4 +1,4 @@
-"""How a Triton launcher becomes an op that torch.compile, export and opcheck know: once, for every op."""
+"""What every op needs on its way to torch's dispatcher, to autograd and to a CPU's cache: written once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "fused_dino"
+CPU_ROWS = 256  # of some thousand columns: what one step makes of them is still in a core's cache for the next
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -38,3 +39,26 @@ def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor) -> tuple[Ten
         for x, dim in zip(tensors, in_dims, strict=False)
     )
     return tuple(x.flatten(0, 1) for x in whole)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x is under one of torch's two vmaps, of which the older serves is_grads_batched."""
+    try:
+        return x.untyped_storage() is None
+    except NotImplementedError:
+        return True
+
+
+def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor) -> tuple:
+    """function(*rows), on a CPU in blocks of rows written into `outputs`.
+
+    `function` makes each row of its results from the same row of its arguments. Whole where a compiler fuses it, and
+    where a launch costs more than memory.
+    """
+    if torch.compiler.is_compiling() or rows[0].device.type != "cpu":
+        return tuple(x.to(out.dtype) for x, out in zip(function(*rows), outputs, strict=True))
+    for start in range(0, len(rows[0]), CPU_ROWS):
+        block = slice(start, start + CPU_ROWS)
+        for out, made in zip(outputs, function(*(x[block] for x in rows)), strict=True):
+            out[block] = made
+    return outputs

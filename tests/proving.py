@@ -1,0 +1,158 @@
+"""The proving ground: the table of ops, and the yardstick that every implementation is held against.
+
+An op joins by a row in OPS. test_ops.py runs each row on every implementation; test_kernels.py adds what only device
+code can get wrong. With TRITON_INTERPRET=1 the implementation under test is the interpreted kernel, and nothing else.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fused_dino import functional as FD
+from fused_dino.ops import cosine
+from fused_dino.reference.cosine import reduce
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+if INTERPRETED:
+    IMPLEMENTATIONS: tuple[str, ...] = ("triton",)
+else:
+    IMPLEMENTATIONS = ("reference", "torch", "triton") if DEVICE == "cuda" else ("reference", "torch")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size of an op's inputs, its options, and why it is here."""
+
+    shape: tuple[int, ...]
+    reason: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.shape)) + "".join(f"-{k}={v}" for k, v in self.options.items())
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, and what it takes to prove it.
+
+    run(student, teacher, *, backend, **options) -> a tensor.
+    scales(student, teacher, grad_output, **options) -> how large the terms are of which the value and the gradients of
+        student and teacher are made: the unit of their errors, which cancellation in the result does not shrink.
+    weight: it takes one weight a row.
+    floor: what is allowed beside twice eager's error, in units of scale * eps: eager may happen to hit a value exactly.
+    forward, backward: the dispatcher ops, each launched once.
+    forward_arguments(student, teacher), backward_arguments(student, teacher, *forward's results): for inputs [N, D].
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    cases: tuple[Case, ...]
+    scales: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    weight: bool
+    forward: Any
+    backward: Any
+    forward_arguments: Callable[..., tuple]
+    backward_arguments: Callable[..., tuple]
+    floor: float = 2.0
+
+
+def cosine_scales(
+    student: Tensor, teacher: Tensor, grad_output: Tensor, *, eps: float = 1e-12, reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Two for a row's distance; a row's share of the loss over its norm for its gradient."""
+    distance = torch.full(student.shape[:-1], 2.0, dtype=torch.float64, device=student.device, requires_grad=True)
+    value = reduce(distance, weight, reduction)
+    (share,) = torch.autograd.grad(value, distance, grad_output.double())
+    # A norm whose square leaves the range is infinite.
+    norms = (x.double().norm(dim=-1).clamp(eps, 1e154) for x in (student, teacher))
+    for_student, for_teacher = ((share.abs() / norm).unsqueeze(-1) for norm in norms)
+    return value.detach(), for_student, for_teacher
+
+
+COSINE = Op(
+    "cosine_loss",
+    FD.cosine_loss,
+    (
+        Case((3, 16), "a power of two, narrower than any block"),
+        Case((5, 37), "no power of two: a masked tail"),
+        Case((4, 1), "one column: every cosine is 1 or -1"),
+        Case((1, 300), "one row"),
+        Case((2, 3, 24), "tokens: two leading dimensions"),
+        Case((7,), "a single vector"),
+        Case((3, 1000), "wider than the narrowest block"),
+        Case((2, 5000), "wider than the widest block: the loop over columns"),
+        Case((258, 5), "more rows than the closed form takes at a time on a CPU"),
+        Case((6, 20), "summed", {"reduction": "sum"}),
+        Case((6, 20), "one value a row", {"reduction": "none"}),
+        Case((6, 20), "an eps above some norms and below others", {"eps": 4.5}),
+    ),
+    scales=cosine_scales,
+    weight=True,
+    forward=cosine.cosine_fwd,
+    backward=cosine.cosine_bwd,
+    forward_arguments=lambda s, t: (s, t, 1e-12),
+    backward_arguments=lambda s, t, *made: (s, t, *made, torch.ones_like(made[0]), 1e-12, True, True),
+)
+OPS = (COSINE,)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student and teacher of a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student.to(DEVICE, dtype), teacher.to(DEVICE, dtype)
+
+
+def row_weight(op: Op, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    if not op.weight:
+        return {}
+    count = math.prod(shape[:-1])
+    return {"weight": torch.linspace(0.25, 2, count + 1, device=DEVICE)[:count].view(shape[:-1])}
+
+
+def grad_output_of(out: Tensor) -> Tensor:
+    """Not one, and not the same for every row."""
+    return torch.linspace(0.5, 1.5, out.numel() + 1, dtype=out.dtype, device=out.device)[1:].view(out.shape)
+
+
+def results(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: Any) -> list[Tensor]:
+    """The op's value, and the gradients of student and teacher."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = op.run(*leaves, backend=backend, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_output_of(out))]
+
+
+def check_accuracy(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: Any) -> None:
+    """Against float64, in units of the op's scales: at most twice eager's error in the same dtypes, plus the floor.
+
+    The oracle sees the inputs as they were rounded. What eager makes NaN or infinite must be the same here.
+    """
+    truth = results(op, tuple(x.double() for x in inputs), "reference", **options)
+    eager = results(op, inputs, "reference", **options)
+    ours = results(op, inputs, backend, **options)
+    scales = op.scales(*inputs, grad_output_of(truth[0]), **options)
+    wide = torch.finfo(eager[0].dtype).eps * op.floor
+    if eager[0].dtype == torch.float64:
+        wide *= 8  # the oracle is eager itself, whose own error is not counted: sums in another order differ by more
+    for name, got, plain, true, scale in zip(("value", "student", "teacher"), ours, eager, truth, scales, strict=True):
+        assert (got.dtype, got.shape) == (plain.dtype, plain.shape), name
+        finite = plain.isfinite() & true.isfinite()
+        assert_close(got[~finite], plain[~finite], equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+        if not finite.any():
+            continue
+        true, unit = true[finite], scale.expand(true.shape)[finite]
+        limits = torch.finfo(got.dtype)
+        # The result's own rounding, to which a subnormal's last step is large.
+        rounding = limits.eps * (true.abs().clamp(min=limits.smallest_normal) / unit).max().item()
+        error, eagers = (((x[finite].double() - true).abs() / unit).max().item() for x in (got, plain))
+        allowed = 2 * eagers + wide + rounding
+        assert error <= allowed, f"{name}: error {error:.3g} of its scale; eager's {eagers:.3g}, allowed {allowed:.3g}"
