@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup demo test lint aot dist test-oldest clean
+.PHONY: help setup demo test lint aot bench dist test-oldest clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -25,12 +25,16 @@ lint: .venv/.dev  ## check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench: .venv/.dev  ## time each op beside what it replaces, in one run
+	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
+
 dist: .venv/.dev  ## build the sdist and the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch, timm and einops that are supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -q -n auto tests/test_ops.py tests/test_kernels.py
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .venv-oldest build dist *.egg-info demo
@@ -51,8 +55,9 @@ clean:  ## remove what the other targets made
 	@$(BIN)/python -m pip install -q --no-deps dinov2==0.0.1.dev2
 	@touch $@
 
+# The interpreter of this torch's Triton 3.6 needs NumPy below 2.4.
 .venv-oldest/.dev: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv-oldest
-	@.venv-oldest/bin/python -m pip install -q "torch==2.11.*" timm==1.0.22 einops==0.8.0 -e ".[dev]"
+	@.venv-oldest/bin/python -m pip install -q "torch==2.11.*" timm==1.0.22 einops==0.8.0 "numpy<2.4" -e ".[dev]"
 	@.venv-oldest/bin/python -m pip install -q --no-deps dinov2==0.0.1.dev2
 	@touch $@

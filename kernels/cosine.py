@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def inverse(norm, eps):
-    """1 / max(norm, eps), by tl.where and not tl.maximum: a NaN norm must stay NaN."""
-    return 1 / tl.where(norm < eps, eps, norm)
+def inverse(norm, EPS: tl.constexpr):
+    """1 / max(norm, EPS), by tl.where and not tl.maximum: a NaN norm must stay NaN."""
+    return 1 / tl.where(norm < EPS, EPS, norm)
 
 
 @triton.jit
@@ -22,8 +22,8 @@ def store(pointer, value, mask):
 def cosine_fwd_kernel(
     student, teacher,  # [N, D], last dimension contiguous
     distance, student_norm, teacher_norm,  # [N]
-    stride_student, stride_teacher, width, eps,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+    stride_student, stride_teacher, width,
+    EPS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns one row and walks it twice, the second time out of the cache: the product of two rows is taken
     # of rows of length one, since of the rows themselves it can leave the range.
@@ -42,8 +42,8 @@ def cosine_fwd_kernel(
         tt += t * t
     s_norm = tl.sqrt(tl.sum(ss, 0))
     t_norm = tl.sqrt(tl.sum(tt, 0))
-    s_inverse = inverse(s_norm, eps)
-    t_inverse = inverse(t_norm, eps)
+    s_inverse = inverse(s_norm, EPS)
+    t_inverse = inverse(t_norm, EPS)
     st = tl.zeros((BLOCK,), ACC)
     for start in range(0, width, BLOCK):
         live = start + column < width
@@ -60,8 +60,8 @@ def cosine_bwd_kernel(
     student, teacher,  # [N, D], last dimension contiguous
     distance, student_norm, teacher_norm, grad_output,  # [N]; grad_output of any stride
     grad_student, grad_teacher,  # [N, D] contiguous; None where it is not wanted
-    stride_student, stride_teacher, stride_grad_output, width, eps,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+    stride_student, stride_teacher, stride_grad_output, width,
+    EPS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns one row. With s and t of length one, d(1 - cos)/d student = (cos s - t) / |student|.
     row = tl.program_id(0).to(tl.int64)
@@ -72,11 +72,11 @@ def cosine_bwd_kernel(
     t_norm = tl.load(teacher_norm + row)
     cos = 1 - tl.load(distance + row)
     outer = tl.load(grad_output + row * stride_grad_output).to(ACC)
-    s_inverse = inverse(s_norm, eps)
-    t_inverse = inverse(t_norm, eps)
+    s_inverse = inverse(s_norm, EPS)
+    t_inverse = inverse(t_norm, EPS)
     # A clamped norm is a constant, and has no share in the gradient.
-    s_along = tl.where(s_norm < eps, 0, cos)
-    t_along = tl.where(t_norm < eps, 0, cos)
+    s_along = tl.where(s_norm < EPS, 0, cos)
+    t_along = tl.where(t_norm < EPS, 0, cos)
     s_outer = outer * s_inverse
     t_outer = outer * t_inverse
     for start in range(0, width, BLOCK):

@@ -77,9 +77,9 @@ def cosine_bwd_fake(
     for_student: bool, for_teacher: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the backward returns, not filled: the gradients, each [N, D] and contiguous, or empty where not wanted."""
-    return student.new_empty(student.shape if for_student else 0), teacher.new_empty(
-        teacher.shape if for_teacher else 0
-    )
+    for_s = student.new_empty(student.shape if for_student else 0)
+    for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
+    return for_s, for_t
 
 
 def rows_of(*tensors: Tensor) -> list[Tensor]:
@@ -87,12 +87,17 @@ def rows_of(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def launch_options(distance: Tensor, width: int) -> dict[str, Any]:
+def launch_options(distance: Tensor, width: int, eps: float) -> dict[str, Any]:
+    """eps is compiled in: as an argument Triton would round it to float32, for float64 too.
+
+    Multiplications and additions may be fused, explicitly: it rounds once less, and Triton 3.10 changes the default.
+    """
     import triton.language as tl
 
     block = next((block for block in CONFIGURATIONS if block >= width), max(CONFIGURATIONS))
     wide = tl.float64 if distance.dtype == torch.float64 else tl.float32
-    return {"BLOCK": block, "ACC": wide, "num_warps": CONFIGURATIONS[block]}
+    compiling = {"num_warps": CONFIGURATIONS[block], "enable_fp_fusion": True}
+    return {"EPS": eps, "BLOCK": block, "ACC": wide, **compiling}
 
 
 def cosine_fwd_triton(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,8 +108,8 @@ def cosine_fwd_triton(student: Tensor, teacher: Tensor, eps: float) -> tuple[Ten
     if len(student):
         with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
             cosine_fwd_kernel[(len(student),)](
-                student, teacher, distance, s_norm, t_norm, student.stride(0), teacher.stride(0), student.shape[1], eps,
-                **launch_options(distance, student.shape[1]),
+                student, teacher, distance, s_norm, t_norm, student.stride(0), teacher.stride(0), student.shape[1],
+                **launch_options(distance, student.shape[1], eps),
             )  # fmt: skip
     return distance, s_norm, t_norm
 
@@ -122,8 +127,8 @@ def cosine_bwd_triton(
             cosine_bwd_kernel[(len(student),)](
                 student, teacher, distance, s_norm, t_norm, grad,
                 grads[0] if for_student else None, grads[1] if for_teacher else None,
-                student.stride(0), teacher.stride(0), grad.stride(0), student.shape[1], eps,
-                **launch_options(distance, student.shape[1]),
+                student.stride(0), teacher.stride(0), grad.stride(0), student.shape[1],
+                **launch_options(distance, student.shape[1], eps),
             )  # fmt: skip
     return grads
 
