@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def inverse(norm, EPS: tl.constexpr):
-    """1 / max(norm, EPS), by tl.where and not tl.maximum: a NaN norm must stay NaN."""
-    return 1 / tl.where(norm < EPS, EPS, norm)
+def inverse(norm, eps):
+    """1 / max(norm, eps), by tl.where and not tl.maximum: a NaN norm must stay NaN."""
+    return 1 / tl.where(norm < eps, eps, norm)
 
 
 @triton.jit
@@ -42,8 +42,9 @@ def cosine_fwd_kernel(
         tt += t * t
     s_norm = tl.sqrt(tl.sum(ss, 0))
     t_norm = tl.sqrt(tl.sum(tt, 0))
-    s_inverse = inverse(s_norm, EPS)
-    t_inverse = inverse(t_norm, EPS)
+    eps = tl.full((), EPS, ACC)  # Triton 3.6 compares with a constant in float32
+    s_inverse = inverse(s_norm, eps)
+    t_inverse = inverse(t_norm, eps)
     st = tl.zeros((BLOCK,), ACC)
     for start in range(0, width, BLOCK):
         live = start + column < width
@@ -72,11 +73,12 @@ def cosine_bwd_kernel(
     t_norm = tl.load(teacher_norm + row)
     cos = 1 - tl.load(distance + row)
     outer = tl.load(grad_output + row * stride_grad_output).to(ACC)
-    s_inverse = inverse(s_norm, EPS)
-    t_inverse = inverse(t_norm, EPS)
+    eps = tl.full((), EPS, ACC)  # Triton 3.6 compares with a constant in float32
+    s_inverse = inverse(s_norm, eps)
+    t_inverse = inverse(t_norm, eps)
     # A clamped norm is a constant, and has no share in the gradient.
-    s_along = tl.where(s_norm < EPS, 0, cos)
-    t_along = tl.where(t_norm < EPS, 0, cos)
+    s_along = tl.where(s_norm < eps, 0, cos)
+    t_along = tl.where(t_norm < eps, 0, cos)
     s_outer = outer * s_inverse
     t_outer = outer * t_inverse
     for start in range(0, width, BLOCK):

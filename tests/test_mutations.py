@@ -20,7 +20,7 @@ MUTATIONS = {
     ),
     "a stride": ("teacher += row * stride_teacher", "teacher += row * stride_student", "test_ops.py::test_layouts"),
     "an eps": (
-        "s_along = tl.where(s_norm < EPS, 0, cos)",
+        "s_along = tl.where(s_norm < eps, 0, cos)",
         "s_along = tl.where(s_norm < 0, 0, cos)",
         "test_ops.py::test_is_as_accurate_as_eager -k eps",
     ),

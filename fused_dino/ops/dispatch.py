@@ -52,10 +52,10 @@ def is_batched(x: Tensor) -> bool:
 def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor) -> tuple:
     """function(*rows), on a CPU in blocks of rows written into `outputs`.
 
-    `function` makes each row of its results from the same row of its arguments. Whole where a compiler fuses it, and
-    where a launch costs more than memory.
+    `function` makes each row of its results from the same row of its arguments. Whole where one block holds them, where
+    a compiler fuses, and where a launch costs more than memory.
     """
-    if torch.compiler.is_compiling() or rows[0].device.type != "cpu":
+    if torch.compiler.is_compiling() or rows[0].device.type != "cpu" or len(rows[0]) <= CPU_ROWS:
         return tuple(x.to(out.dtype) for x, out in zip(function(*rows), outputs, strict=True))
     for start in range(0, len(rows[0]), CPU_ROWS):
         block = slice(start, start + CPU_ROWS)
