@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "torch", "triton"]
@@ -110,13 +109,14 @@ def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
 
 def triton_obstacle(tensor: Tensor, interpreter: bool = True) -> str | None:
     """What keeps Triton from running on `tensor`, or None. The interpreter counts only for an explicit choice."""
-    if not has_triton():
-        return "triton is not installed"
-    if tensor.is_cuda or (interpreter and os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    return f"the tensor is on {tensor.device.type}, and it needs a GPU or TRITON_INTERPRET=1"
+    if not tensor.is_cuda and not (interpreter and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensor is on {tensor.device.type}, and it needs a GPU or TRITON_INTERPRET=1"
+    return None if has_triton() else "triton is not installed"
 
 
-@torch.compiler.assume_constant_result
 def has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+# For torch.compile, while it traces: torch.compiler.assume_constant_result says the same, and imports half of torch.
+has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
