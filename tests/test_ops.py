@@ -1,7 +1,6 @@
 """Every op of the table on every implementation: one suite, so that none has a test that another lacks."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -271,4 +270,3 @@ def test_the_yardstick_can_fail(backend):
     wrong = type(op)(**{**vars(op), "run": off})
     with pytest.raises(AssertionError, match="value: error"):
         check_accuracy(wrong, draw((5, 37)), backend if backend != "reference" else "torch")
-    assert math.isfinite(op.floor)
