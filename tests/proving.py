@@ -43,25 +43,47 @@ class Case:
 class Op:
     """An op, and what it takes to prove it.
 
-    run(student, teacher, *, backend, **options) -> a tensor.
-    scales(student, teacher, grad_output, **options) -> how large the terms are of which the value and the gradients of
-        student and teacher are made: the unit of their errors, which cancellation in the result does not shrink.
-    weight: it takes one weight a row.
-    floor: what is allowed beside twice eager's error, in units of scale * eps: eager may happen to hit a value exactly.
+    run(*inputs, backend, **options) -> a tensor.
+    scales(*inputs, grad_output, **options) -> how large the terms are of which the value and the gradients of the
+        inputs are made: the unit of their errors, which cancellation in the result does not shrink.
     forward, backward: the dispatcher ops, each launched once.
-    forward_arguments(student, teacher), backward_arguments(student, teacher, *forward's results): for inputs [N, D].
+    forward_arguments(*inputs), backward_arguments(*inputs, *forward's results): for inputs of `shape`.
+    inputs: their names; all are of one shape.
+    shape(rows, width): of inputs with so many examples, whose last dimension is so wide.
+    rowwise: each row of [..., D] has a loss of its own: it takes a reduction and one weight a row.
+    floor: what is allowed beside twice eager's error, in units of scale * eps: eager may happen to hit a value exactly.
     """
 
     name: str
     run: Callable[..., Tensor]
     cases: tuple[Case, ...]
-    scales: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    weight: bool
+    scales: Callable[..., tuple[Tensor, ...]]
     forward: Any
     backward: Any
     forward_arguments: Callable[..., tuple]
     backward_arguments: Callable[..., tuple]
+    inputs: tuple[str, ...] = ("student", "teacher")
+    shape: Callable[[int, int], tuple[int, ...]] = lambda rows, width: (rows, width)
+    rowwise: bool = False
     floor: float = 2.0
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+        """Inputs of a shape, on the device under test."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in self.inputs)
+        return tuple(x.to(DEVICE, dtype) for x in drawn)
+
+    def weight(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """One weight a row, as an option, where the op takes it."""
+        if not self.rowwise:
+            return {}
+        count = math.prod(shape[:-1])
+        return {"weight": torch.linspace(0.25, 2, count + 1, device=DEVICE)[:count].view(shape[:-1])}
+
+    @property
+    def unreduced(self) -> dict[str, str]:
+        """The option under which one row cannot hide behind another."""
+        return {"reduction": "none"} if self.rowwise else {}
 
 
 def cosine_scales(
@@ -96,7 +118,7 @@ COSINE = Op(
         Case((6, 20), "an eps above some norms and below others", {"eps": 4.5}),
     ),
     scales=cosine_scales,
-    weight=True,
+    rowwise=True,
     forward=cosine.cosine_fwd,
     backward=cosine.cosine_bwd,
     forward_arguments=lambda s, t: (s, t, 1e-12),
@@ -105,27 +127,13 @@ COSINE = Op(
 OPS = (COSINE,)
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Student and teacher of a shape."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    return student.to(DEVICE, dtype), teacher.to(DEVICE, dtype)
-
-
-def row_weight(op: Op, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    if not op.weight:
-        return {}
-    count = math.prod(shape[:-1])
-    return {"weight": torch.linspace(0.25, 2, count + 1, device=DEVICE)[:count].view(shape[:-1])}
-
-
 def grad_output_of(out: Tensor) -> Tensor:
     """Not one, and not the same for every row."""
     return torch.linspace(0.5, 1.5, out.numel() + 1, dtype=out.dtype, device=out.device)[1:].view(out.shape)
 
 
 def results(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: Any) -> list[Tensor]:
-    """The op's value, and the gradients of student and teacher."""
+    """The op's value, and the gradients of its inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = op.run(*leaves, backend=backend, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_output_of(out))]
@@ -143,7 +151,7 @@ def check_accuracy(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: 
     wide = torch.finfo(eager[0].dtype).eps * op.floor
     if eager[0].dtype == torch.float64:
         wide *= 8  # the oracle is eager itself, whose own error is not counted: sums in another order differ by more
-    for name, got, plain, true, scale in zip(("value", "student", "teacher"), ours, eager, truth, scales, strict=True):
+    for name, got, plain, true, scale in zip(("value", *op.inputs), ours, eager, truth, scales, strict=True):
         assert (got.dtype, got.shape) == (plain.dtype, plain.shape), name
         finite = plain.isfinite() & true.isfinite()
         assert_close(got[~finite], plain[~finite], equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import fused_dino
 from guard import guarded, survives
-from proving import DEVICE, DTYPES, INTERPRETED, OPS, draw, results
+from proving import DEVICE, DTYPES, INTERPRETED, OPS, grad_output_of, results
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 interpreted_only = pytest.mark.skipif(
@@ -23,7 +23,9 @@ interpreted_only = pytest.mark.skipif(
 
 def test_the_kernel_is_what_runs():
     for op in OPS:
-        assert fused_dino.explain_backend(op.name, draw((2, 3))[0], backend="triton").startswith("triton: ")
+        assert fused_dino.explain_backend(op.name, *op.draw(op.shape(2, 3))[:1], backend="triton").startswith(
+            "triton: "
+        )
 
 
 @interpreted_only
@@ -32,7 +34,7 @@ def test_the_kernel_is_what_runs():
 @pytest.mark.parametrize("shape", [(3, 37), (1, 1), (2, 256), (2, 1025), (2, 4097)], ids=str)
 def test_nothing_out_of_bounds_is_touched(op, side, shape, monkeypatch):
     """Inputs, saved tensors and results alike lie flush against pages that kill whoever touches them."""
-    inputs = tuple(guarded(x, side) for x in draw(shape))
+    inputs = tuple(guarded(x, side) for x in op.draw(op.shape(*shape)))
     made = torch.Tensor.new_empty
 
     def guarded_empty(self, *size, **options):
@@ -55,19 +57,19 @@ def test_a_guard_page_kills():
         assert not survives(lambda x=x, outside=outside: ctypes.string_at(x.data_ptr() + outside, 1))
 
 
-@each_op
-@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+@pytest.mark.parametrize(
+    ("op", "which"),
+    [pytest.param(op, which, id=f"{op.name}-{which}") for op in OPS for which in (*op.inputs, "all")],
+)
 def test_offsets_past_two_to_the_31st(op, which):
-    """Three rows whose starts lie 2**30 elements apart; only the pages that are touched exist."""
-    width, stride = 40, 2**30 + 16
+    """Three examples whose starts lie 2**30 elements apart; only the pages that are touched exist."""
+    shape, stride = op.shape(3, 40), 2**30 + 16
+    near = op.draw(shape, torch.bfloat16)
     far = []
-    for x in draw((3, width), torch.bfloat16):
-        wide = torch.empty(2 * stride + width, dtype=torch.bfloat16, device=DEVICE).as_strided((3, width), (stride, 1))
-        far.append(wide.copy_(x))
-    near = draw((3, width), torch.bfloat16)
-    inputs = tuple(
-        f if which in (name, "both") else n for name, f, n in zip(("student", "teacher"), far, near, strict=True)
-    )
+    for x in near:
+        wide = torch.empty(2 * stride + x[0].numel(), dtype=torch.bfloat16, device=DEVICE)
+        far.append(wide.as_strided(shape, (stride, *x.stride()[1:])).copy_(x))
+    inputs = tuple(f if which in (name, "all") else n for name, f, n in zip(op.inputs, far, near, strict=True))
     expected = results(op, near, "triton")
 
     def run():
@@ -87,24 +89,27 @@ def test_every_element_is_written(op, dtype, monkeypatch):
     made = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: made(*a, **k).fill_(float("nan")))
     for shape in ((4, 33), (2, 5000)):
-        assert not any(x.isnan().any() for x in results(op, draw(shape, dtype), "triton"))
+        assert not any(x.isnan().any() for x in results(op, op.draw(op.shape(*shape), dtype), "triton"))
 
 
 @each_op
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(DTYPES[:3], repeat=2)), ids=str)
 def test_opcheck(op, first, second):
-    student, teacher = draw((5, 33), first)[0], draw((5, 33), second)[1]
-    arguments = op.forward_arguments(student, teacher)
+    dtypes = (first, second)[: len(op.inputs)]
+    inputs = tuple(op.draw(op.shape(5, 33), dtype)[i] for i, dtype in enumerate(dtypes))
+    arguments = op.forward_arguments(*inputs)
+    made = op.forward(*arguments)
     torch.library.opcheck(op.forward, arguments)
-    torch.library.opcheck(op.backward, op.backward_arguments(student, teacher, *op.forward(*arguments)))
+    made = made if isinstance(made, tuple) else (made,)
+    torch.library.opcheck(op.backward, op.backward_arguments(*inputs, *made))
 
 
 @each_op
 def test_the_ops_own_gradient_is_refused(op):
-    student, teacher = draw((5, 33))
-    out = op.forward(*op.forward_arguments(student.requires_grad_(), teacher))[0]
+    first, *others = op.draw(op.shape(5, 33))
+    made = op.forward(*op.forward_arguments(first.requires_grad_(), *others))
     with pytest.raises(NotImplementedError, match="no gradient of its own"):
-        out.sum().backward()
+        (made[0] if isinstance(made, tuple) else made).sum().backward()
 
 
 @each_op
@@ -115,11 +120,12 @@ def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    student, teacher = draw((64, 96))
+    first, *others = op.draw(op.shape(64, 96))
     run = torch.compile(
-        lambda s, t: op.run(s, t, backend="triton"), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+        lambda *inputs: op.run(*inputs, backend="triton"), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
     )
-    run(student.requires_grad_(), teacher).backward()
+    out = run(first.requires_grad_(), *others)
+    out.backward(grad_output_of(out))
     assert len(graphs) == 2
     free = ("view", "reshape", "detach", "alias", "expand", "t")
     for graph, ours in zip(graphs, (op.forward, op.backward), strict=True):
@@ -127,6 +133,6 @@ def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
         assert [node.target for node in calls].count(ours) == 1
         for node in calls:
             value = node.meta.get("val")
-            whole = isinstance(value, torch.Tensor) and value.numel() >= student.numel()
+            whole = isinstance(value, torch.Tensor) and value.numel() >= first.numel()
             name = str(node.target).removeprefix("aten.").partition(".")[0]
             assert not whole or name in free or node.target is ours or "getitem" in str(node.target), node
