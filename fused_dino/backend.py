@@ -20,7 +20,7 @@ VARIABLE = "FUSED_DINO_BACKEND"
 FLOORS: dict[str, tuple[str, ...]] = {
     "preprocess": (),
     "cosine_loss": ("torch", "triton"),
-    "mse_loss": (),
+    "mse_loss": ("torch", "triton"),
     "vicreg_loss": (),
 }
 

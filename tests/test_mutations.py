@@ -14,29 +14,39 @@ ROOT = Path(__file__).parent.parent
 # What is broken: the kernel's line, what becomes of it, and the test that catches it.
 MUTATIONS = {
     "a mask": (
-        "t = tl.load(teacher + start + column, mask=live, other=0).to(ACC)\n        ss",
-        "t = tl.load(teacher + start + column).to(ACC)\n        ss",
+        "return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)",
+        "return tl.load(row + column).to(ACC)",
         "test_kernels.py::test_nothing_out_of_bounds_is_touched",
     ),
-    "a stride": ("teacher += row * stride_teacher", "teacher += row * stride_student", "test_ops.py::test_layouts"),
+    "a stride": ("teacher + row * stride_teacher", "teacher + row * stride_student", "test_ops.py::test_layouts"),
     "an eps": (
         "s_along = tl.where(s_norm < eps, 0, cos)",
         "s_along = tl.where(s_norm < 0, 0, cos)",
         "test_ops.py::test_is_as_accurate_as_eager -k eps",
     ),
     "a dtype": (
-        "s = tl.load(student + start + column, mask=live, other=0).to(ACC)\n",
-        "s = tl.load(student + start + column, mask=live, other=0).to(tl.bfloat16).to(ACC)\n",
+        "s = load_row(s_row, start, WIDTH, BLOCK, ACC)\n",
+        "s = load_row(s_row, start, WIDTH, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
     "a missing row": (
-        "tl.store(distance + row, 1 - tl.sum(st, 0))",
-        "tl.store(distance + row, 1 - tl.sum(st, 0), mask=row != 2)",
+        "tl.store(loss + row, scale * distance)",
+        "tl.store(loss + row, scale * distance, mask=row != 2)",
         "test_kernels.py::test_every_element_is_written",
     ),
+    "a ticket that is not given back": (
+        "tl.store(ticket, 0)",
+        "tl.store(ticket, 1)",
+        "test_kernels.py::test_a_ticket_is_left_zero",
+    ),
+    "a gradient without its scale": (
+        "scale *= tl.load(grad_output + row * stride_grad_row).to(ACC)",
+        "scale *= 1",
+        "test_ops.py::test_is_as_accurate_as_eager",
+    ),
     "an offset of 32 bits": (
-        "row = tl.program_id(0).to(tl.int64)",
-        "row = tl.program_id(0)",
+        "first = program.to(tl.int64) * ROWS",
+        "first = program * ROWS",
         "test_kernels.py::test_offsets_past_two_to_the_31st",
     ),
 }

@@ -14,7 +14,8 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The opaque op of `schema`, "name(Tensor x, ...) -> Tensor", run by `launch` and shaped by `fake`.
+    """The opaque op of `schema`, "name(Tensor x, ...) -> Tensor", run by `launch`, shaped by `fake`; "!" in it
+    marks what it changes in place.
 
     It has no gradient of its own: the op's autograd.Function has, and differentiating the op itself is refused, where
     torch 2.11 would return zeros. The CPU key serves the interpreter alone; the choice of a backend sees to that.
@@ -24,7 +25,8 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
     for device in ("CUDA", "CPU"):  # ROCm registers as CUDA too
         library.impl(name, launch, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
+    if "!" not in schema:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -32,13 +34,15 @@ def refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
     raise NotImplementedError("this op has no gradient of its own; differentiate the function of fused_dino.functional")
 
 
-def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
+def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under vmap, [B, N, D] as [B * N, D]: an op on rows needs no rule but this."""
-    whole = (
-        x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip(tensors, in_dims, strict=False)
-    )
-    return tuple(x.flatten(0, 1) for x in whole)
+
+    def flat(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    return tuple(map(flat, tensors, in_dims))
 
 
 def is_batched(x: Tensor) -> bool:
