@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Timing:
-    """A provider on a row. rounds: one {figure: seconds} each; none where `why` says what disqualified or stopped it."""
+    """A provider on a row. rounds: {figure: seconds} each; none where `why` says what disqualified or stopped it."""
 
     name: str
     role: str
@@ -93,7 +93,7 @@ class Evidence:
     quick: bool
     roofs: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    complete: bool = False
+    ended: str = "never"  # complete, interrupted, out of time; never: it died
     schema: int = SCHEMA
 
     @property

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from fused_dino import explain_backend
 
-from .shapes import Row
+from .shapes import FORWARD, Row
 
-FORWARD, BACKWARD = "forward", "forward + backward"
 Function = Callable[..., Tensor]
 
 
@@ -31,7 +30,7 @@ class Bench:
     recipe(row) -> the eager function of them that a user has today; also run on float64, where it is the truth. A
         scalar, or a tensor. A function may be a module: its trainable parameters get their gradient, too.
     ours(row, backend) -> our function.
-    bytes(row), flops(row): the least that must be moved and computed, (forward, forward and backward).
+    work(row, direction) -> (bytes, FLOP), the least that must be moved and computed.
     peers: {name: factory(row) -> their function, or None for a row that they cannot do}; None in the factory's place
         says that the package is not installed. Only what does exactly the same work is a peer.
     gradient: which inputs get a gradient; none: the op is measured forward only.
@@ -45,8 +44,7 @@ class Bench:
     inputs: Callable[[Row, torch.Generator], tuple[Tensor, ...]]
     recipe: Callable[[Row], Function]
     ours: Callable[[Row, str], Function]
-    bytes: Callable[[Row], tuple[float, float]]
-    flops: Callable[[Row], tuple[float, float]]
+    work: Callable[[Row, str], tuple[float, float]]
     peers: Mapping[str, Callable[[Row], Function | None] | None] = field(default_factory=dict)
     gradient: tuple[int, ...] = (0,)
     exact: Callable[[Row], Function] | None = None
@@ -55,8 +53,8 @@ class Bench:
 
     def directions(self, row: Row, quick: bool = False) -> tuple[str, ...]:
         """What is measured of a row; a quick run takes the last."""
-        both = (FORWARD, BACKWARD) if self.gradient and row.backward else (FORWARD,)
-        return both[-1:] if quick else both
+        possible = row.directions if self.gradient else (FORWARD,)
+        return possible[-1:] if quick else possible
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,8 @@ def normal(shape: tuple[int, ...], row: Row, generator: torch.Generator) -> Tens
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
-def providers(bench: Bench, row: Row, device: str, like: Tensor, twice: bool) -> Iterator[Provider]:
-    """Whoever does the row's work on the device; `like` is its first input, `twice` repeats eager under a second name."""
+def providers(bench: Bench, row: Row, device: str, like: Tensor, twice: bool = False) -> Iterator[Provider]:
+    """Whoever does the row's work on the device. like: its first input; twice: eager also under a second name."""
     yield Provider("eager", "eager", lambda: bench.recipe(row))
     if twice:
         yield Provider("eager again", "again", lambda: bench.recipe(row))
@@ -169,7 +167,7 @@ def truth(bench: Bench, row: Row, inputs: tuple[Tensor, ...], direction: str) ->
 
 
 def errors(got: list[Tensor], true: list[Tensor]) -> list[float]:
-    """Of the value and of each gradient: the largest error over the largest true element; infinite for a wrong shape."""
+    """Of the value and of each gradient: the largest error over the largest true element; infinite if misshapen."""
     if len(got) != len(true):
         return [math.inf] * len(true)
     return [error(g, t) for g, t in zip(got, true, strict=True)]

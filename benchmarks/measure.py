@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
@@ -47,7 +48,9 @@ def spread(values: Sequence[float]) -> float:
     return (high - low) / mid if mid else 0.0
 
 
-def host_sampler(call: Callable[[], Any], wait: Callable[[], Any] = lambda: None, clock: Clock = time.perf_counter):  # noqa: ANN201
+def host_sampler(
+    call: Callable[[], Any], wait: Callable[[], Any] = lambda: None, clock: Clock = time.perf_counter
+) -> Callable[[], Sample]:
     """-> a function () -> the wall time of one call, the mean of as many as SAMPLE takes. Warms up on the way."""
 
     def once(repeat: int) -> float:
@@ -73,9 +76,9 @@ COPIES = 512  # at most
 def gpu_sampler(calls: Sequence[Callable[[], Any]]) -> Callable[[], Sample]:
     """-> a function () -> cold, graph and wall, in seconds a call.
 
-    calls: the same call on as many inputs as rotate(...) made. cold: triton.testing.do_bench, with the L2 flushed before
-    each call; graph: all calls in one CUDA graph, so that no launch is waited for; wall: of the host, launches and all.
-    A call that cannot be captured has no graph figure.
+    calls: the same call on as many inputs as rotate(...) made. cold: triton.testing.do_bench, with the L2 flushed
+    before each call; graph: all calls in one CUDA graph, so that no launch is waited for; wall: of the host, launches
+    and all. A call that cannot be captured has no graph figure.
     """
     from triton.testing import do_bench
 
@@ -125,7 +128,7 @@ def replay(graph: torch.cuda.CUDAGraph) -> float:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3
+    return median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

@@ -18,16 +18,19 @@ DTYPES = {"IEEE": torch.float32, "TF32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def measure_roofs(device: str, precisions: set[str]) -> Roofs:
-    source = torch.randn((GPU_COPY if device == "cuda" else CPU_COPY) // 4, device=device)
-    target = torch.empty_like(source)
-    roofs = {"copy": 2 * source.numel() * 4 / seconds(lambda: target.copy_(source), device)}
-    del source, target
+    roofs = {"copy": copy_speed(device)}
     side = GPU_SIDE if device == "cuda" else CPU_SIDE
     for precision in sorted(precisions):
         a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
         with matrix_precision(precision == "TF32"):
             roofs[precision] = 2 * side**3 / seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
     return roofs
+
+
+def copy_speed(device: str) -> float:
+    source = torch.randn((GPU_COPY if device == "cuda" else CPU_COPY) // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source), device)
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:

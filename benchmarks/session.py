@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import evidence, harness, measure, roofs
 from .evidence import Evidence, Record, Timing
-from .harness import FORWARD, Bench, Provider
+from .harness import Bench, Provider
 from .shapes import Row
 
 SECONDS = {True: 1.0, False: 2.0}  # quick or not: of rounds, beyond the least
@@ -28,7 +28,7 @@ class Case:
     direction: str
 
     def __str__(self) -> str:
-        return f"{self.bench.op} {self.row}, {self.direction}"
+        return f"{self.bench.op} {self.row} ({self.row.precision}), {self.direction}"
 
 
 def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
@@ -58,7 +58,7 @@ def run(
     starting: Callable[[Case], Any] = lambda case: None,
     done: Callable[[Record], Any] = lambda record: None,
 ) -> Evidence:
-    """Measures the cases and keeps what was measured: after Ctrl-C, or once `seconds` are over, `complete` stays False.
+    """Measures the cases and keeps what was measured: after Ctrl-C and once `seconds` are over, too.
 
     path: the JSON file, written anew after every case.
     starting, done: told of each case before it is measured, and of its record after.
@@ -69,15 +69,16 @@ def run(
         run.roofs = roofs.measure_roofs(device, {case.row.precision for case in cases})
         for case in cases:
             if time.perf_counter() - start >= seconds:
+                run.ended = "out of time"
                 break
             starting(case)
             run.records.append(record(case, device, SECONDS[quick], self_check))
             keep(run, path)
             done(run.records[-1])
         else:
-            run.complete = True
+            run.ended = "complete"
     except KeyboardInterrupt:
-        pass
+        run.ended = "interrupted"
     keep(run, path)
     return run
 
@@ -91,7 +92,7 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
     """Checks everyone who can do a case, and times those that are right in interleaved rounds."""
     bench, row, direction = case.bench, case.row, case.direction
     torch.compiler.reset()  # each row is compiled for its own sizes
-    which = 0 if direction == FORWARD else 1
+    moved, computed = bench.work(row, direction)
     timings, samplers = [], {}
     with roofs.matrix_precision(row.tf32):
         inputs = harness.draw(bench, row, device)
@@ -115,8 +116,8 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
         reason=row.reason,
         direction=direction,
         kind=device,
-        bytes=bench.bytes(row)[which],
-        flops=bench.flops(row)[which],
+        bytes=moved,
+        flops=computed,
         timings=timings,
         quick=row.quick,
     )

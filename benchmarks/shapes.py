@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CPU, GPU = ("cpu",), ("cuda",)
+FORWARD, BACKWARD = "forward", "forward + backward"
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Row:
     options: what the op's declaration reads from it, such as size, out_dtype or layout.
     grad_output: what the gradient of a scalar is scaled by: 1 is a plain backward(), anything else a weighted loss.
     tf32: float32 matrix products may use TF32. It has rows of its own, since its errors are other errors.
-    backward: measured with its gradient, too.
+    directions: what is measured of it; its tables end with the last.
     on: the kinds of device that it is for.
     quick: in the quick selection; the last quick row of an op is the one that its sentence speaks of.
     """
@@ -27,7 +28,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     grad_output: float = 1.0
     tf32: bool = False
-    backward: bool = True
+    directions: tuple[str, ...] = (FORWARD, BACKWARD)
     on: tuple[str, ...] = CPU + GPU
     quick: bool = False
 
@@ -54,16 +55,25 @@ ROWS = (
     Row((65536, 1024), f"{TOKENS}, as mixed precision trains them", "bfloat16", on=GPU, quick=True),
 )  # of cosine and mse
 
+AHEAD = (FORWARD,)  # of a frozen teacher that no gradient passes
 IMAGES = (
-    Row((32, 3, 256, 256), "a CPU's batch of latent-diffusion images", options={"size": 224}, on=CPU, quick=True),
-    Row((8, 3, 512, 512), "the teacher at its native 518", options={"size": 518}, on=CPU),
-    Row((32, 3, 256, 256), "images as a decoder gives them", "uint8", {"size": 224}, on=CPU),
-    Row((8, 3, 250, 333), "no ratio of whole numbers", options={"size": 224}),
-    Row((32, 3, 256, 256), "channels last", options={"size": 224, "layout": "channels_last"}),
-    Row((256, 3, 256, 256), "bfloat16 throughout", "bfloat16", {"size": 224}, on=GPU),
-    Row((256, 3, 256, 256), "bytes in", "uint8", {"size": 224, "out_dtype": "bfloat16"}, backward=False, on=GPU),
-    Row((256, 3, 512, 512), "the teacher at its native 518", options={"size": 518, "out_dtype": "bfloat16"}, on=GPU),
-    Row((256, 3, 256, 256), "the recipe's batch", options={"size": 224, "out_dtype": "bfloat16"}, on=GPU, quick=True),
+    Row((32, 3, 256, 256), "a CPU's batch", options={"size": 224}, directions=AHEAD, on=CPU, quick=True),
+    Row((8, 3, 512, 512), "the teacher's native size", options={"size": 518}, directions=AHEAD, on=CPU),
+    Row((32, 3, 256, 256), "as a decoder gives them", "uint8", {"size": 224}, directions=AHEAD, on=CPU),
+    Row((8, 3, 250, 333), "no ratio of whole numbers", options={"size": 224}, directions=AHEAD),
+    Row((32, 3, 256, 240), "channels last", options={"size": 224, "layout": "channels_last"}, directions=AHEAD),
+    Row((32, 3, 240, 256), "a gradient to the image, which stopgrad_image=False wants", options={"size": 224}),
+    Row((256, 3, 256, 256), "bfloat16 throughout", "bfloat16", {"size": 224}, directions=AHEAD, on=GPU),
+    Row((256, 3, 256, 256), "bytes", "uint8", {"size": 224, "out_dtype": "bfloat16"}, directions=AHEAD, on=GPU),
+    Row((256, 3, 512, 512), "native size", options={"size": 518, "out_dtype": "bfloat16"}, directions=AHEAD, on=GPU),
+    Row(
+        (256, 3, 256, 256),
+        "the recipe's batch into a bfloat16 teacher",
+        options={"size": 224, "out_dtype": "bfloat16"},
+        directions=AHEAD,
+        on=GPU,
+        quick=True,
+    ),
 )
 
 BATCHES = (
@@ -78,7 +88,8 @@ BATCHES = (
     Row((256, 1024), "one batch of a ViT-L teacher", quick=True, on=GPU),
 )  # of vicreg
 
+WHOLE = (BACKWARD,)
 STEPS = (
-    Row((4, 3, 256, 256), "a small teacher and batch, which a CPU bears", options={"teacher": "vits14"}, on=CPU),
-    Row((64, 3, 256, 256), "the recipe's teacher", "bfloat16", {"teacher": "vitl14"}, on=GPU),
+    Row((2, 3, 256, 256), "what a CPU bears", options={"teacher": "vits14"}, directions=WHOLE, on=CPU),
+    Row((64, 3, 256, 256), "the recipe's teacher", "bfloat16", {"teacher": "vitl14"}, directions=WHOLE, on=GPU),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_dino import functional as FD
 
 from .harness import Bench, normal
-from .shapes import ROWS, Row
+from .shapes import FORWARD, ROWS, Row
 
 
 def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -21,14 +21,11 @@ def recipe(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1)).mean()
 
 
-def moved(row: Row) -> tuple[float, float]:
-    size = math.prod(row.shape) * getattr(torch, row.dtype).itemsize
-    return 2 * size, 3 * size
-
-
-def computed(row: Row) -> tuple[float, float]:
-    """Three products of rows; then two scaled rows and their sum."""
-    return 6 * math.prod(row.shape), 10 * math.prod(row.shape)
+def work(row: Row, direction: str) -> tuple[float, float]:
+    """Three products of rows; with a gradient two scaled rows and their sum."""
+    elements = math.prod(row.shape)
+    tensors, operations = (2, 6) if direction == FORWARD else (3, 10)
+    return tensors * elements * getattr(torch, row.dtype).itemsize, operations * elements
 
 
 BENCH = Bench(
@@ -37,6 +34,5 @@ BENCH = Bench(
     inputs=inputs,
     recipe=lambda row: recipe,
     ours=lambda row, backend: partial(FD.cosine_loss, backend=backend),  # type: ignore[arg-type]
-    bytes=moved,
-    flops=computed,
+    work=work,
 )
