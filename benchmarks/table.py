@@ -176,10 +176,15 @@ def same_device(evidences: list[Evidence]) -> None:
 
 
 def sentence(op: str, evidence: Evidence) -> str:
-    """What an op's most telling row says: the last quick one, else the last."""
-    records = last_directions([r for r in evidence.records if r.op == op])
-    record = ([r for r in records if r.quick] or records)[-1]
+    """What an op's most telling row says."""
+    record = telling(op, evidence)
     return f"{op}: {claim(record, evidence)} ({record.row}, {record.direction}, on this {device(evidence)})"
+
+
+def telling(op: str, evidence: Evidence) -> Record:
+    """The last quick row, else the last."""
+    records = last_directions([r for r in evidence.records if r.op == op])
+    return ([r for r in records if r.quick] or records)[-1]
 
 
 def claim(record: Record, evidence: Evidence) -> str:

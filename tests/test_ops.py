@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -13,7 +11,6 @@ from proving import (
     DEVICE,
     DTYPES,
     IMPLEMENTATIONS,
-    INTERPRETED,
     OPS,
     check_accuracy,
     draw,
@@ -110,29 +107,6 @@ def test_layouts(op, backend, dtype):
     same = student[:1].expand(6, 33)
     check_accuracy(op, (same, teacher), backend)
     check_accuracy(op, (teacher, same), backend)
-
-
-@each_op
-@settings(
-    deadline=None, max_examples=20 if INTERPRETED else 60, suppress_health_check=list(HealthCheck), derandomize=True
-)
-@given(
-    leading=st.lists(st.integers(1, 3), max_size=2),
-    width=st.integers(1, 700),
-    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
-    scale=st.floats(-2, 2),
-    transpose=st.booleans(),
-    padding=st.integers(0, 3),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape_stride_and_value(op, backend, leading, width, dtypes, scale, transpose, padding, reduction, seed):
-    shape = (*leading, width)
-    pair = [x.to(d) * 10**scale for x, d in zip(draw(shape, torch.float64, seed), dtypes, strict=True)]
-    pair = [torch.nn.functional.pad(x, (padding, padding))[..., padding : padding + width] for x in pair]
-    if transpose:
-        pair[0] = pair[0].movedim(-1, 0).contiguous().movedim(0, -1)
-    check_accuracy(op, tuple(pair), backend, reduction=reduction, **row_weight(op, shape))
 
 
 @each_op
