@@ -17,6 +17,7 @@ def main() -> None:
         if torch.Size(case.row.shape).numel() > LARGEST or case.bench.rooms is not None:
             continue
         row = replace(case.row, shape=(min(case.row.shape[0], 64), *case.row.shape[1:]))
+        case = replace(case, row=row)
         inputs = harness.draw(case.bench, row, device)
         for provider in harness.providers(case.bench, row, device, inputs[0]):
             if provider.role == "ours":
