@@ -124,6 +124,7 @@ def describe(device: str) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "clocks_mhz": [mhz[0], mhz[-1]] if mhz else None,
+            "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # processes, over a minute
         }
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"

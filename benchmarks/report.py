@@ -61,7 +61,7 @@ def section(stem: str, run: Evidence) -> str:
         parts.append(f"The run did not reach its end ({run.ended}).")
     if kind == "CPU":
         parts.append("A CPU: ratios inside this run count, and say nothing of a GPU.")
-    parts += [said] if (said := table.noise(run)) else []
+    parts += [said for said in (table.busy(run), table.noise(run)) if said]
     parts.append(f"![Speed of each provider over eager's, {kind}]({picture(stem)})")
     for op in dict.fromkeys(record.op for record in run.records):
         found = table.of_op(op, [run])
@@ -77,7 +77,7 @@ def summary(evidences: Iterable[Evidence]) -> str:
         same = list(runs)
         parts.append(f"{'GPU' if kind == 'cuda' else 'CPU'}: {table.heading(same[-1])}.")
         parts.append(table.summary(same).markdown())
-        parts += [said for run in same if (said := table.noise(run))]
+        parts += [said for run in same for said in (table.busy(run), table.noise(run)) if said]
     return "\n\n".join(parts)
 
 

@@ -32,7 +32,7 @@ class Case:
 
 
 def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
-    """What a run measures, every op's most telling rows first: a run may be ended at any time."""
+    """What a run measures, every op's most telling rows first and whole steps last: it may be ended at any time."""
     cases = [
         Case(bench, row, direction)
         for bench in benches
@@ -40,7 +40,7 @@ def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
         if device in row.on and (row.quick or not quick)
         for direction in bench.directions(row, quick)
     ]
-    return sorted(cases, key=lambda case: not case.row.quick)
+    return sorted(cases, key=lambda case: (not case.row.quick, case.bench.rooms is not None))
 
 
 def default_device() -> str:

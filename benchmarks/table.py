@@ -224,6 +224,14 @@ def noise(evidence: Evidence) -> str | None:
     )
 
 
+def busy(evidence: Evidence) -> str | None:
+    """A warning, where others had the machine when the run began."""
+    load, cores = evidence.device.get("load") or 0.0, evidence.device.get("cores") or 1
+    if load < cores / 4:
+        return None
+    return f"The machine was busy when the run began: a load of {load:.1f} on {cores} cores. Expect noise."
+
+
 def heading(evidence: Evidence) -> str:
     """The machine and the software, in a line."""
     d, v = evidence.device, evidence.versions

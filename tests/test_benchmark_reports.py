@@ -68,6 +68,12 @@ class TestWords:
         text = show.report(evidence_of(record, kind=kind, name="NVIDIA H100 80GB HBM3"), 1, width)
         assert max(map(len, text.splitlines())) <= width, text
 
+    @pytest.mark.parametrize(("load", "warns"), [(0.1, False), (None, False), (2.9, True)])
+    def test_a_busy_machine_is_named(self, load, warns):
+        run = evidence_of(recorded({EAGER: 1.0, OURS: 1.0}))
+        run.device["load"] = load
+        assert ("was busy" in show.report(run, 1)) == ("was busy" in report.summary([run])) == warns
+
     def test_numbers(self):
         assert [table.time(x) for x in (1.234, 0.01234, 99.96e-3, 5.5e-6, None)] == [
             "1.23 s", "12.3 ms", "100 ms", "5.50 us", "-",
