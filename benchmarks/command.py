@@ -29,6 +29,8 @@ def bench(
             raise Refused(f"--json: cannot write {json}: {error.strerror or error}") from None
     device = session.default_device()
     cases = session.plan([benches[op]] if op else benches.values(), device, quick)
+    if not cases:
+        raise Refused(f"--quick: no row of {op} is in the quick selection; leave --quick out")
     with show.progress(len(cases)) as starting:
         run = session.run(
             cases, device=device, quick=quick, self_check=self_check, seconds=seconds, path=json, starting=starting

@@ -23,6 +23,7 @@ def save(evidence: Evidence, path: Path) -> None:
 
 def draw(evidence: Evidence) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     records = [r for r in table.last_directions(evidence.records) if r.of("eager")]
     bars = [(r, t) for r in records for t in r.timings if t.role in COLOURS and t.rounds]
@@ -30,23 +31,28 @@ def draw(evidence: Evidence) -> Figure:
     axes = figure.subplots()
     heights, y, labels = [], 0.0, []
     for record in records:
-        axes.text(0, y, f"{record.op}  {record.row}, {record.direction}", va="bottom", weight="bold",
+        title = f"{record.op}  {record.row} ({record.precision}), {record.direction}"
+        axes.text(0, y, title, va="bottom", weight="bold",
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
                   transform=axes.get_yaxis_transform())  # fmt: skip
         for timing in (t for r, t in bars if r is record):
             y += 1
             ratio = record.ratio(timing, record.of("eager")) or 0.0
             low, high = whiskers(record, timing.name)
-            axes.barh(y, ratio, height=0.8, color=COLOURS[timing.role])
+            axes.barh(y, ratio - 1, left=1, height=0.8, color=COLOURS[timing.role])
             axes.plot([low, high], [y, y], color="#222222", linewidth=1)
-            axes.text(max(high, ratio), y, f"  {table.times(ratio)}", va="center")
+            axes.text(max(high, 1), y, f"  {table.times(ratio)}", va="center")
             heights.append(y)
             labels.append(timing.name)
         y += 2.2
     axes.set_yticks(heights, labels)
-    axes.axvline(1, color="#222222", linewidth=0.8, linestyle=":")
+    axes.axvline(1, color="#222222", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(y - 1.2, -1.2)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
-    axes.set_xlabel("times faster than eager (dotted); lines span the quartiles of the rounds")
+    axes.set_xlim(axes.get_xlim()[0] / 1.2, axes.get_xlim()[1] * 1.5)
+    axes.set_xlabel("speed over eager's, slower to the left; lines span the quartiles of the rounds")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(table.heading(evidence), fontsize=9, x=0.01, ha="left")
     return figure

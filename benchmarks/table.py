@@ -10,6 +10,7 @@ from .measure import middle
 from .roofs import of_the_roof
 from .shapes import BACKWARD
 
+WORDS = ("op", "row", "precision", "direction", "provider")  # columns that are read from the left
 SAME = 0.05  # two speeds that are nearer than this are called equal
 
 
@@ -25,7 +26,7 @@ class Table:
         return "\n".join(line.rstrip() for line in lines)
 
     def markdown(self) -> str:
-        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        rule = ["---" if name in WORDS else "---:" for name in self.header]
         return "\n".join(f"| {' | '.join(row)} |" for row in [self.header, rule, *self.rows])
 
 
@@ -235,7 +236,7 @@ def busy(evidence: Evidence) -> str | None:
 def heading(evidence: Evidence) -> str:
     """The machine and the software, in a line."""
     d, v = evidence.device, evidence.versions
-    what = f"{d['cores']} cores, {d['threads']} threads" if evidence.kind == "cpu" else f"driver {driver(d)}"
+    what = f"{d['threads']} of {d['cores']} cores" if evidence.kind == "cpu" else f"driver {driver(d)}"
     code = f", commit {evidence.commit}" if evidence.commit else ""
     return f"{d['name']} ({what}), torch {v['torch']}, {evidence.started[:10]}{code}"
 

@@ -49,6 +49,9 @@ class TestRefusals:
         assert "--op: 'softmax' is not measured; choose from cosine_loss" in says
         assert "step" in says
 
+    def test_an_op_outside_the_quick_selection(self, capsys):
+        assert "--quick: no row of step is in the quick selection" in refused(capsys, "--quick", "--op", "step")
+
     def test_a_file_in_place_of_a_folder(self, capsys, tmp_path):
         (tmp_path / "file").write_text("")
         assert "--json: cannot write" in refused(capsys, "--json", str(tmp_path / "file/x.json"))
