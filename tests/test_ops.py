@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -14,7 +12,6 @@ from proving import (
     DEVICE,
     DTYPES,
     IMPLEMENTATIONS,
-    INTERPRETED,
     OPS,
     check_accuracy,
     grad_output_of,
@@ -114,29 +111,6 @@ def test_layouts(op, backend, dtype):
     for i, x in enumerate(inputs):
         expanded = (*inputs[:i], x[:1].expand_as(x), *inputs[i + 1 :])
         check_accuracy(op, expanded, backend)
-
-
-@rowwise_op
-@settings(
-    deadline=None, max_examples=20 if INTERPRETED else 60, suppress_health_check=list(HealthCheck), derandomize=True
-)
-@given(
-    leading=st.lists(st.integers(1, 3), max_size=2),
-    width=st.integers(1, 700),
-    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
-    scale=st.floats(-2, 2),
-    transpose=st.booleans(),
-    padding=st.integers(0, 3),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape_stride_and_value(op, backend, leading, width, dtypes, scale, transpose, padding, reduction, seed):
-    shape = (*leading, width)
-    pair = [x.to(d) * 10**scale for x, d in zip(op.draw(shape, torch.float64, seed), dtypes, strict=True)]
-    pair = [torch.nn.functional.pad(x, (padding, padding))[..., padding : padding + width] for x in pair]
-    if transpose:
-        pair[0] = pair[0].movedim(-1, 0).contiguous().movedim(0, -1)
-    check_accuracy(op, tuple(pair), backend, reduction=reduction, **op.weight(shape))
 
 
 @each_op
