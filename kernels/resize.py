@@ -87,7 +87,9 @@ def resample(
             b = r
         for turn in range(0, taps_x, STEP):
             for j in tl.static_range(STEP):
-                s, weight, there = term(x, turn + j, W, w, scale_x, sums + h if ANTIALIAS else sums, CUBIC, ANTIALIAS, BACKWARD)
+                s, weight, there = term(
+                    x, turn + j, W, w, scale_x, sums + h if ANTIALIAS else sums, CUBIC, ANTIALIAS, BACKWARD
+                )
                 at = s - start
                 there = there & (at >= 0) & (at < SEGMENT)
                 at = tl.where(there, at * PIXEL, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from fused_dino.ops import cosine
+from fused_dino.ops import cosine, resize
 from fused_dino.reference.cosine import reduce
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -124,7 +124,72 @@ COSINE = Op(
     forward_arguments=lambda s, t: (s, t, 1e-12),
     backward_arguments=lambda s, t, *made: (s, t, *made, torch.ones_like(made[0]), 1e-12, True, True),
 )
-OPS = (COSINE,)
+
+
+def preprocess(images: Tensor, *, backend: str, size: tuple[int, int] = (14, 28), **options: Any) -> Tensor:
+    return FD.preprocess(images, size, backend=backend, **options)
+
+
+def preprocess_options(images: Tensor, size: tuple[int, int] = (14, 28), **options: Any) -> resize.Options:
+    """As the public function fills them in."""
+    given = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "interpolation": "bilinear"}
+    given |= {"antialias": False, "clamp": False, "out_dtype": images.dtype, "patch_size": None}
+    return resize.Options(size, **(given | options))
+
+
+def preprocess_scales(images: Tensor, grad_output: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Of a value, the largest pixel of its image (or 1) over its range and deviation: float32 places a source pixel up
+    to half a step in the last digit of its coordinate away, times the slope. Of a gradient, the largest likewise, times
+    how many outputs read one input.
+    """
+    chosen = preprocess_options(images, **options)
+    scale = max(chosen.scale)
+    limit = torch.finfo(torch.float64).max / 1e10
+    pixel = images.detach().double().abs().flatten(1).nan_to_num(0, 0, 0).amax(1).clamp(1, limit)
+    readers = max(1.0, *(4 * out / given for out, given in zip(chosen.size, images.shape[2:], strict=True)))
+    coordinate = max(images.shape[2:])
+    slope = 1 + coordinate / 4
+    value = (pixel * scale * slope).view(-1, *(1 for _ in grad_output.shape[1:]))
+    gradient = grad_output.double().abs().amax() * scale * readers**2 * slope
+    return value, gradient
+
+
+PREPROCESS = Op(
+    "preprocess",
+    preprocess,
+    (
+        Case((2, 3, 9, 7), "enlarged, by no whole number"),
+        Case((2, 3, 40, 33), "reduced: pixels that nobody reads"),
+        Case((1, 3, 14, 28), "its own size"),
+        Case((1, 3, 14, 50), "its own height"),
+        Case((1, 3, 1, 1), "one pixel"),
+        Case((2, 3, 20, 30), "one pixel out", {"size": (1, 1)}),
+        Case((1, 3, 5, 1200), "far wider than the result: several segments", {"size": (4, 6)}),
+        Case((1, 3, 6, 5), "several blocks of columns", {"size": (5, 300)}),
+        Case((2, 3, 30, 21), "bicubic", {"interpolation": "bicubic"}),
+        Case((2, 3, 6, 11), "bicubic, enlarged", {"interpolation": "bicubic"}),
+        Case((2, 3, 30, 61), "antialiased", {"antialias": True}),
+        Case((2, 3, 6, 11), "antialiased, enlarged", {"antialias": True}),
+        Case((1, 3, 14, 11), "antialiased, its own height", {"antialias": True}),
+        Case((2, 3, 30, 61), "bicubic and antialiased", {"interpolation": "bicubic", "antialias": True}),
+        Case((1, 3, 7, 700), "antialiased, several segments", {"antialias": True, "size": (3, 2)}),
+        Case((2, 3, 30, 40), "patches", {"patch_size": 7}),
+        Case((2, 3, 9, 10), "clipped", {"clamp": True, "interpolation": "bicubic"}),
+        Case((2, 3, 30, 40), "clipped patches", {"clamp": True, "antialias": True, "patch_size": 14}),
+        Case((2, 3, 10, 10), "other statistics", {"input_range": (0.25, 3.0), "mean": (0.1, 0, 2), "std": (1, 2, 3)}),
+        Case((2, 3, 10, 10), "another dtype", {"out_dtype": torch.float32}),
+    ),
+    scales=preprocess_scales,
+    forward=resize.resize_fwd,
+    backward=resize.resize_bwd,
+    forward_arguments=lambda x: (x, *preprocess_options(x).launch),
+    backward_arguments=lambda x, made: (
+        torch.ones_like(made), x, (14, 28), preprocess_options(x).scale, [], "bilinear", False, 0,
+    ),
+    inputs=("images",),
+    shape=lambda rows, width: (rows, 3, 7, width),
+)  # fmt: skip
+OPS = (COSINE, PREPROCESS)
 
 
 def grad_output_of(out: Tensor) -> Tensor:
