@@ -10,10 +10,10 @@ import triton.language as tl
 @triton.jit
 def ratio(a, b, ACC: tl.constexpr):
     """a / b rounded once, which a plain division in float32 is not: half a step here moves a tap of a wide image."""
-    if ACC == tl.float64:
-        quotient = tl.cast(a, ACC) / tl.cast(b, ACC)
-    else:
+    if ACC is tl.float32:
         quotient = tl.div_rn(tl.cast(a, ACC), tl.cast(b, ACC))
+    else:
+        quotient = tl.cast(a, ACC) / tl.cast(b, ACC)
     return quotient
 
 
@@ -34,7 +34,7 @@ def support(scale, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr):
 
 @triton.jit
 def span(o, size_in, size_out, scale, CUBIC: tl.constexpr):
-    """The inputs [first, end) that output o reads antialiased, and its centre. An axis that keeps its size is copied."""
+    """The inputs [first, end) of output o antialiased, and its centre. An axis that keeps its size is copied."""
     center = scale * (o + 0.5)
     reach = support(scale, CUBIC, True)
     same = size_in == size_out

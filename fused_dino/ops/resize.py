@@ -1,9 +1,10 @@
 """Resize and normalise: closed form, Triton launcher, dispatcher ops, autograd.Function.
 
-out = clip(Wy images Wx^T) * scale + shift,   scale = 1 / ((high - low) std),   shift = -(low / (high - low) + mean) / std
+out = clip(Wy images Wx^T) * scale + shift
+d images = Wy^T (grad * scale, 0 where clipped) Wx
 
-per channel, with the weights of the resize as matrices Wy [h, H] and Wx [w, W], whose rows sum to one; so that
-d images = Wy^T (grad * scale, 0 where clipped) Wx.
+with the weights of the resize as matrices Wy [h, H] and Wx [w, W], whose rows sum to one, and per channel
+scale = 1 / ((high - low) std) and shift = -(low / (high - low) + mean) / std.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[
 
 
 def adjoint(grad: Tensor, shape: Sequence[int], options: Options) -> Tensor:
-    """Wy^T grad Wx. On a CPU by torch's own backward, which elsewhere adds in no fixed order."""
+    """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order, and compilers refuse it."""
     resize = partial(aten(options.interpolation, options.antialias), align_corners=False)
-    if grad.device.type == "cpu":
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
         backward = aten(options.interpolation, options.antialias, "_backward")
         return backward(grad, options.size, list(shape), False)
     (h, w), (H, W) = options.size, shape[2:]
@@ -220,7 +221,7 @@ def launch_options(
     y, x = (Axis(*pair, interpolation, antialias) for pair in ((H, h), (W, w)))
     tiles = x.tiles(backward)
     height, width = (H, W) if backward else (h, w)
-    rows = max(1, min(ROWS, len(images) * height // 2048))  # few where there are few programs to fill a GPU with
+    rows = max(1, min(ROWS, len(images)))  # few where few images leave a GPU idle
     options = {
         "CUBIC": interpolation == "bicubic",
         "ANTIALIAS": antialias,
@@ -284,7 +285,7 @@ def resize_bwd_triton(
     grad: Tensor, images: Tensor, size: Sequence[int], scale: Sequence[float], clip: Sequence[float],
     interpolation: str, antialias: bool, patch_size: int,
 ) -> Tensor:  # fmt: skip
-    """With a clamp the images are resized once more, for which of their outputs it clipped: no result is kept for it."""
+    """With a clamp the images are resized once more, to see what it clipped: nothing is kept for that."""
     from ..kernels.resize import resize_bwd_kernel
 
     grad = grad.contiguous()
