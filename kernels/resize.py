@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .cosine import store
-from .taps import ratio, tap, term
+from .taps import scale_of, tap, term
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def normalise(pixel, SCALE: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr
 def resize_fwd_kernel(
     images, sums,  # images [B, 3, H, W] of any strides; sums [h + w], 1 / the sums of the weights, if antialiased
     out, inside,  # as `offset` says, one of them None: inside, instead of the result, whether it is not clipped
-    stride_b, stride_c, stride_y, stride_x, H, W, h, w, rows, taps_y, taps_x,
+    stride_b, stride_c, stride_y, stride_x, H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, CLIP: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
     INTERLEAVED: tl.constexpr, PATCH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +120,8 @@ def resize_fwd_kernel(
     top = tl.program_id(0) % blocks * rows
     left = tl.program_id(1) * BLOCK
     column = left + tl.arange(0, BLOCK)
-    scale_y = ratio(H, h, ACC)
-    scale_x = ratio(W, w, ACC)
+    scale_y = scale_of(H, h, scale_y, ACC)
+    scale_x = scale_of(W, w, scale_x, ACC)
     x = tl.minimum(column, w - 1)
     first, _, _ = tap(left, 0, W, w, scale_x, CUBIC, ANTIALIAS)
     last, _, _ = tap(tl.minimum(left + BLOCK, w) - 1, taps_x - 1, W, w, scale_x, CUBIC, ANTIALIAS)
@@ -150,7 +150,7 @@ def resize_fwd_kernel(
 def resize_bwd_kernel(
     grad, inside, sums,  # grad and inside as `offset` says
     grad_images,  # [B, 3, H, W] contiguous
-    H, W, h, w, rows, taps_y, taps_x,
+    H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
     SCALE: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
     PATCH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -160,8 +160,8 @@ def resize_bwd_kernel(
     top = tl.program_id(0) % blocks * rows
     left = tl.program_id(1) * BLOCK
     column = left + tl.arange(0, BLOCK)
-    scale_y = ratio(H, h, ACC)
-    scale_x = ratio(W, w, ACC)
+    scale_y = scale_of(H, h, scale_y, ACC)
+    scale_x = scale_of(W, w, scale_x, ACC)
     x = tl.minimum(column, W - 1)
     first, _, _ = term(left, 0, W, w, scale_x, sums, CUBIC, ANTIALIAS, True)
     last, _, _ = term(tl.minimum(left + BLOCK, W) - 1, taps_x - 1, W, w, scale_x, sums, CUBIC, ANTIALIAS, True)
@@ -180,13 +180,16 @@ def resize_bwd_kernel(
 
 
 @triton.jit
-def antialias_sums_kernel(sums, H, W, h, w, taps, CUBIC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def antialias_sums_kernel(
+    sums, H, W, h, w, scale_y, scale_x, taps,
+    CUBIC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     # One program owns BLOCK outputs of one axis: 1 / the sum of the weights of each, rows [h] before columns [w].
     wide = tl.program_id(1) == 1
     size_in = tl.where(wide, W, H)
     size_out = tl.where(wide, w, h)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale = ratio(size_in, size_out, ACC)
+    scale = scale_of(size_in, size_out, tl.where(wide, scale_x, scale_y), ACC)
     total = tl.zeros((BLOCK,), ACC)
     for k in range(taps):
         _, weight, there = tap(tl.minimum(o, size_out - 1), k, size_in, size_out, scale, CUBIC, True)

@@ -8,13 +8,11 @@ import triton.language as tl
 
 
 @triton.jit
-def ratio(a, b, ACC: tl.constexpr):
-    """a / b rounded once, which a plain division in float32 is not: half a step here moves a tap of a wide image."""
-    if ACC is tl.float32:
-        quotient = tl.div_rn(tl.cast(a, ACC), tl.cast(b, ACC))
-    else:
-        quotient = tl.cast(a, ACC) / tl.cast(b, ACC)
-    return quotient
+def scale_of(size_in, size_out, scale, ACC: tl.constexpr):
+    """size_in / size_out: `scale` was divided and rounded to float32 on the host, for float64 it is divided here."""
+    if ACC is tl.float64:
+        scale = tl.cast(size_in, ACC) / tl.cast(size_out, ACC)
+    return scale
 
 
 @triton.jit

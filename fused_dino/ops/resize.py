@@ -65,6 +65,10 @@ class Options(NamedTuple):
         how = self.interpolation, self.antialias, self.out_dtype, self.patch_size or 0
         return self.size, self.scale, self.shift, self.clip, *how
 
+    @property
+    def launch_backward(self) -> tuple:
+        return self.size, self.scale, self.clip, self.interpolation, self.antialias, self.patch_size or 0
+
 
 # --- closed form in plain torch ---------------------------------------------------------------------------------------
 
@@ -227,11 +231,11 @@ def launch_options(
         "ANTIALIAS": antialias,
         "PATCH": patch_size,
         "ACC": tl.float64 if wide(images) == torch.float64 else tl.float32,
-        "num_warps": 2,
+        "num_warps": 4 if wide(images) == torch.float64 else 2,  # one would gather by shuffles, not in shared memory
         "enable_fp_fusion": True,
         **tiles,
     }
-    arguments = (H, W, h, w, rows, y.taps(backward), x.taps(backward))
+    arguments = (H, W, h, w, rows, H / h, W / w, y.taps(backward), x.taps(backward))
     return arguments, options, (len(images) * -(-height // rows), -(-width // tiles["BLOCK"]))
 
 
@@ -247,7 +251,7 @@ def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> T
     sums = images.new_empty(h + w, dtype=wide(images))
     wide_type = tl.float64 if sums.dtype == torch.float64 else tl.float32
     antialias_sums_kernel[(-(-max(h, w) // 128), 2)](
-        sums, H, W, h, w, taps, CUBIC=interpolation == "bicubic", BLOCK=128, ACC=wide_type, num_warps=2
+        sums, H, W, h, w, H / h, W / w, taps, CUBIC=interpolation == "bicubic", BLOCK=128, ACC=wide_type, num_warps=2
     )
     return sums
 
@@ -341,10 +345,7 @@ class ResizeFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap: the formula serves both
             (for_images,) = torch.func.vjp(options.formula, images)[1](grad)
         elif ctx.backend == "triton":
-            for_images = resize_bwd(
-                grad, images, options.size, options.scale, options.clip, options.interpolation, options.antialias,
-                options.patch_size or 0,
-            )  # fmt: skip
+            for_images = resize_bwd(grad, images, *options.launch_backward)
         else:
             for_images = resize_bwd_torch(grad, images, options)
         return for_images, None, None  # images, options, backend
