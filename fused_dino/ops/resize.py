@@ -213,7 +213,7 @@ class Axis(NamedTuple):
 
 def launch_options(
     images: Tensor, size: Sequence[int], interpolation: str, antialias: bool, patch_size: int, backward: bool
-) -> tuple[tuple[int, ...], dict[str, Any], tuple[int, int]]:
+) -> tuple[tuple[float, ...], dict[str, Any], tuple[int, int]]:
     """The sizes and counts that both kernels take, their options, and the grid.
 
     What is a constant of the model is compiled in: as an argument Triton would round it to float32, for float64 too.
