@@ -24,9 +24,9 @@ PATCH_KEYS = ("patch", "x_norm_patchtokens", "patch_tokens")
 class DINOv2Backbone(nn.Module):
     """A frozen DINOv2, or any other vision model in its place, as a source of features.
 
-        backbone(x)  ->  {'global': [B, D], 'patch': [B, N, D]}      x [B, 3, H, W], normalised with .mean and .std,
-                                                                     or its patches [B, N, 3 p p], as preprocess(
-                                                                     patch_size=p) writes them: the same features
+        backbone(x)  ->  {'global': [B, D], 'patch': [B, N, D]}      x [B, 3, H, W], normalised with .mean and .std
+
+    x may also be patches [B, N, 3 p p], as preprocess(patch_size=p) writes them: the features are the same.
 
     'global' is the normalised class token, 'patch' the normalised patch tokens in row-major order, without class and
     register tokens: N = (H / patch_size) * (W / patch_size). Both have the weights' dtype, to which x is cast. The
@@ -117,8 +117,9 @@ class DINOv2Backbone(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor | None]:
         """x, floating, normalised -> {'global': [B, D], 'patch': [B, N, D] or None}.
 
-        x: [B, 3, H, W]; or patches [B, N, 3 p p] of img_size's grid, row by row, each in the order of a Conv2d's weight,
-        for models whose `patch_embed.proj` is a convolution by patches, as a ViT's is: one matrix product in its place.
+        x: [B, 3, H, W]; or patches [B, N, 3 p p] of img_size's grid, row by row, each in the order of a Conv2d's
+        weight, for models whose `patch_embed.proj` is a convolution by patches, as a ViT's is: it becomes one matrix
+        product.
         Raises ValueError where x is anything else, or the model's features are not of embed_dim and grid.
         """
         (h, w), (rows, columns), p = self.img_size, self.grid, self.patch_size
@@ -147,8 +148,8 @@ class DINOv2Backbone(nn.Module):
         projection = take_patches(self.model, self.patch_size)
         if projection is None:
             raise ValueError(
-                f"x must be pixels [B, 3, H, W]: model {type(self.model).__name__} has no patch_embed.proj that is a "
-                f"convolution by patches of {self.patch_size}, which could take patches, got shape {list(patches.shape)}"
+                f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model {type(self.model).__name__} "
+                f"has no patch_embed.proj that is a convolution by patches of {self.patch_size}"
             )
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)
         projection.result = rearrange(tokens, "b (h w) d -> b d h w", h=self.grid[0])
@@ -157,7 +158,8 @@ class DINOv2Backbone(nn.Module):
             features = run(patches.new_zeros(()).expand(patches.shape[0], 3, *self.img_size))
             if projection.result is not None:
                 raise ValueError(
-                    f"x must be pixels [B, 3, H, W]: model {type(self.model).__name__} never ran its patch_embed.proj"
+                    f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model "
+                    f"{type(self.model).__name__} never ran its patch_embed.proj"
                 )
         finally:
             projection.result = None

@@ -237,7 +237,7 @@ def test_patches_of_another_grid_are_refused(backbone, shape):
 def test_a_model_without_a_patch_embedding_refuses_patches():
     for model in ("tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"):
         backbone = DINOv2Backbone(model=model, img_size=64, pretrained=False)
-        with pytest.raises(ValueError, match=r"x must be pixels .* no patch_embed\.proj"):
+        with pytest.raises(ValueError, match=r"x must be pixels .* \[2, 4, 3072\].* no patch_embed\.proj"):
             backbone(torch.zeros(2, 4, 3 * 32 * 32))
     unused = Stub(torch.ones(2, 8))
     unused.patch_embed = nn.Module()

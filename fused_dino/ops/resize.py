@@ -22,7 +22,7 @@ from ..reference import resize as reference
 from ..reference.dtypes import upcast, wide, without_autocast
 from .dispatch import batched_rows, by_rows, define, is_batched
 
-CPU_PIXELS = 2**18  # of a block of images: what one step makes of them is still in the cache for the next
+CPU_PIXELS = 2**19  # of a block of images: what one step makes of them is still in the cache for the next
 BLOCKS = (32, 64, 128, 256)  # columns that a program may own
 LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
 ROWS = 8  # that a program owns, for whose sake the weights of its columns are computed once
@@ -78,12 +78,8 @@ def aten(interpolation: str, antialias: bool, backward: str = "") -> Any:
     return getattr(torch.ops.aten, name + backward)
 
 
-def normalise_(pixels: Tensor, options: Options) -> Tensor:
-    if options.clamp:
-        pixels.clamp_(*options.input_range)
-    for channel, scale, shift in zip(pixels.unbind(1), options.scale, options.shift, strict=True):
-        channel.mul_(scale).add_(shift)
-    return pixels
+def clamp_(pixels: Tensor, options: Options) -> Tensor:
+    return pixels.clamp_(*options.input_range) if options.clamp else pixels
 
 
 def patches(pixels: Tensor, patch_size: int | None) -> Tensor:
@@ -108,8 +104,12 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     dtype, (h, w) = wide(images), options.size
     resize = aten(options.interpolation, options.antialias)
     if torch.compiler.is_compiling() or images.device.type != "cpu":
-        pixels = normalise_(resize(images.to(dtype), options.size, False), options)
+        pixels = clamp_(resize(images.to(dtype), options.size, False), options)
+        # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
+        for channel, scale, shift in zip(pixels.unbind(1), options.scale, options.shift, strict=True):
+            channel.mul_(scale).add_(shift)
         return patches(pixels, options.patch_size).to(options.out_dtype).contiguous()
+    scale, shift = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (options.scale, options.shift))
     out = resize_fwd_fake(images, *options.launch)
     step = images_a_block(images, options)
     direct = options.patch_size is None and options.out_dtype == dtype
@@ -118,7 +118,7 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
         block = images[start : start + step].to(dtype)
         pixels = scratch[start : start + step] if direct else scratch[: len(block)]
         resize.out(block, options.size, False, out=pixels)
-        normalise_(pixels, options)
+        clamp_(pixels, options).mul_(scale).add_(shift)
         if not direct:
             out[start : start + step] = patches(pixels, options.patch_size)
     return out
