@@ -139,7 +139,7 @@ def resize_fwd_kernel(
                 low = tl.full((), CLIP[0], ACC)
                 high = tl.full((), CLIP[1], ACC)
                 if inside is not None:
-                    tl.store(inside + at, (pixel >= low) & (pixel <= high), mask=column < w)
+                    tl.store(inside + at, (pixel > low) & (pixel < high), mask=column < w)
                 # tl.where, not tl.clamp: NaN must stay NaN.
                 pixel = tl.where(pixel < low, low, tl.where(pixel > high, high, pixel))
             if out is not None:

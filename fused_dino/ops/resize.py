@@ -106,8 +106,8 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     if torch.compiler.is_compiling() or images.device.type != "cpu":
         pixels = clamp_(resize(images.to(dtype), options.size, False), options)
         # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
-        for channel, scale, shift in zip(pixels.unbind(1), options.scale, options.shift, strict=True):
-            channel.mul_(scale).add_(shift)
+        for channel, factor, term in zip(pixels.unbind(1), options.scale, options.shift, strict=True):
+            channel.mul_(factor).add_(term)
         return patches(pixels, options.patch_size).to(options.out_dtype).contiguous()
     scale, shift = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (options.scale, options.shift))
     out = resize_fwd_fake(images, *options.launch)
@@ -130,7 +130,7 @@ def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[
     if options.clamp:
         low, high = options.input_range
         pixels = aten(options.interpolation, options.antialias)(images.to(grad.dtype), options.size, False)
-        grad = torch.where((pixels >= low) & (pixels <= high), grad, 0)
+        grad = torch.where((pixels > low) & (pixels < high), grad, 0)
     return (adjoint(grad, images.shape, options),)
 
 
