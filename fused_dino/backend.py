@@ -18,7 +18,7 @@ VARIABLE = "FUSED_DINO_BACKEND"
 
 # Which faster implementations an op has beside its reference.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "preprocess": (),
+    "preprocess": ("torch", "triton"),
     "cosine_loss": ("torch", "triton"),
     "mse_loss": ("torch", "triton"),
     "vicreg_loss": (),

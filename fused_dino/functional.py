@@ -17,6 +17,7 @@ from torch import Tensor
 from . import distributed
 from .backend import Backend, check_backend, choose
 from .ops import cosine as ops_cosine
+from .ops import resize as ops_resize
 from .reference import cosine as reference_cosine
 from .reference import resize as reference_resize
 from .reference import vicreg as reference_vicreg
@@ -104,8 +105,10 @@ def preprocess(
         or (images.dtype if images.is_floating_point() else torch.float32),
         "patch_size": check_patch_size(patch_size, size),
     }
-    run = {"reference": reference_resize.preprocess}[choose("preprocess", images, backend)]
-    return run(images, size, **options)
+    name = choose("preprocess", images, backend)
+    if name == "reference":
+        return reference_resize.preprocess(images, size, **options)
+    return ops_resize.preprocess(images, size, **options, backend=name)
 
 
 def cosine_loss(

@@ -12,17 +12,24 @@ from functools import partial
 
 import torch
 
-from fused_dino.ops import cosine_triton
+from fused_dino import functional as FD
+from fused_dino.ops import cosine_triton, resize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass
 class Case:
-    """A call that launches kernels. The first word of its name may select a budget of its own."""
+    """A call that launches kernels. The first word of its name may select a budget of its own.
+
+    values: what one thread makes in one turn of the outermost loop, where its instructions are to be counted; turns: of
+        that loop.
+    """
 
     name: str
     launch: Callable[[], object]
+    values: int = 0
+    turns: int = 1
 
 
 def cosine_cases() -> Iterator[Case]:
@@ -63,5 +70,49 @@ def cosine_cases() -> Iterator[Case]:
         yield Case(f"{name}", partial(cosine_triton.cosine_rescale_triton, x, x.new_empty(())))
 
 
+def resize_cases() -> Iterator[Case]:
+    def cases(
+        name: str,
+        images: torch.Tensor,
+        size: tuple[int, int],
+        backward: bool = False,
+        counted: bool = False,
+        **how: object,
+    ) -> Iterator[Case]:
+        given = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "clamp": False}
+        given |= {"interpolation": "bilinear", "antialias": False, "out_dtype": torch.bfloat16, "patch_size": None}
+        options = resize.Options(size, **(given | how))
+        made = resize.resize_fwd_fake(images, *options.launch)
+        # 256 columns in three channels by 64 threads.
+        count = {"values": 3 * 256 // 64, "turns": resize.ROWS} if counted else {}
+        yield Case(name, partial(resize.resize_fwd_triton, images, *options.launch), **count)
+        if backward:
+            yield Case(f"{name} backward", partial(resize.resize_bwd_triton, made, images, *options.launch_backward))
+
+    def image(dtype: torch.dtype, side: int, batch: int = 8) -> torch.Tensor:
+        return torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
+
+    for name, dtype in {**DTYPES, "u8": torch.uint8}.items():
+        x = image(dtype, 256)
+        floating, same = dtype.is_floating_point, dtype if dtype.is_floating_point else torch.bfloat16
+        yield from cases(f"{name} bilinear", x, (224, 224), floating, dtype != torch.float64, out_dtype=same)
+        yield from cases(f"{name} bicubic", x, (224, 224), floating, interpolation="bicubic", out_dtype=same)
+        yield from cases(f"{name} antialias", x, (224, 224), floating, antialias=True, out_dtype=same)
+        last = x.to(memory_format=torch.channels_last)
+        yield from cases(f"last {name}", last, (224, 224), out_dtype=same)
+    x = image(torch.float32, 512)
+    yield from cases("other 518", x, (518, 518), True)
+    yield from cases(
+        "other shrink", image(torch.float32, 1024), (224, 224), True, antialias=True, interpolation="bicubic"
+    )
+    yield from cases("patches", x, (224, 224), True, patch_size=14)
+    yield from cases("clipped", x, (224, 224), True, clamp=True)
+    yield from cases("patches clipped", x, (224, 224), True, clamp=True, patch_size=14)
+    yield from cases("other odd", torch.empty(2, 3, 250, 333, dtype=torch.bfloat16), (224, 210), True)
+    yield from cases("other strided", torch.empty(2, 3, 100, 64)[..., ::2], (56, 14), True)
+    # Past 2 GB AMD's compiler has other loads.
+    yield from cases("other large", image(torch.float32, 1024, 1024), (224, 224), True)
+
+
 # A compilation takes a tenth of a second, so every dtype is compiled for every GPU.
-CASES = [cosine_cases]
+CASES = [cosine_cases, resize_cases]

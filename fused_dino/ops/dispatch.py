@@ -53,16 +53,16 @@ def is_batched(x: Tensor) -> bool:
         return True
 
 
-def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor) -> tuple:
-    """function(*rows), on a CPU in blocks of rows written into `outputs`.
+def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor, block: int = CPU_ROWS) -> tuple:
+    """function(*rows), on a CPU in blocks of `block` rows written into `outputs`.
 
     `function` makes each row of its results from the same row of its arguments. Whole where one block holds them, where
     a compiler fuses, and where a launch costs more than memory.
     """
-    if torch.compiler.is_compiling() or rows[0].device.type != "cpu" or len(rows[0]) <= CPU_ROWS:
+    if torch.compiler.is_compiling() or rows[0].device.type != "cpu" or len(rows[0]) <= block:
         return tuple(x.to(out.dtype) for x, out in zip(function(*rows), outputs, strict=True))
-    for start in range(0, len(rows[0]), CPU_ROWS):
-        block = slice(start, start + CPU_ROWS)
-        for out, made in zip(outputs, function(*(x[block] for x in rows)), strict=True):
-            out[block] = made
+    for start in range(0, len(rows[0]), block):
+        part = slice(start, start + block)
+        for out, made in zip(outputs, function(*(x[part] for x in rows)), strict=True):
+            out[part] = made
     return outputs
