@@ -11,43 +11,97 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
-# What is broken: the kernel's line, what becomes of it, and the test that catches it.
+# What is broken: the line of the kernel that its name begins with, what becomes of it, and the test that catches it.
 MUTATIONS = {
-    "a mask": (
+    "cosine: a mask": (
         "return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)",
         "return tl.load(row + column).to(ACC)",
         "test_kernels.py::test_nothing_out_of_bounds_is_touched",
     ),
-    "a stride": ("teacher + row * stride_teacher", "teacher + row * stride_student", "test_ops.py::test_layouts"),
-    "an eps": (
-        "s_along = tl.where(s_norm < eps, 0, cos)",
-        "s_along = tl.where(s_norm < 0, 0, cos)",
+    "cosine: a stride": (
+        "teacher + row * stride_teacher",
+        "teacher + row * stride_student",
+        "test_ops.py::test_layouts -k cosine",
+    ),
+    "cosine: an eps": (
+        "s_clamped = s_norm < eps",
+        "s_clamped = s_norm < 0",
         "test_ops.py::test_is_as_accurate_as_eager -k eps",
     ),
-    "a dtype": (
+    "cosine: a dtype": (
         "s = load_row(s_row, start, WIDTH, BLOCK, ACC)\n",
         "s = load_row(s_row, start, WIDTH, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
-    "a missing row": (
+    "cosine: a missing row": (
         "tl.store(loss + row, scale * distance)",
         "tl.store(loss + row, scale * distance, mask=row != 2)",
         "test_kernels.py::test_every_element_is_written",
     ),
-    "a ticket that is not given back": (
+    "cosine: a ticket that is not given back": (
         "tl.store(ticket, 0)",
         "tl.store(ticket, 1)",
         "test_kernels.py::test_a_ticket_is_left_zero",
     ),
-    "a gradient without its scale": (
+    "cosine: a gradient without its scale": (
         "scale *= tl.load(grad_output + row * stride_grad_row).to(ACC)",
         "scale *= 1",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
-    "an offset of 32 bits": (
+    "cosine: an offset of 32 bits": (
         "first = program.to(tl.int64) * ROWS",
         "first = program * ROWS",
         "test_kernels.py::test_offsets_past_two_to_the_31st",
+    ),
+    "resize: a mask": (
+        "value = tl.load(source + at, mask=there, other=0)",
+        "value = tl.load(source + at)",
+        "test_kernels.py::test_nothing_out_of_bounds_is_touched -k preprocess",
+    ),
+    "resize: a stride": (
+        "column.to(tl.int64) * stride_x",
+        "column.to(tl.int64)",
+        "test_ops.py::test_layouts -k preprocess",
+    ),
+    "resize: a dtype": (
+        "g += weight * tl.load(at + stride_c, mask=there, other=0).to(ACC)",
+        "g += weight * tl.load(at + stride_c, mask=there, other=0).to(tl.bfloat16).to(ACC)",
+        "test_ops.py::test_is_as_accurate_as_eager -k preprocess",
+    ),
+    "resize: an infinity that is not there": (
+        "blue += tl.where(there, weight * tl.gather(b, at + PIXEL // 3 * 2, 0), 0.0)",
+        "blue += tl.where(there, weight, 0.0) * tl.gather(b, at + PIXEL // 3 * 2, 0)",
+        "test_resize.py::test_what_is_not_read_does_not_count",
+    ),
+    "resize: a missing column": (
+        "store(out + at, normalise(pixel, SCALE[c], SHIFT[c], ACC), column < w)",
+        "store(out + at, normalise(pixel, SCALE[c], SHIFT[c], ACC), column < w - 1)",
+        "test_kernels.py::test_every_element_is_written -k preprocess",
+    ),
+    "resize: an offset of 32 bits": (
+        "image = (tl.program_id(0) // blocks).to(tl.int64)  # int64: image * stride passes 2**31",
+        "image = tl.program_id(0) // blocks",
+        "test_kernels.py::test_offsets_past_two_to_the_31st -k preprocess",
+    ),
+    "taps: a border": (
+        "tl.minimum(low + k, size_in - 1))",
+        "low + k)",
+        "test_ops.py::test_is_as_accurate_as_eager -k preprocess",
+    ),
+    "taps: a weight of 0": (
+        "tl.where(size_in == size_out, low, tl.minimum(low + k, size_in - 1))",
+        "tl.minimum(low + k, size_in - 1)",
+        "test_resize.py::test_nan_and_infinity_spread_as_in_eager -k bilinear",
+    ),
+    "taps: a filter that does not widen": (
+        "half * tl.maximum(scale, 1.0)",
+        "half",
+        "test_ops.py::test_is_as_accurate_as_eager -k antialias",
+    ),
+    "taps: a reader": (
+        "first = tl.floor((i + 0.5 - support(scale, CUBIC, ANTIALIAS)) * inverse - 0.5625).to(tl.int32) + 1",
+        "first = tl.floor((i + 0.5 - support(scale, CUBIC, ANTIALIAS)) * inverse - 0.5625).to(tl.int32) + 2",
+        "test_ops.py::test_is_as_accurate_as_eager -k preprocess",
     ),
 }
 
@@ -69,7 +123,7 @@ def tree(tmp_path):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_caught(name, tree):
     right, wrong, test = MUTATIONS[name]
-    kernel = tree / "kernels/cosine.py"
+    kernel = tree / f"kernels/{name.partition(':')[0]}.py"
     source = kernel.read_text()
     assert right in source
     kernel.write_text(source.replace(right, wrong))

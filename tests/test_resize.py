@@ -203,6 +203,22 @@ def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialia
             assert torch.equal(out[out.isinf()], plain[plain.isinf()])
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_what_is_not_read_does_not_count(preprocess, antialias):
+    """Beside one output's taps, and beside the stretch of a row that a kernel holds at a time, lie infinities."""
+    x = pixels(1, 3, 4, 1400, dtype=torch.float32)
+    given = x.clone()
+    plain = x.clone().requires_grad_()
+    (read,) = torch.autograd.grad(FD.preprocess(plain, (2, 3), antialias=antialias, backend="reference").sum(), plain)
+    given[read == 0] = float("inf")
+    out = preprocess(given, (2, 3), antialias=antialias)
+    expected = FD.preprocess(given, (2, 3), antialias=antialias, backend="reference")
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    if not antialias:  # whose widest taps have a weight of 0, but are read
+        assert out.isfinite().all()
+        assert_close(out, preprocess(x, (2, 3)))
+
+
 @pytest.mark.parametrize("value", [0.99, 0.0, float("nan")])
 def test_gradient_of_a_clamp(preprocess, value):
     """As torch's: none beyond the bounds or through a NaN. At the bounds themselves versions of torch differ."""
@@ -235,6 +251,15 @@ def test_bytes_in_every_mode_and_layout(preprocess, patch_size):
             assert out.dtype == dtype
             # float32's rounding of 255, and one rounding at the store.
             assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("backend", [name for name in IMPLEMENTATIONS if name == "triton"])
+def test_kernels_read_bytes_in_place(backend, layout, monkeypatch):
+    raw = torch.zeros(2, 3, 9, 9, dtype=torch.uint8, device=DEVICE).contiguous(memory_format=layout)
+    for name in ("to", "contiguous", "clone", "float", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: pytest.fail("a copy of the images"))
+    assert FD.preprocess(raw, (4, 6), backend=backend, patch_size=2).shape == (2, 6, 12)
 
 
 def test_bytes_have_no_gradient(preprocess):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fused_dino import DinoSupervision, Preprocess
 from fused_dino.teacher import DINOv2Backbone
 
 timm = pytest.importorskip("timm")
@@ -226,6 +227,15 @@ def test_gradient_reaches_the_patches(backbone, x):
     (through,) = torch.autograd.grad(backbone(patches)["patch"].square().sum(), x)
     (true,) = torch.autograd.grad(backbone(x)["patch"].square().sum(), x)
     torch.testing.assert_close(through, true, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_supervision_through_patches(backbone):
+    images, z = torch.rand(2, 3, 40, 50) * 2 - 1, torch.randn(2, 8)
+    dino = DinoSupervision(in_dim=8, teacher=backbone, img_size=(28, 42), hidden_dim=16)
+    expected = dino(z, images)[0]
+    dino.preprocess = Preprocess((28, 42), patch_size=14)
+    torch.testing.assert_close(dino(z, images)[0], expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 588), (2, 6, 587), (6, 588)])

@@ -34,7 +34,7 @@ def refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
     raise NotImplementedError("this op has no gradient of its own; differentiate the function of fused_dino.functional")
 
 
-def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Under vmap, [B, N, D] as [B * N, D]: an op on rows needs no rule but this."""
 
     def flat(x: Tensor | None, dim: int | None) -> Tensor | None:

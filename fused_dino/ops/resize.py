@@ -106,8 +106,9 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     if torch.compiler.is_compiling() or images.device.type != "cpu":
         pixels = clamp_(resize(images.to(dtype), options.size, False), options)
         # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
-        for channel, factor, term in zip(pixels.unbind(1), options.scale, options.shift, strict=True):
-            channel.mul_(factor).add_(term)
+        # Not in place: a compiler would make a program for each batch size.
+        channels = zip(pixels.unbind(1), options.scale, options.shift, strict=True)
+        pixels = torch.stack([channel * factor + term for channel, factor, term in channels], 1)
         return patches(pixels, options.patch_size).to(options.out_dtype).contiguous()
     scale, shift = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (options.scale, options.shift))
     out = resize_fwd_fake(images, *options.launch)
