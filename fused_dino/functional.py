@@ -17,6 +17,7 @@ from torch import Tensor
 from . import distributed
 from .backend import Backend, check_backend, choose
 from .ops import cosine as ops_cosine
+from .ops import vicreg as ops_vicreg
 from .reference import cosine as reference_cosine
 from .reference import resize as reference_resize
 from .reference import vicreg as reference_vicreg
@@ -236,12 +237,15 @@ def vicreg_loss(
         "eps": check_number("eps", eps, minimum=0),
         "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
         "unbiased": unbiased,
-        "total": partial(distributed.sum_over_ranks, group=group),
     }
     if len(student) == 1 and group is None:
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
-    run = {"reference": reference_vicreg.vicreg_loss}[choose("vicreg_loss", student, backend)]
-    loss, *terms = run(student, teacher, **options)
+    name = choose("vicreg_loss", student, backend)
+    if name == "reference" or group is not None:
+        total = partial(distributed.sum_over_ranks, group=group)
+        loss, *terms = reference_vicreg.vicreg_loss(student, teacher, **options, total=total)
+    else:
+        loss, *terms = ops_vicreg.vicreg_loss(student, teacher, **options, route=route, backend=name)
     return VICRegOutput(loss, *(x.detach() for x in terms))
 
 
