@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference.cosine import cosine_distance, reduce
 from ..reference.dtypes import upcast, wide, without_autocast
-from .dispatch import batched_rows, by_rows, define, is_batched
+from .dispatch import batched_rows, by_rows, define, is_batched, rows_of
 
 # Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
 CONFIGURATIONS = {256: 1, 1024: 4, 4096: 8}
@@ -80,11 +80,6 @@ def cosine_bwd_fake(
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
     return for_s, for_t
-
-
-def rows_of(*tensors: Tensor) -> list[Tensor]:
-    """Tensors [N, D] whose last dimension is contiguous, which is all that the kernels ask."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def launch_options(distance: Tensor, width: int, eps: float) -> dict[str, Any]:

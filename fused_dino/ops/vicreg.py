@@ -26,6 +26,7 @@ from ..reference.vicreg import vicreg_loss as formula
 from .dispatch import is_batched
 from .vicreg_plan import Plan, make_plan
 from .vicreg_torch import vicreg_bwd_torch, vicreg_fwd_torch
+from .vicreg_triton import vicreg_bwd, vicreg_fwd
 
 
 def terms_by_formula(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tensor, ...]:
@@ -43,6 +44,8 @@ class VICRegFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, plan: Plan, backend: str) -> tuple[Tensor, ...]:
+        if backend == "triton":
+            return vicreg_fwd(student, teacher, *plan)
         return vicreg_fwd_torch(student, teacher, plan)
 
     @staticmethod
@@ -62,6 +65,8 @@ class VICRegFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or any(map(is_batched, given)):  # create_graph=True, or under vmap
             terms, vjp = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)
             made = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, terms, strict=True)))
+        elif ctx.backend == "triton":
+            made = vicreg_bwd(student, teacher, *saved, *grads, *wanted, *ctx.plan)
         else:
             made = vicreg_bwd_torch(student, teacher, *saved, grads, ctx.plan, *wanted)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
