@@ -302,10 +302,16 @@ def vicreg_bwd_kernel(
                 k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
                 live_p = (row < rows)[:, None] & (k < rows)[None, :]
                 live_y = (k < rows)[:, None] & inside[None, :]
-                p = tl.load(product + row[:, None] * rows + k[None, :], mask=live_p, other=0).to(ROUND).to(OPERAND)
+                whole = tl.load(product + row[:, None] * rows + k[None, :], mask=live_p, other=0)
+                p = whole.to(ROUND).to(OPERAND)
                 if RAW:
                     y = tl.load(student + k[:, None] * stride_student + column[None, :], mask=live_y, other=0)
                     along += tl.sum(p.to(ACC), 1)
+                    if ROUND == tl.bfloat16:
+                        # The rest of it in a second product: the columns' own share is taken off below, and cancels.
+                        rest = (whole - p.to(ACC)).to(ROUND).to(OPERAND)
+                        along += tl.sum(rest.to(ACC), 1)
+                        grad = tl.dot(rest, y.to(OPERAND), grad, input_precision=PRECISION, out_dtype=ACC)
                 else:
                     y = load_centred(student, shift, stride_student, k[:, None], column[None, :], live_y, ACC)
                 grad = tl.dot(p, y.to(OPERAND), grad, input_precision=PRECISION, out_dtype=ACC)

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..reference.dtypes import wide, without_autocast
 from .vicreg_plan import Plan
 
-CPU_ELEMENTS = 2**17  # of a block of rows: what one pass makes of them is still in a core's cache for the next
-CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
+CPU_ELEMENTS = 2**19  # of a block of rows: what one pass makes of them is still in a core's cache for the next
+CPU_PANEL = 512  # rows of a symmetric product that are computed at a time, from the diagonal on
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
@@ -30,8 +30,7 @@ def centre(x: Tensor, dtype: torch.dtype) -> Tensor:
     centred = x.new_empty(x.shape, dtype=dtype)
     total = torch.zeros_like(pivot)
     for rows in blocks(x):
-        centred[rows] = x[rows] - pivot
-        total += centred[rows].sum(0)
+        total += torch.sub(x[rows], pivot, out=centred[rows]).sum(0)
     total /= len(x)
     for rows in blocks(x):
         centred[rows] -= total
@@ -67,16 +66,19 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         if not (plan.variance or plan.covariance):
             return invariance, variance, covariance, student.new_empty(0, 0, dtype=dtype), zero.new_empty(0), product
         centred = centre(student, dtype)
-        squares = zero.new_zeros(d)
-        for rows in blocks(centred):
-            squares += centred[rows].square().sum(0)
+        spare = max(n - 1, 1)
+        if plan.covariance:
+            product = symmetric_product(centred if plan.gram else centred.T).div_(spare)
+        if plan.covariance and not plan.gram:
+            squares = product.diagonal() * spare
+            product.diagonal().zero_()
+        else:
+            squares = zero.new_zeros(d)
+            for rows in blocks(centred):
+                squares += centred[rows].square().sum(0)
         if plan.variance:
             variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
         if plan.covariance:
-            spare = max(n - 1, 1)
-            product = symmetric_product(centred if plan.gram else centred.T).div_(spare)
-            if not plan.gram:
-                product.diagonal().zero_()
             total = torch.linalg.vecdot(product, product).sum()
             if plan.gram:
                 total = total - (squares / spare).square().sum()
@@ -110,20 +112,17 @@ def vicreg_bwd_torch(
             column = (0 if column is None else column) - squares * (scale / spare)
     if plan.invariance and grad_invariance is not None:
         towards = grad_invariance * (2 / max(n * d, 1))
-    with without_autocast(student):
-        for rows in blocks(student):
-            pull = None
-            if towards is not None:
-                pull = (student[rows].to(dtype) - teacher[rows]) * towards
-            if for_teacher:
-                for_t[rows] = 0 if pull is None else -pull
-            if not for_student:
-                continue
-            grad = torch.zeros_like(student[rows], dtype=dtype) if pull is None else pull
-            if column is not None:
-                grad = grad.addcmul_(centred[rows], column)
-            if matrix is not None:
-                left, right = (matrix[rows], centred) if plan.gram else (centred[rows], matrix)
-                grad = grad.addmm_(left, right)
-            for_s[rows] = grad
-    return for_s, for_t
+    made = for_s if for_s.dtype == dtype else for_s.to(dtype)
+    for rows in blocks(student):
+        if towards is not None:
+            pull = student[rows].to(dtype, copy=True).sub_(teacher[rows]).mul_(towards)
+        else:
+            pull = torch.zeros_like(student[rows], dtype=dtype)
+        if for_teacher:
+            for_t[rows] = -pull
+        if for_student:
+            made[rows] = pull if column is None else pull.addcmul_(centred[rows], column)
+    if for_student and matrix is not None:
+        with without_autocast(student):
+            made.addmm_(*((matrix, centred) if plan.gram else (centred, matrix)))
+    return made.to(for_s.dtype), for_t
