@@ -124,6 +124,62 @@ def finish_tile(
 
 
 @triton.jit
+def centred_product(
+    student, shift, stride, left, right, size, first, last,
+    GRAM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of xc xc^T or xc^T xc, of rows that lose their means before they meet."""
+    acc = tl.zeros((left.shape[0], right.shape[0]), ACC)
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live_a = (left < size)[:, None] & (k < last)[None, :]
+        live_b = (k < last)[:, None] & (right < size)[None, :]
+        if GRAM:
+            a = load_centred(student, shift, stride, left.to(tl.int64)[:, None], k[None, :], live_a, ACC)
+            b = load_centred(student, shift, stride, right.to(tl.int64)[None, :], k[:, None], live_b, ACC)
+        else:
+            row = k.to(tl.int64)
+            a = load_centred(student, shift, stride, row[None, :], left[:, None], live_a, ACC)
+            b = load_centred(student, shift, stride, row[:, None], right[None, :], live_b, ACC)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
+def raw_product(
+    student, shift, stride, left, right, size, first, last,
+    GRAM: tl.constexpr, OPERAND: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same of rows of 16 bits as they are, whose products float32 holds exactly; the means come off after it."""
+    acc = tl.zeros((left.shape[0], right.shape[0]), tl.float32)
+    along_a = tl.zeros((left.shape[0],), tl.float32)  # <y_a, mean>
+    along_b = tl.zeros((right.shape[0],), tl.float32)
+    mean_square = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live_a = (left < size)[:, None] & (k < last)[None, :]
+        live_b = (k < last)[:, None] & (right < size)[None, :]
+        if GRAM:
+            a = tl.load(student + left.to(tl.int64)[:, None] * stride + k[None, :], mask=live_a, other=0)
+            b = tl.load(student + right.to(tl.int64)[None, :] * stride + k[:, None], mask=live_b, other=0)
+            mean = mean_of(student, shift, k, k < last, tl.float32)
+            along_a += tl.sum(a.to(tl.float32) * mean[None, :], 1)
+            along_b += tl.sum(b.to(tl.float32) * mean[:, None], 0)
+            mean_square += mean * mean
+        else:
+            row = k.to(tl.int64)
+            a = tl.load(student + row[None, :] * stride + left[:, None], mask=live_a, other=0)
+            b = tl.load(student + row[:, None] * stride + right[None, :], mask=live_b, other=0)
+        acc = tl.dot(a.to(OPERAND), b.to(OPERAND), acc)
+    if GRAM:
+        return acc - along_a[:, None] - along_b[None, :] + tl.sum(mean_square, 0)
+    else:
+        mean_a = mean_of(student, shift, left, left < size, tl.float32)
+        mean_b = mean_of(student, shift, right, right < size, tl.float32)
+        return acc - mean_a[:, None] * mean_b[None, :] * (last - first).to(tl.float32)
+
+
+@triton.jit
 def vicreg_product_kernel(
     student,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
@@ -133,9 +189,8 @@ def vicreg_product_kernel(
     GRAM: tl.constexpr, SPLIT: tl.constexpr, RAW: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns one tile of xc xc^T (GRAM) or xc^T xc, and one split of the rows or columns that it sums over.
-    # RAW, for 16 bits: a product of two such numbers is exact in float32, so the means may come off after it, unless
-    # they are so large that this cancels.
+    # One program owns one tile of xc xc^T (GRAM) or xc^T xc, and one split of the columns or rows that it sums over.
+    # RAW, for 16 bits: the means come off after the product, unless they are so large that this would cancel.
     i = tl.program_id(0)
     j = tl.program_id(1)
     if i > j:
@@ -146,51 +201,15 @@ def vicreg_product_kernel(
     right = j * TILE + tl.arange(0, TILE)
     first = tl.program_id(2) * depth_a_split
     last = tl.minimum(first + depth_a_split, depth)
-    acc = tl.zeros((TILE, TILE), ACC)
-    centred = not RAW
     if RAW:
-        centred = means_are_large(student, shift, squares, rows, width, GRAM, 1024)
-    if centred:
-        for start in range(first, last, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            live_a = (left < size)[:, None] & (k < last)[None, :]
-            live_b = (k < last)[:, None] & (right < size)[None, :]
-            if GRAM:
-                row = left.to(tl.int64)[:, None]
-                a = load_centred(student, shift, stride, row, k[None, :], live_a, ACC)
-                row = right.to(tl.int64)[None, :]
-                b = load_centred(student, shift, stride, row, k[:, None], live_b, ACC)
-            else:
-                row = k.to(tl.int64)
-                a = load_centred(student, shift, stride, row[None, :], left[:, None], live_a, ACC)
-                b = load_centred(student, shift, stride, row[:, None], right[None, :], live_b, ACC)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-    else:
-        along_a = tl.zeros((TILE,), tl.float32)  # <y_a, mean>
-        along_b = tl.zeros((TILE,), tl.float32)
-        mean_square = tl.zeros((BLOCK_K,), tl.float32)
-        for start in range(first, last, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            live_a = (left < size)[:, None] & (k < last)[None, :]
-            live_b = (k < last)[:, None] & (right < size)[None, :]
-            if GRAM:
-                a = tl.load(student + left.to(tl.int64)[:, None] * stride + k[None, :], mask=live_a, other=0)
-                b = tl.load(student + right.to(tl.int64)[None, :] * stride + k[:, None], mask=live_b, other=0)
-                mean = mean_of(student, shift, k, k < last, tl.float32)
-                along_a += tl.sum(a.to(tl.float32) * mean[None, :], 1)
-                along_b += tl.sum(b.to(tl.float32) * mean[:, None], 0)
-                mean_square += mean * mean
-            else:
-                row = k.to(tl.int64)
-                a = tl.load(student + row[None, :] * stride + left[:, None], mask=live_a, other=0)
-                b = tl.load(student + row[:, None] * stride + right[None, :], mask=live_b, other=0)
-            acc = tl.dot(a.to(OPERAND), b.to(OPERAND), acc)
-        if GRAM:
-            acc = acc - along_a[:, None] - along_b[None, :] + tl.sum(mean_square, 0)
+        if means_are_large(student, shift, squares, rows, width, GRAM, 1024):
+            acc = centred_product(
+                student, shift, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K // 2, ACC
+            )
         else:
-            mean_a = mean_of(student, shift, left, left < size, tl.float32)
-            mean_b = mean_of(student, shift, right, right < size, tl.float32)
-            acc = acc - mean_a[:, None] * mean_b[None, :] * (last - first).to(tl.float32)
+            acc = raw_product(student, shift, stride, left, right, size, first, last, GRAM, OPERAND, BLOCK_K)
+    else:
+        acc = centred_product(student, shift, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K, ACC)
     if SPLIT:
         live = (left < size)[:, None] & (right < size)[None, :]
         at = (tl.program_id(2).to(tl.int64) * size + left.to(tl.int64)[:, None]) * size + right[None, :]
@@ -340,7 +359,9 @@ def vicreg_bwd_kernel(
         pull = tl.load(grad_variance).to(ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
         coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
     if grad_variance is not None or grad_covariance is not None:
-        grad += coefficient[None, :] * load_centred(student, shift, stride_student, row[:, None], column[None, :], live, ACC)
+        grad += coefficient[None, :] * load_centred(
+            student, shift, stride_student, row[:, None], column[None, :], live, ACC
+        )
     if grad_invariance is not None:
         y = tl.load(student + row[:, None] * stride_student + column[None, :], mask=live, other=0).to(ACC)
         g = tl.load(teacher + row[:, None] * stride_teacher + column[None, :], mask=live, other=0).to(ACC)

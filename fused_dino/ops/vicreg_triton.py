@@ -18,7 +18,7 @@ PROGRAMS = 256  # that fill a GPU
 ROWS_A_SPLIT = 512  # of the statistics: fewer are read sooner than a second launch starts
 HALF = (torch.bfloat16, torch.float16)
 # (tile, depth of a step, warps) of the two products, by the accumulation and the student's dtype.
-TILES = {"float64": (32, 16, 4), "float32": (64, 32, 4), "half": (64, 64, 4)}
+TILES = {"float64": (32, 16, 2), "float32": (64, 32, 4), "half": (64, 64, 4)}
 
 
 def kind(student: Tensor, dtype: torch.dtype) -> str:
@@ -38,6 +38,8 @@ def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     import triton.language as tl
 
     tile, depth, warps = TILES[kind(student, dtype)]
+    if student.stride(0) * student.element_size() % 16 or student.data_ptr() % 16:
+        depth, warps = max(16, depth // 2), 8  # rows are loaded element by element: their addresses fill the registers
     raw = kind(student, dtype) == "half"
     operand = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[student.dtype] if raw else acc_of(dtype)
     return {
@@ -178,6 +180,8 @@ def vicreg_bwd_triton(
     if not n:
         return grads
     launch = tile_options(student, shift.dtype)
+    if launch["RAW"]:  # the matrix is float32
+        launch["BLOCK_K"] //= 2
     if launch["RAW"] and student.dtype == torch.float16:
         launch |= {"OPERAND": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32"}
     rounded = tl.bfloat16 if launch["RAW"] and student.dtype == torch.bfloat16 else launch["OPERAND"]
