@@ -1,6 +1,7 @@
 """Resize and normalise: what moves is the images in and the result out, and with a gradient the same back."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
@@ -31,52 +32,36 @@ def unit(images: Tensor) -> Tensor:
     return (images + 1) / 2 if images.is_floating_point() else images.float() / 255
 
 
-def recipe(row: Row) -> Function:
-    def run(images: Tensor) -> Tensor:
-        x = unit(images)
-        x = (x - MEAN.to(x)) / STD.to(x)
-        size = (row.options["size"],) * 2
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=False).to(out_dtype(row))
+def eager(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate((x - MEAN.to(x)) / STD.to(x), size=size, mode="bilinear", align_corners=False)
 
-    return run
+
+def torchvision(x: Tensor, size: tuple[int, int]) -> Tensor:
+    from torchvision.transforms.v2 import functional as T
+
+    x = T.normalize(x, list(FD.IMAGENET_MEAN), list(FD.IMAGENET_STD))
+    return T.resize(x, list(size), T.InterpolationMode.BILINEAR, antialias=False)
+
+
+def kornia(x: Tensor, size: tuple[int, int]) -> Tensor:
+    from kornia.enhance import normalize
+    from kornia.geometry.transform import resize
+
+    return resize(normalize(x, MEAN.to(x).flatten(), STD.to(x).flatten()), size, "bilinear", align_corners=False)
+
+
+def of(step: Callable, row: Row) -> Function:
+    return lambda images: step(unit(images), (row.options["size"],) * 2).to(out_dtype(row))
 
 
 def exact(row: Row) -> Function:
     """The recipe in float64, without its cast."""
-
-    def run(images: Tensor) -> Tensor:
-        x = unit(images if images.is_floating_point() else images.double() / 127.5 - 1)
-        size = (row.options["size"],) * 2
-        return F.interpolate((x - MEAN.to(x)) / STD.to(x), size=size, mode="bilinear", align_corners=False)
-
-    return run
+    side = row.options["size"]
+    return lambda x: eager(unit(x if x.is_floating_point() else x.double() / 127.5 - 1), (side, side))
 
 
 def ours(row: Row, backend: str) -> Function:
     return partial(FD.preprocess, size=row.options["size"], out_dtype=out_dtype(row), backend=backend)  # type: ignore[arg-type]
-
-
-def torchvision(row: Row) -> Function:
-    from torchvision.transforms.v2 import functional as T
-
-    def run(images: Tensor) -> Tensor:
-        size = [row.options["size"]] * 2
-        x = T.normalize(unit(images), list(FD.IMAGENET_MEAN), list(FD.IMAGENET_STD))
-        return T.resize(x, size, T.InterpolationMode.BILINEAR, antialias=False).to(out_dtype(row))
-
-    return run
-
-
-def kornia(row: Row) -> Function:
-    from kornia.enhance import normalize
-    from kornia.geometry.transform import resize
-
-    def run(images: Tensor) -> Tensor:
-        x = unit(images)
-        x = normalize(x, MEAN.to(x).flatten(), STD.to(x).flatten())
-        return resize(x, (row.options["size"],) * 2, "bilinear", align_corners=False).to(out_dtype(row))
-
-    return run
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
@@ -92,12 +77,12 @@ BENCH = Bench(
     op="preprocess",
     rows=IMAGES,
     inputs=inputs,
-    recipe=recipe,
+    recipe=partial(of, eager),
     ours=ours,
     work=work,
     peers={
-        "torchvision v2": torchvision if find_spec("torchvision") else None,
-        "kornia": kornia if find_spec("kornia") else None,
+        name: partial(of, step) if find_spec(step.__name__) else None
+        for name, step in (("torchvision v2", torchvision), ("kornia", kornia))
     },
     exact=exact,
 )

@@ -21,7 +21,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "preprocess": ("torch", "triton"),
     "cosine_loss": ("torch", "triton"),
     "mse_loss": ("torch", "triton"),
-    "vicreg_loss": (),
+    "vicreg_loss": ("torch", "triton"),
 }
 
 _selected: str | None = None  # a plain global: a ContextVar breaks full-graph compilation on torch 2.11

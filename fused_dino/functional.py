@@ -18,6 +18,7 @@ from . import distributed
 from .backend import Backend, check_backend, choose
 from .ops import cosine as ops_cosine
 from .ops import resize as ops_resize
+from .ops import vicreg as ops_vicreg
 from .reference import cosine as reference_cosine
 from .reference import resize as reference_resize
 from .reference import vicreg as reference_vicreg
@@ -229,7 +230,8 @@ def vicreg_loss(
 
     student, teacher: y and g, [N, D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you
         like. One row is finite (its deviations are 0) and warns; no rows are NaN.
-    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient.
+    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The term of
+        a number 0 is not computed, and is 0.
     cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
     unbiased: the variance divides by N - 1, as VICReg was published, instead of N. (The covariance always does.)
     route: how the covariance is computed, by the [N, N] or the [D, D] product; auto takes the smaller. The same
@@ -255,12 +257,15 @@ def vicreg_loss(
         "eps": check_number("eps", eps, minimum=0),
         "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
         "unbiased": unbiased,
-        "total": partial(distributed.sum_over_ranks, group=group),
     }
     if len(student) == 1 and group is None:
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
-    run = {"reference": reference_vicreg.vicreg_loss}[choose("vicreg_loss", student, backend)]
-    loss, *terms = run(student, teacher, **options)
+    name = choose("vicreg_loss", student, backend)
+    if name == "reference" or group is not None:
+        total = partial(distributed.sum_over_ranks, group=group)
+        loss, *terms = reference_vicreg.vicreg_loss(student, teacher, **options, total=total)
+    else:
+        loss, *terms = ops_vicreg.vicreg_loss(student, teacher, **options, route=route, backend=name)
     return VICRegOutput(loss, *(x.detach() for x in terms))
 
 

@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -75,14 +76,16 @@ class Elsewhere:
         self.get_current_stream = lambda device: 0
 
 
-def launches(cases: Iterable) -> list[dict[str, Any]]:
+def launches(cases: Iterable, backend: str) -> list[dict[str, Any]]:
+    """What the cases launch where torch is built for a vendor's GPUs: a launcher may choose by it."""
     seen = []
     for case in cases:
 
         def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, case: Any = case, **options: Any) -> None:
             seen.append({"kernel": kernel, "args": args, "options": options, "case": case})
 
-        with mock.patch.object(JITFunction, "run", record):
+        vendor = mock.patch.object(torch.version, "hip", "any" if backend == "hip" else None)
+        with mock.patch.object(JITFunction, "run", record), vendor:
             case.launch()
     return seen
 
@@ -179,14 +182,15 @@ def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
 def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any]) -> int:
     """Compile what the cases launch, print the table and everything wrong; the exit status."""
     start = time.perf_counter()
-    seen = launches(cases)
-    JOBS[:] = [(launch, target) for launch in seen for target in TARGETS]
+    cases = list(cases)
+    seen = {backend: launches(cases, backend) for backend in ("cuda", "hip")}
+    JOBS[:] = [(launch, target) for target, (gpu, _) in TARGETS.items() for launch in seen[gpu.backend]]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("fork")) as pool:
         rows = sorted(pool.map(compile_job, range(len(JOBS))), key=lambda row: row.kernel)
     print(table([row for row in rows if not row.error]))
 
     there = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    launched = {launch["kernel"].__name__ for launch in seen}
+    launched = {launch["kernel"].__name__ for launch, _ in JOBS}
     special = {f"{row.kernel} {row.case.split()[0]}" for row in rows}
     wrong = [f"{name}: no case launches it" for name in sorted(there - launched)]
     wrong += [f"{name}: has no budget" for name in sorted(there | launched) if name not in budgets]

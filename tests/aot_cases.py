@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from fused_dino import functional as FD
-from fused_dino.ops import cosine_triton, resize
+from fused_dino.ops import cosine_triton, resize, vicreg_triton
+from fused_dino.ops.vicreg_plan import make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -114,5 +115,29 @@ def resize_cases() -> Iterator[Case]:
     yield from cases("other large", image(torch.float32, 1024, 1024), (224, 224), True)
 
 
-# A compilation takes a tenth of a second, so every dtype is compiled for every GPU.
-CASES = [cosine_cases, resize_cases]
+def vicreg_cases() -> Iterator[Case]:
+    def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, wanted: tuple[bool, ...]) -> Iterator[Case]:
+        plan = make_plan(
+            *student.shape, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
+            unbiased=False, route="auto",
+        )  # fmt: skip
+        made = vicreg_triton.vicreg_fwd_fake(student, teacher, *plan)
+        backward = partial(vicreg_triton.vicreg_bwd_triton, student, teacher, *made[3:], *made[:3], True)
+        name += f" by {'rows' if plan.gram else 'columns'} of {list(student.shape)}"
+        yield Case(name, partial(vicreg_triton.vicreg_fwd_triton, student, teacher, *plan))
+        for both in wanted:
+            yield Case(f"{name} to {'both' if both else 'student'}", partial(backward, both, *plan))
+
+    for rows, width in ((256, 1024), (2048, 1024)):  # by rows with a split product, by columns with a whole one
+        for name, dtype in DTYPES.items():
+            x = torch.empty(rows, width, dtype=dtype)
+            yield from cases(name, x, x, (False,))
+    bf16, fp32 = (torch.empty(256, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    yield from cases("bf16/fp32", bf16, fp32, (True,))
+    yield from cases("unaligned bf16", bf16[:, 1:], bf16[:, 1:], (False,))
+    many = torch.empty(4096, 256, dtype=torch.bfloat16)
+    yield from cases("bf16", many, many, ())  # by columns, split
+
+
+# A compilation takes some tenths of a second, so every dtype is compiled for every GPU.
+CASES = [cosine_cases, resize_cases, vicreg_cases]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
-from .dispatch import define
+from .dispatch import define, rows_of
 from .tickets import ticket
 
 # Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
@@ -30,11 +30,6 @@ def cosine_rows_fake(
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
     return loss, value, for_s, for_t
-
-
-def rows_of(*tensors: Tensor) -> list[Tensor]:
-    """Tensors [N, D] whose last dimension is contiguous, which is all that the kernels ask."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def accumulator(x: Tensor) -> Any:

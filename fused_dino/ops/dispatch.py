@@ -45,6 +45,11 @@ def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tu
     return tuple(map(flat, tensors, in_dims))
 
 
+def rows_of(*tensors: Tensor) -> list[Tensor]:
+    """Tensors [N, D] whose last dimension is contiguous, which is all that the kernels ask."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def is_batched(x: Tensor) -> bool:
     """Whether x is under one of torch's two vmaps, of which the older serves is_grads_batched."""
     try:

@@ -27,21 +27,35 @@ def vicreg_loss(
     variance   = mean_j relu(gamma - sqrt(var_j + eps)),  var_j over N rows, or over N - 1 if unbiased
     covariance = sum_{i != j} c_ij^2 / D^2 ("mean") or / D ("sum_over_d"),  c = yc^T yc / (N - 1)
 
-    One row has deviations of 0: N - 1 is at least 1.
+    One row has deviations of 0: N - 1 is at least 1. A term whose weight is the number 0 is left out: it is 0.
     """
     y, g = upcast(student, teacher)
     n, d = total(y.new_full((), len(y))), y.shape[1]
     spare = (n - 1).clamp(min=1)
-    invariance = total((y - g).square().sum()) / (n * d)
+    invariance = variance = covariance = y[:0].sum() + g[:0].sum()  # 0, with a gradient of zeros
+
+    if wanted(inv_weight):
+        invariance = total((y - g).square().sum()) / (n * d)
 
     yc = y - total(y.sum(0)) / n
-    deviation = (total(yc.square().sum(0)) / (spare if unbiased else n) + eps).sqrt()
-    variance = torch.relu(gamma - deviation).mean()
+    if wanted(var_weight):
+        deviation = (total(yc.square().sum(0)) / (spare if unbiased else n) + eps).sqrt()
+        variance = torch.relu(gamma - deviation).mean()
 
-    with without_autocast(y):
-        c = total(yc.T @ yc) / spare
-    off_diagonal = c - torch.diag(torch.diag(c))
-    covariance = off_diagonal.square().sum() / (d * d if cov_reduction == "mean" else d)
+    if wanted(cov_weight):
+        with without_autocast(y):
+            c = total(yc.T @ yc) / spare
+        off_diagonal = c - torch.diag(torch.diag(c))
+        covariance = off_diagonal.square().sum() / covariance_divisor(d, cov_reduction)
 
     loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
     return loss, invariance, variance, covariance
+
+
+def wanted(weight: float | Tensor) -> bool:
+    """Whether a term is computed: a tensor's value is not looked at, which would wait for its device."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def covariance_divisor(width: int, cov_reduction: str) -> int:
+    return width * width if cov_reduction == "mean" else width

@@ -1,0 +1,128 @@
+"""VICReg's closed form in plain torch: the CPU fallback. The formulas stand in ops/vicreg.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..reference.dtypes import wide, without_autocast
+from .vicreg_plan import Plan
+
+CPU_ELEMENTS = 2**19  # of a block of rows: what one pass makes of them is still in a core's cache for the next
+CPU_PANEL = 512  # rows of a symmetric product that are computed at a time, from the diagonal on
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Blocks of rows; all at once where a compiler fuses, and where a launch costs more than memory."""
+    step = max(1, CPU_ELEMENTS // x.shape[1])
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) <= step:
+        yield slice(None)
+        return
+    for start in range(0, len(x), step):
+        yield slice(start, start + step)
+
+
+def centre(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x - mean(x) per column. The first row is taken off before: a large mean would round the small deviations."""
+    pivot = x[:1].sum(0, dtype=dtype)
+    centred = x.new_empty(x.shape, dtype=dtype)
+    total = torch.zeros_like(pivot)
+    for rows in blocks(x):
+        total += torch.sub(x[rows], pivot, out=centred[rows]).sum(0)
+    total /= len(x)
+    for rows in blocks(x):
+        centred[rows] -= total
+    return centred
+
+
+def symmetric_product(x: Tensor) -> Tensor:
+    """x x^T; on a CPU panel by panel from the diagonal on, and mirrored, where that saves more than it costs."""
+    m = len(x)
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or m < 2 * CPU_PANEL:
+        return x @ x.T
+    out = x.new_empty(m, m)
+    for start in range(0, m, CPU_PANEL):
+        panel = slice(start, start + CPU_PANEL)
+        torch.mm(x[panel], x[start:].T, out=out[panel, start:])
+        out[start + CPU_PANEL :, panel] = out[panel, start + CPU_PANEL :].T
+    return out
+
+
+def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """invariance, variance, covariance, centred [N, D], squares [D], product [N, N] or [D, D]; empty where unwanted."""
+    n, d = student.shape
+    dtype = wide(student, teacher)
+    zero = student.new_zeros((), dtype=dtype)
+    invariance, variance, covariance, product = zero, zero.clone(), zero.clone(), student.new_empty(0, 0, dtype=dtype)
+    with without_autocast(student):
+        if plan.invariance:
+            error = zero.clone()
+            for rows in blocks(student):
+                difference = (student[rows].to(dtype) - teacher[rows]).flatten()
+                error += difference @ difference
+            invariance = error / (n * d)
+        if not (plan.variance or plan.covariance):
+            return invariance, variance, covariance, student.new_empty(0, 0, dtype=dtype), zero.new_empty(0), product
+        centred = centre(student, dtype)
+        spare = max(n - 1, 1)
+        if plan.covariance:
+            product = symmetric_product(centred if plan.gram else centred.T).div_(spare)
+        if plan.covariance and not plan.gram:
+            squares = product.diagonal() * spare
+            product.diagonal().zero_()
+        else:
+            squares = zero.new_zeros(d)
+            for rows in blocks(centred):
+                squares += centred[rows].square().sum(0)
+        if plan.variance:
+            variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
+        if plan.covariance:
+            total = torch.linalg.vecdot(product, product).sum()
+            if plan.gram:
+                total = total - (squares / spare).square().sum()
+            covariance = total / plan.divisor
+    return invariance, variance, covariance, centred, squares, product
+
+
+def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
+    return (squares / (max(n - 1, 1) if plan.unbiased else n) + plan.eps).sqrt()
+
+
+def vicreg_bwd_torch(
+    student: Tensor, teacher: Tensor, centred: Tensor, squares: Tensor, product: Tensor,
+    grads: tuple[Tensor | None, ...], plan: Plan, for_student: bool, for_teacher: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, d = student.shape
+    dtype = wide(student, teacher)
+    grad_invariance, grad_variance, grad_covariance = grads
+    for_s = student.new_empty(student.shape if for_student else 0)
+    for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
+    spare = max(n - 1, 1)
+    column = matrix = towards = None
+    if plan.variance and grad_variance is not None:
+        sigma = deviation(squares, n, plan)
+        hinge = torch.where(sigma < plan.gamma, -grad_variance / (d * (spare if plan.unbiased else n)), 0)
+        column = hinge / sigma
+    if plan.covariance and grad_covariance is not None:
+        scale = grad_covariance * (4 / (plan.divisor * spare))
+        matrix = product * scale
+        if plan.gram:
+            column = (0 if column is None else column) - squares * (scale / spare)
+    if plan.invariance and grad_invariance is not None:
+        towards = grad_invariance * (2 / max(n * d, 1))
+    made = for_s if for_s.dtype == dtype else for_s.to(dtype)
+    for rows in blocks(student):
+        if towards is not None:
+            pull = student[rows].to(dtype, copy=True).sub_(teacher[rows]).mul_(towards)
+        else:
+            pull = torch.zeros_like(student[rows], dtype=dtype)
+        if for_teacher:
+            for_t[rows] = -pull
+        if for_student:
+            made[rows] = pull if column is None else pull.addcmul_(centred[rows], column)
+    if for_student and matrix is not None:
+        with without_autocast(student):
+            made.addmm_(*((matrix, centred) if plan.gram else (centred, matrix)))
+    return made.to(for_s.dtype), for_t

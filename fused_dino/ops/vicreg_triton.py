@@ -1,0 +1,214 @@
+"""VICReg's launchers and dispatcher ops. Nothing [D, D] is allocated where N < D, and one such matrix otherwise.
+
+The product is split where its tiles are too few to fill a GPU; the splits together are never larger than the student.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.dtypes import wide
+from .dispatch import define, rows_of
+from .vicreg_plan import Plan
+
+PROGRAMS = 256  # that fill a GPU
+ROWS_A_SPLIT = 512  # of the statistics: fewer are read sooner than a second launch starts
+HALF = (torch.bfloat16, torch.float16)
+# (tile, depth of a step, warps) of the two products, by the accumulation and the student's dtype.
+TILES = {"float64": (32, 16, 2), "float32": (64, 32, 4), "half": (64, 64, 4)}
+
+
+def kind(student: Tensor, dtype: torch.dtype) -> str:
+    return "half" if dtype == torch.float32 and student.dtype in HALF else str(dtype).removeprefix("torch.")
+
+
+def precision() -> str:
+    """Of float32 products: three passes of TF32, or the one that torch's setting allows; AMD has its own float32."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """enable_fp_fusion explicitly: it rounds once less, and Triton 3.10 changes the default."""
+    import triton
+    import triton.language as tl
+
+    tile, depth, warps = TILES[kind(student, dtype)]
+    if student.stride(0) * student.element_size() % 16 or student.data_ptr() % 16:
+        depth, warps = max(16, depth // 2), 8  # rows are loaded element by element: their addresses fill the registers
+    raw = kind(student, dtype) == "half"
+    operand = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[student.dtype] if raw else acc_of(dtype)
+    return {
+        "RAW": raw,
+        "OPERAND": tl.float32 if raw and triton.knobs.runtime.interpret else operand,
+        "PRECISION": precision() if dtype == torch.float32 else "ieee",
+        "TILE": tile,
+        "BLOCK_K": depth,
+        "ACC": acc_of(dtype),
+        "num_warps": warps,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+
+
+def acc_of(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    """What the forward returns, not filled: the three terms [], shift [D], squares [D], product [N, N] or [D, D].
+
+    The product is [0, 0] where no covariance is wanted.
+    """
+    plan = Plan(*options)
+    (n, d), dtype = student.shape, wide(student, teacher)
+    size = (n if plan.gram else d) if plan.covariance else 0
+    invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(3))
+    shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
+    return invariance, variance, covariance, shift, squares, student.new_empty((size, size), dtype=dtype)
+
+
+def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    from ..kernels import vicreg as kernels
+
+    plan = Plan(*options)
+    student, teacher = rows_of(student, teacher)
+    out = vicreg_fwd_fake(student, teacher, *options)
+    invariance, variance, covariance, shift, squares, product = out
+    n, d = student.shape
+    if not n:
+        for term, computed in ((invariance, plan.invariance), (variance, plan.variance), (covariance, False)):
+            term.fill_(float("nan") if computed else 0)
+        return out
+    dtype = shift.dtype
+    acc, spare = acc_of(dtype), max(n - 1, 1)
+    columns = 32
+    splits = min(cdiv(n, ROWS_A_SPLIT), cdiv(PROGRAMS, cdiv(d, columns)))
+    rows_a_split = cdiv(cdiv(n, splits), 64) * 64
+    splits = cdiv(n, rows_a_split)
+    errors = student.new_empty((splits, d), dtype=dtype) if plan.invariance else None
+    means, parts = (shift, squares) if splits == 1 else (student.new_empty((splits, d), dtype=dtype) for _ in range(2))
+    with torch.cuda.device_of(student):
+        kernels.vicreg_statistics_kernel[(cdiv(d, columns), splits)](
+            student, teacher if plan.invariance else None, means, parts, errors,
+            student.stride(0), teacher.stride(0), n, d, rows_a_split,
+            BLOCK_N=64, BLOCK_D=columns, ACC=acc, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        if splits > 1:
+            kernels.vicreg_merge_kernel[(cdiv(d, 128),)](
+                means, parts, shift, squares, n, d, rows_a_split, splits,
+                BLOCK=128, ACC=acc, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        sums = launch_product(student, shift, squares, product, plan) if plan.covariance else None
+        kernels.vicreg_terms_kernel[(1,)](
+            errors, squares, sums, invariance, variance, covariance,
+            n, d, spare if plan.unbiased else n, spare, plan.divisor,
+            0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(),
+            GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, VARIANCE=plan.variance,
+            BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def launch_product(student: Tensor, shift: Tensor, squares: Tensor, product: Tensor, plan: Plan) -> Tensor:
+    """Fills the product -> the sums of its tiles' squares."""
+    from ..kernels import vicreg as kernels
+
+    n, d = student.shape
+    size, depth = (n, d) if plan.gram else (d, n)
+    options = tile_options(student, shift.dtype)
+    tile, step = options["TILE"], options["BLOCK_K"]
+    tiles, spare = cdiv(size, tile), max(n - 1, 1)
+    splits = max(1, min(cdiv(PROGRAMS, tiles * (tiles + 1) // 2), depth // size, depth // (4 * step)))
+    depth_a_split = cdiv(cdiv(depth, splits), step) * step
+    splits = cdiv(depth, depth_a_split)
+    sums = student.new_empty((tiles, tiles), dtype=shift.dtype)
+    parts = product if splits == 1 else student.new_empty((splits, size, size), dtype=shift.dtype)
+    kernels.vicreg_product_kernel[(tiles, tiles, splits)](
+        student, shift, squares, parts, sums, student.stride(0), n, d, size, depth, depth_a_split, spare,
+        GRAM=plan.gram, SPLIT=splits > 1, **options,
+    )  # fmt: skip
+    if splits > 1:
+        kernels.vicreg_reduce_kernel[(tiles, tiles)](
+            parts, product, sums, size, splits, spare,
+            GRAM=plan.gram, TILE=tile, ACC=options["ACC"], num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return sums
+
+
+def vicreg_bwd_fake(
+    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor,
+    grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
+    for_student: bool, for_teacher: bool, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the backward returns, not filled: the gradients, each [N, D] and contiguous, or empty where not wanted."""
+    for_s = student.new_empty(student.shape if for_student else 0)
+    for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
+    return for_s, for_t
+
+
+def vicreg_bwd_triton(
+    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor,
+    grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
+    for_student: bool, for_teacher: bool, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A product of the student with a rounded matrix: bfloat16 in its own instructions, float16 in TF32, which holds it
+    exactly and has the range that the product needs."""
+    import triton.language as tl
+
+    from ..kernels import vicreg as kernels
+
+    plan = Plan(*options)
+    student, teacher = rows_of(student, teacher)
+    grads = vicreg_bwd_fake(
+        student, teacher, shift, squares, product, grad_invariance, grad_variance, grad_covariance,
+        for_student, for_teacher, *options,
+    )  # fmt: skip
+    n, d = student.shape
+    if for_teacher and not (plan.invariance and grad_invariance is not None):
+        grads[1].zero_()
+    if not n:
+        return grads
+    launch = tile_options(student, shift.dtype)
+    if launch["RAW"]:  # the matrix is float32
+        launch["BLOCK_K"] //= 2
+    if launch["RAW"] and student.dtype == torch.float16:
+        launch |= {"OPERAND": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32"}
+    rounded = tl.bfloat16 if launch["RAW"] and student.dtype == torch.bfloat16 else launch["OPERAND"]
+    spare = max(n - 1, 1)
+    tile = launch["TILE"]
+    with torch.cuda.device_of(student):
+        kernels.vicreg_bwd_kernel[(cdiv(n, tile), cdiv(d, tile))](
+            student, teacher, shift, squares, product,
+            grad_invariance if plan.invariance else None, grad_variance if plan.variance else None,
+            grad_covariance if plan.covariance and for_student else None,
+            grads[0] if for_student else None, grads[1] if for_teacher else None,
+            student.stride(0), teacher.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor,
+            GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, ROUND=rounded, **launch,
+        )  # fmt: skip
+    return grads
+
+
+PLAN = "float gamma, float eps, bool unbiased, int divisor, bool gram, bool invariance, bool variance, bool covariance"
+vicreg_fwd = define(
+    f"vicreg_fwd(Tensor student, Tensor teacher, {PLAN}) -> (Tensor invariance, Tensor variance, Tensor covariance, "
+    "Tensor shift, Tensor squares, Tensor product)",
+    vicreg_fwd_triton,
+    vicreg_fwd_fake,
+)
+vicreg_bwd = define(
+    "vicreg_bwd(Tensor student, Tensor teacher, Tensor shift, Tensor squares, Tensor product, Tensor? grad_invariance, "
+    f"Tensor? grad_variance, Tensor? grad_covariance, bool for_student, bool for_teacher, {PLAN}) -> (Tensor, Tensor)",
+    vicreg_bwd_triton,
+    vicreg_bwd_fake,
+)
