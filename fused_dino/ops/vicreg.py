@@ -82,9 +82,9 @@ class VICRegFunction(torch.autograd.Function):
             ),
             strict=True,
         )
-        made = zip(*(VICRegFunction.apply(*pair, plan, backend) for pair in batches), strict=True)
-        made = tuple(map(torch.stack, made))
-        return made, (0,) * len(made)
+        made = [VICRegFunction.apply(*pair, plan, backend) for pair in batches]
+        stacked = tuple(map(torch.stack, zip(*made, strict=True)))
+        return stacked, (0,) * len(stacked)
 
 
 def vicreg_loss(
