@@ -54,8 +54,7 @@ def of(step: Callable, row: Row) -> Function:
     return lambda images: step(unit(images), (row.options["size"],) * 2).to(out_dtype(row))
 
 
-def exact(row: Row) -> Function:
-    """The recipe in float64, without its cast."""
+def exact(row: Row) -> Function:  # the recipe in float64, without its cast
     side = row.options["size"]
     return lambda x: eager(unit(x if x.is_floating_point() else x.double() / 127.5 - 1), (side, side))
 
@@ -73,16 +72,8 @@ def work(row: Row, direction: str) -> tuple[float, float]:
     return times * moved, times * 11 * outside
 
 
+PEERS = {"torchvision v2": torchvision, "kornia": kornia}
 BENCH = Bench(
-    op="preprocess",
-    rows=IMAGES,
-    inputs=inputs,
-    recipe=partial(of, eager),
-    ours=ours,
-    work=work,
-    peers={
-        name: partial(of, step) if find_spec(step.__name__) else None
-        for name, step in (("torchvision v2", torchvision), ("kornia", kornia))
-    },
-    exact=exact,
-)
+    op="preprocess", rows=IMAGES, inputs=inputs, recipe=partial(of, eager), ours=ours, work=work, exact=exact,
+    peers={name: partial(of, step) if find_spec(step.__name__) else None for name, step in PEERS.items()},
+)  # fmt: skip

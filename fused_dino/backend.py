@@ -22,6 +22,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "cosine_loss": ("torch", "triton"),
     "mse_loss": ("torch", "triton"),
     "vicreg_loss": ("torch", "triton"),
+    "vicreg_loss(group)": ("torch",),  # on a GPU as on a CPU: its products are torch's
 }
 
 _selected: str | None = None  # a plain global: a ContextVar breaks full-graph compilation on torch 2.11
@@ -69,7 +70,8 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
 def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> str:
     """Which implementation `op` would run on `tensor`, and why, as one line that begins with its name.
 
-    op: "preprocess", "cosine_loss", "mse_loss" or "vicreg_loss"; ValueError for any other. Where the choice cannot run,
+    op: "preprocess", "cosine_loss", "mse_loss", "vicreg_loss", or "vicreg_loss(group)" for the rows of a process group;
+        ValueError for any other. Where the choice cannot run,
     the line begins with "none" and holds the error that the call would raise.
     """
     if op not in FLOORS:

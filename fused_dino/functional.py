@@ -19,6 +19,7 @@ from .backend import Backend, check_backend, choose
 from .ops import cosine as ops_cosine
 from .ops import resize as ops_resize
 from .ops import vicreg as ops_vicreg
+from .ops.vicreg_ranks import vicreg_loss_over_ranks
 from .reference import cosine as reference_cosine
 from .reference import resize as reference_resize
 from .reference import vicreg as reference_vicreg
@@ -260,10 +261,12 @@ def vicreg_loss(
     }
     if len(student) == 1 and group is None:
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
-    name = choose("vicreg_loss", student, backend)
-    if name == "reference" or group is not None:
+    name = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
+    if name == "reference":
         total = partial(distributed.sum_over_ranks, group=group)
         loss, *terms = reference_vicreg.vicreg_loss(student, teacher, **options, total=total)
+    elif group is not None:
+        loss, *terms = vicreg_loss_over_ranks(student, teacher, **options, route=route, group=group)
     else:
         loss, *terms = ops_vicreg.vicreg_loss(student, teacher, **options, route=route, backend=name)
     return VICRegOutput(loss, *(x.detach() for x in terms))

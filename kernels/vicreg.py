@@ -326,7 +326,7 @@ def vicreg_bwd_kernel(
                 if RAW:
                     y = tl.load(student + k[:, None] * stride_student + column[None, :], mask=live_y, other=0)
                     along += tl.sum(p.to(ACC), 1)
-                    if ROUND == tl.bfloat16:  # noqa: SIM300
+                    if tl.bfloat16 == ROUND:
                         # The rest of it in a second product: the columns' own share is taken off below, and cancels.
                         rest = (whole - p.to(ACC)).to(ROUND).to(OPERAND)
                         along += tl.sum(rest.to(ACC), 1)

@@ -63,12 +63,12 @@ class VICRegFunction(torch.autograd.Function):
         if not given:
             return None, None, None, None
         if torch.is_grad_enabled() or any(map(is_batched, given)):  # create_graph=True, or under vmap
-            terms, vjp = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)
+            terms, vjp, *_ = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)
             made = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, terms, strict=True)))
         elif ctx.backend == "triton":
             made = vicreg_bwd(student, teacher, *saved, *grads, *wanted, *ctx.plan)
         else:
-            made = vicreg_bwd_torch(student, teacher, *saved, grads, ctx.plan, *wanted)
+            made = vicreg_bwd_torch(*ctx.saved_tensors, grads, ctx.plan, *wanted)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
         return for_student, for_teacher, None, None  # student, teacher, plan, backend
 
@@ -82,9 +82,9 @@ class VICRegFunction(torch.autograd.Function):
             ),
             strict=True,
         )
-        made = zip(*(VICRegFunction.apply(*pair, plan, backend) for pair in batches), strict=True)
-        made = tuple(map(torch.stack, made))
-        return made, (0,) * len(made)
+        made = [VICRegFunction.apply(*pair, plan, backend) for pair in batches]
+        stacked = tuple(map(torch.stack, zip(*made, strict=True)))
+        return stacked, (0,) * len(stacked)
 
 
 def vicreg_loss(

@@ -22,8 +22,12 @@ class Plan(NamedTuple):
     covariance: bool
 
 
+# The same as a dispatcher's schema.
+PLAN = "float gamma, float eps, bool unbiased, int divisor, bool gram, bool invariance, bool variance, bool covariance"
+
+
 def make_plan(
-    rows: int, width: int, *, inv_weight: float | Tensor, var_weight: float | Tensor, cov_weight: float | Tensor,
+    rows: int, width: int, /, *, inv_weight: float | Tensor, var_weight: float | Tensor, cov_weight: float | Tensor,
     gamma: float, eps: float, cov_reduction: str, unbiased: bool, route: str,
 ) -> Plan:  # fmt: skip
     """One column has nothing off the diagonal: its covariance is 0 without a product."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference.dtypes import wide
 from .dispatch import define, rows_of
-from .vicreg_plan import Plan
+from .vicreg_plan import PLAN, Plan
 
 PROGRAMS = 256  # that fill a GPU
 ROWS_A_SPLIT = 512  # of the statistics: fewer are read sooner than a second launch starts
@@ -199,7 +199,6 @@ def vicreg_bwd_triton(
     return grads
 
 
-PLAN = "float gamma, float eps, bool unbiased, int divisor, bool gram, bool invariance, bool variance, bool covariance"
 vicreg_fwd = define(
     f"vicreg_fwd(Tensor student, Tensor teacher, {PLAN}) -> (Tensor invariance, Tensor variance, Tensor covariance, "
     "Tensor shift, Tensor squares, Tensor product)",

@@ -1,0 +1,175 @@
+"""VICReg over the rows of all ranks, each of which computes its share: the formulas stand in ops/vicreg.py.
+
+Two routes. With W ranks, N rows in all and N_r here:
+
+    rows       every rank gets all rows, N d numbers, and computes its own of [N, N] and of the gradient: 4 N_r N d
+    columns    every rank computes xc_r^T xc_r, and d^2 numbers are summed over the ranks: 4 N_r d^2, less by symmetry
+
+The cheaper journey is chosen: the padded rows in the student's dtype, received once, or the sums, which pass twice. It
+has to be the same on every rank, and a rank knows no other's batch: so "auto" and the route by rows exchange the
+ranks' counts first, W integers on the host (see all_counts). `route="covariance"` exchanges nothing: all its shapes are
+known, and counts stay on the device, so that the host never waits and a CUDA graph can hold it.
+
+All this is one dispatcher op, since the shapes between its collectives depend on the other ranks. It computes the
+product's share in the gradient as well, [N_r, d]: the backward communicates nothing. Every rank must bring the same
+gradient of the loss, as data-parallel training does; a rank's gradient is then W times its share of the full batch's,
+and the mean that DDP or FSDP takes is the full batch's gradient (see SumOverRanks).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import all_counts, all_reduce, gather_rows, group_of
+from ..reference.dtypes import wide, without_autocast
+from .dispatch import define
+from .vicreg_plan import PLAN, Plan, make_plan
+from .vicreg_torch import centre, symmetric_product
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def rows_travel_lighter(counts: list[int], width: int, itemsize: int, sum_itemsize: int) -> bool:
+    """By the bytes that a rank receives: the padded rows of the others, or a ring's two passes of the sums."""
+    others = len(counts) - 1
+    return others * max(counts) * width * itemsize < 2 * others * width * width * sum_itemsize / len(counts)
+
+
+def vicreg_ranks_fake(student: Tensor, teacher: Tensor, group: str, route: str, *options: Any) -> tuple[Tensor, ...]:
+    """The three terms [], the count of all rows [], centred [N_r, D], squares [D], spread [N_r, D] (Z); not filled."""
+    dtype = wide(student, teacher)
+    invariance, variance, covariance, count = (student.new_empty((), dtype=dtype) for _ in range(4))
+    centred, spread = (student.new_empty(student.shape, dtype=dtype) for _ in range(2))
+    return invariance, variance, covariance, count, centred, student.new_empty(student.shape[1], dtype=dtype), spread
+
+
+def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str, *options: Any) -> tuple[Tensor, ...]:
+    plan, ranks = Plan(*options), group_of(group)
+    dtype, width = wide(student, teacher), student.shape[1]
+    error = student.new_zeros((), dtype=dtype)
+    if plan.invariance:
+        error = (student.to(dtype) - teacher).square().sum()
+    by_rows = route == "gram"
+    counts: list[int] = []
+    if route != "covariance":
+        counts = all_counts(len(student), student.device, ranks)
+        by_rows = by_rows or rows_travel_lighter(counts, width, student.element_size(), dtype.itemsize)
+    with without_autocast(student):
+        share = share_by_rows if by_rows else share_by_columns
+        error, count, centred, squares, total, spread = share(student, error, counts, ranks, plan)
+    spare = (count - 1).clamp(min=1)
+    sigma = (squares / (spare if plan.unbiased else count) + plan.eps).sqrt()
+    zero = torch.zeros_like(count)
+    variance = torch.relu(plan.gamma - sigma).mean() if plan.variance else zero
+    return error / (count * width), variance, total / plan.divisor, count, centred, squares, spread
+
+
+def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
+    every = gather_rows(student, counts, ranks)
+    xc = centre(every, error.dtype) if len(every) else every.to(error.dtype)
+    first = sum(counts[: ranks.rank()])
+    mine = xc[first : first + len(student)]
+    squares = xc.square().sum(0)
+    count = torch.full_like(error, len(every))
+    spread = torch.zeros_like(mine)
+    total = torch.zeros_like(error)
+    if plan.covariance:
+        spare = max(len(every) - 1, 1)
+        product = mine @ xc.T / spare
+        total = product.square().sum()
+        spread = product @ xc - mine * (squares / spare)
+    error, total = all_reduce(torch.stack([error, total]), ranks).unbind()
+    if plan.covariance:
+        total = total - (squares / spare).square().sum()
+    return error, count, mine.clone(), squares, total, spread
+
+
+def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
+    y, width = student.to(error.dtype), student.shape[1]
+    sums = all_reduce(torch.cat([y.sum(0), torch.stack([error, torch.full_like(error, len(y))])]), ranks)
+    error, count = sums[width:].unbind()
+    xc = y - sums[:width] / count
+    # The mean was rounded, which a large one shows: what is left of it comes with the second journey.
+    product = symmetric_product(xc.T) if plan.covariance else xc.square().sum(0, keepdim=True)
+    product = all_reduce(torch.cat([product, xc.sum(0, keepdim=True)]), ranks)
+    product, left = product[:-1], product[-1] / count
+    xc = xc - left
+    if not plan.covariance:
+        return error, count, xc, product[0] - count * left.square(), torch.zeros_like(error), torch.zeros_like(xc)
+    product = product - count * torch.outer(left, left)
+    squares = product.diagonal().clone()
+    product = product.fill_diagonal_(0) / (count - 1).clamp(min=1)
+    return error, count, xc, squares, product.square().sum(), xc @ product
+
+
+vicreg_ranks = define(
+    f"vicreg_ranks(Tensor student, Tensor teacher, str group, str route, {PLAN}) -> (Tensor invariance, "
+    "Tensor variance, Tensor covariance, Tensor count, Tensor centred, Tensor squares, Tensor spread)",
+    vicreg_ranks_torch,
+    vicreg_ranks_fake,
+)
+
+
+class VICRegOverRanks(torch.autograd.Function):
+    """(student [N_r, D], teacher [N_r, D], plan, group, route, W) -> the three terms, then its own saved ones."""
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, plan: Plan, group: str, route: str, world: int) -> tuple[Tensor, ...]:
+        return vicreg_ranks(student, teacher, group, route, *plan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        student, teacher, ctx.plan, *_, ctx.world = inputs
+        ctx.save_for_backward(student, teacher, *output[3:])
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                'vicreg_loss over a group has no second derivatives in its fused form; use backend="reference"'
+            )
+        student, teacher, count, centred, squares, spread = ctx.saved_tensors
+        plan, width = ctx.plan, student.shape[1]
+        grad_invariance, grad_variance, grad_covariance = (None if g is None else ctx.world * g for g in grads[:3])
+        spare = (count - 1).clamp(min=1)
+        over = spare if plan.unbiased else count
+        grad = torch.zeros_like(centred)
+        towards = torch.zeros_like(centred)
+        if plan.invariance and grad_invariance is not None:
+            towards = (student.to(centred.dtype) - teacher) * (2 * grad_invariance / (count * width))
+            grad = towards
+        if plan.variance and grad_variance is not None:
+            sigma = (squares / over + plan.eps).sqrt()
+            grad = grad - centred * (torch.where(sigma < plan.gamma, grad_variance / (width * over), 0) / sigma)
+        if plan.covariance and grad_covariance is not None:
+            grad = grad + spread * (4 * grad_covariance / (plan.divisor * spare))
+        for_student, for_teacher = ctx.needs_input_grad[:2]
+        return (
+            grad.to(student.dtype) if for_student else None,
+            -towards.to(teacher.dtype) if for_teacher else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def vicreg_loss_over_ranks(
+    student: Tensor,  # [N_r, D]
+    teacher: Tensor,  # [N_r, D]
+    *,
+    group: ProcessGroup,
+    route: str,
+    inv_weight: float | Tensor,
+    var_weight: float | Tensor,
+    cov_weight: float | Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
+    plan = make_plan(*student.shape, **weights, **options, route=route)
+    out = VICRegOverRanks.apply(student, teacher, plan, group.group_name, route, group.size())
+    invariance, variance, covariance = out[:3]
+    return inv_weight * invariance + var_weight * variance + cov_weight * covariance, invariance, variance, covariance
