@@ -18,7 +18,7 @@ CALLS = {
 
 
 def test_every_op_is_listed():
-    assert set(CALLS) == set(registry.FLOORS)
+    assert set(CALLS) == {name.partition("(")[0] for name in registry.FLOORS}
 
 
 @pytest.mark.parametrize("op", CALLS)
