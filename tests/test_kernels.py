@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import fused_dino
+from fused_dino import functional as FD
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, OPS, grad_output_of, results
 
@@ -136,3 +137,11 @@ def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
             whole = isinstance(value, torch.Tensor) and value.numel() >= first.numel()
             name = str(node.target).removeprefix("aten.").partition(".")[0]
             assert not whole or name in free or node.target is ours or "getitem" in str(node.target), node
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bytes_are_read_in_place(layout, monkeypatch):
+    raw = torch.zeros(2, 3, 9, 9, dtype=torch.uint8, device=DEVICE).contiguous(memory_format=layout)
+    for name in ("to", "contiguous", "clone", "float", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: pytest.fail("a copy of the images"))
+    assert FD.preprocess(raw, (4, 6), backend="triton", patch_size=2).shape == (2, 6, 12)

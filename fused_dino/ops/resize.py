@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -22,7 +23,9 @@ from ..reference import resize as reference
 from ..reference.dtypes import upcast, wide, without_autocast
 from .dispatch import batched_rows, by_rows, define, is_batched
 
-CPU_PIXELS = 2**19  # of a block of images: what one step makes of them is still in the cache for the next
+CPU_PIXELS = (
+    2**20
+)  # of a block of images: small enough for a cache, and few enough that threads seldom wait for each other
 BLOCKS = (32, 64, 128, 256)  # columns that a program may own
 LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
 ROWS = 8  # that a program owns, for whose sake the weights of its columns are computed once
@@ -73,9 +76,15 @@ class Options(NamedTuple):
 # --- closed form in plain torch ---------------------------------------------------------------------------------------
 
 
-def aten(interpolation: str, antialias: bool, backward: str = "") -> Any:
-    name = f"_upsample_{interpolation}2d_aa" if antialias else f"upsample_{interpolation}2d"
-    return getattr(torch.ops.aten, name + backward)
+def aten(options: Options, suffix: str = "") -> Any:
+    """The op under F.interpolate, for its result to be written in place, or its gradient."""
+    name = f"upsample_{options.interpolation}2d{suffix}"
+    return getattr(torch.ops.aten, f"_upsample_{options.interpolation}2d_aa{suffix}" if options.antialias else name)
+
+
+def interpolate(pixels: Tensor, size: Sequence[int], options: Options) -> Tensor:
+    how = {"mode": options.interpolation, "antialias": options.antialias}
+    return F.interpolate(pixels, size, align_corners=False, **how)
 
 
 def clamp_(pixels: Tensor, options: Options) -> Tensor:
@@ -102,9 +111,8 @@ def images_a_block(images: Tensor, options: Options) -> int:
 def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     """On a CPU in blocks of images, each resized and normalised while it is in the cache."""
     dtype, (h, w) = wide(images), options.size
-    resize = aten(options.interpolation, options.antialias)
     if torch.compiler.is_compiling() or images.device.type != "cpu":
-        pixels = clamp_(resize(images.to(dtype), options.size, False), options)
+        pixels = clamp_(interpolate(images.to(dtype), options.size, options), options)
         # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
         for channel, factor, term in zip(pixels.unbind(1), options.scale, options.shift, strict=True):
             channel.mul_(factor).add_(term)
@@ -117,7 +125,7 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     for start in range(0, len(images), step):
         block = images[start : start + step].to(dtype)
         pixels = scratch[start : start + step] if direct else scratch[: len(block)]
-        resize.out(block, options.size, False, out=pixels)
+        aten(options).out(block, options.size, False, out=pixels)
         clamp_(pixels, options).mul_(scale).add_(shift)
         if not direct:
             out[start : start + step] = patches(pixels, options.patch_size)
@@ -129,20 +137,19 @@ def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[
     grad = torch.stack([g * s for g, s in zip(grad.unbind(1), options.scale, strict=True)], 1)
     if options.clamp:
         low, high = options.input_range
-        pixels = aten(options.interpolation, options.antialias)(images.to(grad.dtype), options.size, False)
+        pixels = interpolate(images.to(grad.dtype), options.size, options)
         grad = torch.where((pixels > low) & (pixels < high), grad, 0)
     return (adjoint(grad, images.shape, options),)
 
 
 def adjoint(grad: Tensor, shape: Sequence[int], options: Options) -> Tensor:
     """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order, and compilers refuse it."""
-    resize = partial(aten(options.interpolation, options.antialias), align_corners=False)
     if grad.device.type == "cpu" and not torch.compiler.is_compiling():
-        backward = aten(options.interpolation, options.antialias, "_backward")
-        return backward(grad, options.size, list(shape), False)
+        return aten(options, "_backward")(grad, options.size, list(shape), False)
     (h, w), (H, W) = options.size, shape[2:]
-    rows = resize(torch.eye(H, dtype=grad.dtype, device=grad.device)[None, None], [h, H])[0, 0]  # [h, H]
-    columns = resize(torch.eye(W, dtype=grad.dtype, device=grad.device)[None, None], [W, w])[0, 0]  # [W, w]
+    rows, columns = (torch.eye(side, dtype=grad.dtype, device=grad.device)[None, None] for side in (H, W))
+    rows = interpolate(rows, (h, H), options)[0, 0]
+    columns = interpolate(columns, (W, w), options)[0, 0]
     with without_autocast(grad):
         return rows.T @ (grad @ columns.T)
 
