@@ -83,8 +83,9 @@ def aten(options: Options, suffix: str = "") -> Any:
 
 
 def interpolate(pixels: Tensor, size: Sequence[int], options: Options) -> Tensor:
-    how = {"mode": options.interpolation, "antialias": options.antialias}
-    return F.interpolate(pixels, size, align_corners=False, **how)
+    return F.interpolate(
+        pixels, list(size), mode=options.interpolation, align_corners=False, antialias=options.antialias
+    )
 
 
 def clamp_(pixels: Tensor, options: Options) -> Tensor:
@@ -111,7 +112,7 @@ def images_a_block(images: Tensor, options: Options) -> int:
 def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     """On a CPU in blocks of images, each resized and normalised while it is in the cache."""
     dtype, (h, w) = wide(images), options.size
-    if torch.compiler.is_compiling() or images.device.type != "cpu":
+    if images.device.type != "cpu":
         pixels = clamp_(interpolate(images.to(dtype), options.size, options), options)
         # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
         for channel, factor, term in zip(pixels.unbind(1), options.scale, options.shift, strict=True):
@@ -143,8 +144,8 @@ def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[
 
 
 def adjoint(grad: Tensor, shape: Sequence[int], options: Options) -> Tensor:
-    """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order, and compilers refuse it."""
-    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+    """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order."""
+    if grad.device.type == "cpu":
         return aten(options, "_backward")(grad, options.size, list(shape), False)
     (h, w), (H, W) = options.size, shape[2:]
     rows, columns = (torch.eye(side, dtype=grad.dtype, device=grad.device)[None, None] for side in (H, W))
@@ -371,4 +372,7 @@ def preprocess(
     backend: str,
     **options: Any,
 ) -> Tensor:
-    return ResizeFunction.apply(images, Options(size, **options), backend)
+    chosen = Options(size, **options)
+    if backend == "torch" and torch.compiler.is_compiling():
+        return chosen.formula(images)  # which a compiler fuses; aten's resize in a Function would fix its batch size
+    return ResizeFunction.apply(images, chosen, backend)
