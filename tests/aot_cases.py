@@ -13,8 +13,7 @@ from functools import partial
 import torch
 
 from fused_dino import functional as FD
-from fused_dino.ops import cosine_triton, resize, vicreg_triton
-from fused_dino.ops.vicreg_plan import make_plan
+from fused_dino.ops import cosine, resize, taps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -85,7 +84,7 @@ def resize_cases() -> Iterator[Case]:
         options = resize.Options(size, **(given | how))
         made = resize.resize_fwd_fake(images, *options.launch)
         # 256 columns in three channels by 64 threads.
-        count = {"values": 3 * 256 // 64, "turns": resize.ROWS} if counted else {}
+        count = {"values": 3 * 256 // 64, "turns": taps.ROWS} if counted else {}
         yield Case(name, partial(resize.resize_fwd_triton, images, *options.launch), **count)
         if backward:
             yield Case(f"{name} backward", partial(resize.resize_bwd_triton, made, images, *options.launch_backward))

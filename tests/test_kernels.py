@@ -13,7 +13,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 import fused_dino
 from fused_dino import functional as FD
-from fused_dino.ops import cosine_triton, tickets
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, OPS, grad_output_of, results
 
@@ -147,17 +146,9 @@ def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
             assert not whole or name in free or node.target is ours or "getitem" in str(node.target), node
 
 
-def test_a_ticket_is_left_zero(monkeypatch):
-    """A launch counts its programs with it, and the next launch of the same slot starts from zero."""
-    given = []
-    make = tickets.ticket
-
-    def keep(x):
-        given.append(make(x))
-        return given[-1]
-
-    monkeypatch.setattr(cosine_triton, "ticket", keep)
-    for rows in (1, 5, 5000):
-        FD.cosine_loss(*(torch.randn(rows, 3, device=DEVICE) for _ in range(2)), backend="triton")
-    assert len(given) == 3
-    assert all(x == 0 for x in given)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bytes_are_read_in_place(layout, monkeypatch):
+    raw = torch.zeros(2, 3, 9, 9, dtype=torch.uint8, device=DEVICE).contiguous(memory_format=layout)
+    for name in ("to", "contiguous", "clone", "float", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: pytest.fail("a copy of the images"))
+    assert FD.preprocess(raw, (4, 6), backend="triton", patch_size=2).shape == (2, 6, 12)

@@ -9,23 +9,23 @@ scale = 1 / ((high - low) std) and shift = -(low / (high - low) + mean) / std.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ..reference import resize as reference
 from ..reference.dtypes import upcast, wide, without_autocast
 from .dispatch import batched_rows, by_rows, define, is_batched
+from .taps import antialias_sums, launch_options
 
-CPU_PIXELS = 2**19  # of a block of images: what one step makes of them is still in the cache for the next
-BLOCKS = (32, 64, 128, 256)  # columns that a program may own
-LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
-ROWS = 8  # that a program owns, for whose sake the weights of its columns are computed once
+CPU_PIXELS = (
+    2**20
+)  # of a block of images: small enough for a cache, and few enough that threads seldom wait for each other
 
 
 class Options(NamedTuple):
@@ -73,9 +73,16 @@ class Options(NamedTuple):
 # --- closed form in plain torch ---------------------------------------------------------------------------------------
 
 
-def aten(interpolation: str, antialias: bool, backward: str = "") -> Any:
-    name = f"_upsample_{interpolation}2d_aa" if antialias else f"upsample_{interpolation}2d"
-    return getattr(torch.ops.aten, name + backward)
+def aten(options: Options, suffix: str = "") -> Any:
+    """The op under F.interpolate, for its result to be written in place, or its gradient."""
+    name = f"upsample_{options.interpolation}2d{suffix}"
+    return getattr(torch.ops.aten, f"_upsample_{options.interpolation}2d_aa{suffix}" if options.antialias else name)
+
+
+def interpolate(pixels: Tensor, size: Sequence[int], options: Options) -> Tensor:
+    return F.interpolate(
+        pixels, list(size), mode=options.interpolation, align_corners=False, antialias=options.antialias
+    )
 
 
 def clamp_(pixels: Tensor, options: Options) -> Tensor:
@@ -102,9 +109,8 @@ def images_a_block(images: Tensor, options: Options) -> int:
 def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     """On a CPU in blocks of images, each resized and normalised while it is in the cache."""
     dtype, (h, w) = wide(images), options.size
-    resize = aten(options.interpolation, options.antialias)
-    if torch.compiler.is_compiling() or images.device.type != "cpu":
-        pixels = clamp_(resize(images.to(dtype), options.size, False), options)
+    if images.device.type != "cpu":
+        pixels = clamp_(interpolate(images.to(dtype), options.size, options), options)
         # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
         # Not in place: a compiler would make a program for each batch size.
         channels = zip(pixels.unbind(1), options.scale, options.shift, strict=True)
@@ -118,7 +124,7 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     for start in range(0, len(images), step):
         block = images[start : start + step].to(dtype)
         pixels = scratch[start : start + step] if direct else scratch[: len(block)]
-        resize.out(block, options.size, False, out=pixels)
+        aten(options).out(block, options.size, False, out=pixels)
         clamp_(pixels, options).mul_(scale).add_(shift)
         if not direct:
             out[start : start + step] = patches(pixels, options.patch_size)
@@ -130,20 +136,19 @@ def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[
     grad = torch.stack([g * s for g, s in zip(grad.unbind(1), options.scale, strict=True)], 1)
     if options.clamp:
         low, high = options.input_range
-        pixels = aten(options.interpolation, options.antialias)(images.to(grad.dtype), options.size, False)
+        pixels = interpolate(images.to(grad.dtype), options.size, options)
         grad = torch.where((pixels > low) & (pixels < high), grad, 0)
     return (adjoint(grad, images.shape, options),)
 
 
 def adjoint(grad: Tensor, shape: Sequence[int], options: Options) -> Tensor:
-    """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order, and compilers refuse it."""
-    resize = partial(aten(options.interpolation, options.antialias), align_corners=False)
-    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
-        backward = aten(options.interpolation, options.antialias, "_backward")
-        return backward(grad, options.size, list(shape), False)
+    """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order."""
+    if grad.device.type == "cpu":
+        return aten(options, "_backward")(grad, options.size, list(shape), False)
     (h, w), (H, W) = options.size, shape[2:]
-    rows = resize(torch.eye(H, dtype=grad.dtype, device=grad.device)[None, None], [h, H])[0, 0]  # [h, H]
-    columns = resize(torch.eye(W, dtype=grad.dtype, device=grad.device)[None, None], [W, w])[0, 0]  # [W, w]
+    rows, columns = (torch.eye(side, dtype=grad.dtype, device=grad.device)[None, None] for side in (H, W))
+    rows = interpolate(rows, (h, H), options)[0, 0]
+    columns = interpolate(columns, (W, w), options)[0, 0]
     with without_autocast(grad):
         return rows.T @ (grad @ columns.T)
 
@@ -173,88 +178,6 @@ def resize_bwd_fake(
     interpolation: str, antialias: bool, patch_size: int,
 ) -> Tensor:  # fmt: skip
     return images.new_empty(images.shape)
-
-
-class Axis(NamedTuple):
-    """One axis of a resize, and how many elements of the source one of the target may sum."""
-
-    size_in: int
-    size_out: int
-    interpolation: str
-    antialias: bool
-
-    @property
-    def reach(self) -> float:
-        """How far from its centre an output reads, in inputs."""
-        half = 2.0 if self.interpolation == "bicubic" else 1.0
-        return half * max(self.size_in / self.size_out, 1) if self.antialias else half
-
-    def taps(self, backward: bool) -> int:
-        """An upper bound. Backward the kernel widens its range by a sixteenth on either side against rounding."""
-        if backward:
-            return math.floor(2 * self.reach * self.size_out / self.size_in + 0.125) + 1
-        return math.ceil(self.reach) * 2 + 1 if self.antialias else int(2 * self.reach)
-
-    def tiles(self, backward: bool) -> dict[str, int]:
-        """BLOCK columns of the target that a program owns, and SEGMENT columns of the source that it reads at a time.
-
-        Few columns are wasted on a width that is no power of two, and one segment holds all that a block reads unless
-        the source is far wider than the target: then the program takes several.
-        """
-        source, target = (self.size_out, self.size_in) if backward else (self.size_in, self.size_out)
-
-        def read(block: int) -> int:
-            return min(source, math.ceil(block * source / target) + self.taps(backward) + 16)
-
-        fitting = [block for block in BLOCKS if read(block) <= LONGEST_SEGMENT] or BLOCKS[:1]
-        block = min(fitting, key=lambda block: -(-target // block) * (block + 48))  # 48: what a block costs beside
-        segment = 1 << (min(read(block), LONGEST_SEGMENT) - 1).bit_length()
-        return {"BLOCK": block, "SEGMENT": max(segment, BLOCKS[0])}
-
-
-def launch_options(
-    images: Tensor, size: Sequence[int], interpolation: str, antialias: bool, patch_size: int, backward: bool
-) -> tuple[tuple[float, ...], dict[str, Any], tuple[int, int]]:
-    """The sizes and counts that both kernels take, their options, and the grid.
-
-    What is a constant of the model is compiled in: as an argument Triton would round it to float32, for float64 too.
-    """
-    import triton.language as tl
-
-    H, W = images.shape[2:]
-    h, w = size
-    y, x = (Axis(*pair, interpolation, antialias) for pair in ((H, h), (W, w)))
-    tiles = x.tiles(backward)
-    height, width = (H, W) if backward else (h, w)
-    rows = max(1, min(ROWS, len(images)))  # few where few images leave a GPU idle
-    options = {
-        "CUBIC": interpolation == "bicubic",
-        "ANTIALIAS": antialias,
-        "PATCH": patch_size,
-        "ACC": tl.float64 if wide(images) == torch.float64 else tl.float32,
-        "num_warps": 4 if wide(images) == torch.float64 else 2,  # one would gather by shuffles, not in shared memory
-        "enable_fp_fusion": True,
-        **tiles,
-    }
-    arguments = (H, W, h, w, rows, H / h, W / w, y.taps(backward), x.taps(backward))
-    return arguments, options, (len(images) * -(-height // rows), -(-width // tiles["BLOCK"]))
-
-
-def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
-    """1 / the sum of the weights of each row and column of the output, [h + w]."""
-    import triton.language as tl
-
-    from ..kernels.resize import antialias_sums_kernel
-
-    H, W = images.shape[2:]
-    h, w = size
-    taps = max(Axis(*pair, interpolation, True).taps(False) for pair in ((H, h), (W, w)))
-    sums = images.new_empty(h + w, dtype=wide(images))
-    wide_type = tl.float64 if sums.dtype == torch.float64 else tl.float32
-    antialias_sums_kernel[(-(-max(h, w) // 128), 2)](
-        sums, H, W, h, w, H / h, W / w, taps, CUBIC=interpolation == "bicubic", BLOCK=128, ACC=wide_type, num_warps=2
-    )
-    return sums
 
 
 def launch_forward(
@@ -365,4 +288,7 @@ def preprocess(
     backend: str,
     **options: Any,
 ) -> Tensor:
-    return ResizeFunction.apply(images, Options(size, **options), backend)
+    chosen = Options(size, **options)
+    if backend == "torch" and torch.compiler.is_compiling():
+        return chosen.formula(images)  # which a compiler fuses; aten's resize in a Function would fix its batch size
+    return ResizeFunction.apply(images, chosen, backend)
