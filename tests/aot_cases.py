@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from fused_dino import functional as FD
-from fused_dino.ops import cosine, resize, taps
+from fused_dino.ops import cosine_triton, resize, taps, vicreg_triton
+from fused_dino.ops.vicreg_plan import make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 

@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import fused_dino
 from fused_dino import functional as FD
+from fused_dino.ops import cosine_triton, tickets
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, OPS, grad_output_of, results
 
@@ -144,6 +145,22 @@ def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
             whole = isinstance(value, torch.Tensor) and value.numel() >= first.numel()
             name = str(node.target).removeprefix("aten.").partition(".")[0]
             assert not whole or name in free or node.target is ours or "getitem" in str(node.target), node
+
+
+def test_a_ticket_is_left_zero(monkeypatch):
+    """A launch counts its programs with it, and the next launch of the same slot starts from zero."""
+    given = []
+    make = tickets.ticket
+
+    def keep(x):
+        given.append(make(x))
+        return given[-1]
+
+    monkeypatch.setattr(cosine_triton, "ticket", keep)
+    for rows in (1, 5, 5000):
+        FD.cosine_loss(*(torch.randn(rows, 3, device=DEVICE) for _ in range(2)), backend="triton")
+    assert len(given) == 3
+    assert all(x == 0 for x in given)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -23,9 +23,7 @@ from ..reference.dtypes import upcast, wide, without_autocast
 from .dispatch import batched_rows, by_rows, define, is_batched
 from .taps import antialias_sums, launch_options
 
-CPU_PIXELS = (
-    2**20
-)  # of a block of images: small enough for a cache, and few enough that threads seldom wait for each other
+CPU_PIXELS = 2**20  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
 
 
 class Options(NamedTuple):
