@@ -18,12 +18,17 @@ def load_row(row, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.const
 
 
 @triton.jit
-def store_row(row, start, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store(pointer, value, mask):
     """A store rounded once more on its way from float64 to 16 bits, which the interpreter gets wrong in one step."""
-    column = start + tl.arange(0, BLOCK)
-    if row.dtype.element_ty != tl.float64:
+    if pointer.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
-    tl.store(row + column, value, mask=column < WIDTH)
+    tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def store_row(row, start, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    column = start + tl.arange(0, BLOCK)
+    store(row + column, value, column < WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "count"])
@@ -172,7 +177,4 @@ def cosine_rescale_kernel(grad, grad_output, numel, BLOCK: tl.constexpr, ACC: tl
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, tl.num_programs(0) * BLOCK):
             index = start + tl.arange(0, BLOCK)
             live = index < numel
-            value = tl.load(grad + index, mask=live, other=0).to(ACC) * outer
-            if grad.dtype.element_ty != tl.float64:
-                value = value.to(tl.float32)
-            tl.store(grad + index, value, mask=live)
+            store(grad + index, tl.load(grad + index, mask=live, other=0).to(ACC) * outer, live)
