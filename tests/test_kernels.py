@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import fused_dino
+import proving
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton, tickets
 from guard import guarded, survives
@@ -35,7 +36,7 @@ def test_the_kernel_is_what_runs():
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("shape", [(3, 37), (1, 1), (2, 256), (2, 1025), (2, 4097)], ids=str)
 def test_nothing_out_of_bounds_is_touched(op, side, shape, monkeypatch):
-    """Inputs, saved tensors and results alike lie flush against pages that kill whoever touches them."""
+    """Inputs, saved tensors, gradients and results alike lie flush against pages that kill whoever touches them."""
     inputs = tuple(guarded(x, side) for x in op.draw(op.shape(*shape)))
     made = torch.Tensor.new_empty
 
@@ -45,6 +46,7 @@ def test_nothing_out_of_bounds_is_touched(op, side, shape, monkeypatch):
 
     def run():
         monkeypatch.setattr(torch.Tensor, "new_empty", guarded_empty)
+        monkeypatch.setattr(proving, "grad_output_of", lambda out: guarded(grad_output_of(out), side))
         results(op, inputs, "triton")
 
     assert survives(run)

@@ -192,17 +192,16 @@ def test_any_size_mode_and_layout(backend, height, width, size, mode, dtype, lay
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
-@pytest.mark.parametrize("size", [(4, 6), (9, 9), (5, 17), (20, 30)])
+@pytest.mark.parametrize("size", [(4, 6), (9, 9), (6, 17), (20, 30)])
 def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialias, size):
-    """Also from taps of weight 0. The scales here are exact in float32, or far from meeting a pixel's centre."""
-    for value in (float("nan"), float("inf"), -float("inf")):
-        for row, column in ((0, 0), (4, 6), (8, 16)):
-            x = pixels(1, 3, 9, 17, dtype=torch.float32)
-            x[0, 1, row, column] = value
-            options = {"interpolation": interpolation, "antialias": antialias}
-            out, plain = preprocess(x, size, **options), FD.preprocess(x, size, **options, backend="reference")
-            assert torch.equal(out.isnan(), plain.isnan())
-            assert torch.equal(out[out.isinf()], plain[plain.isinf()])
+    """Also from taps of weight 0: here no edge of a filter falls so close to a pixel that rounding decides of it."""
+    x = pixels(1, 3, 9, 17, dtype=torch.float32)
+    x[0, 0, 0, 0], x[0, 1, 4, 6], x[0, 2, 8, 16] = float("nan"), float("inf"), -float("inf")
+    options = {"interpolation": interpolation, "antialias": antialias}
+    out, plain = preprocess(x, size, **options), FD.preprocess(x, size, **options, backend="reference")
+    assert torch.equal(out.isnan(), plain.isnan())
+    assert torch.equal(out[out.isinf()], plain[plain.isinf()])
+    assert not plain.isfinite().all()
 
 
 @pytest.mark.parametrize("antialias", [False, True])
