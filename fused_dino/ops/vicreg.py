@@ -68,7 +68,7 @@ class VICRegFunction(torch.autograd.Function):
         elif ctx.backend == "triton":
             made = vicreg_bwd(student, teacher, *saved, *grads, *wanted, *ctx.plan)
         else:
-            made = vicreg_bwd_torch(*ctx.saved_tensors, grads, ctx.plan, *wanted)  # type: ignore[call-arg]
+            made = vicreg_bwd_torch(student, teacher, *saved, grads, ctx.plan, *wanted)  # type: ignore[call-arg]
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
         return for_student, for_teacher, None, None  # student, teacher, plan, backend
 
