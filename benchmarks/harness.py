@@ -86,6 +86,11 @@ def normal(shape: tuple[int, ...], row: Row, generator: torch.Generator) -> Tens
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
+def pair(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Student and teacher of a loss."""
+    return normal(row.shape, row, generator), normal(row.shape, row, generator)
+
+
 def providers(bench: Bench, row: Row, device: str, like: Tensor, twice: bool = False) -> Iterator[Provider]:
     """Whoever does the row's work on the device. like: its first input; twice: eager also under a second name."""
     yield Provider("eager", "eager", lambda: bench.recipe(row))

@@ -9,12 +9,8 @@ from torch import Tensor
 
 from fused_dino import functional as FD
 
-from .harness import Bench, normal
+from .harness import Bench, pair
 from .shapes import FORWARD, ROWS, Row
-
-
-def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return normal(row.shape, row, generator), normal(row.shape, row, generator)
 
 
 def recipe(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,7 +27,7 @@ def work(row: Row, direction: str) -> tuple[float, float]:
 BENCH = Bench(
     op="cosine_loss",
     rows=ROWS,
-    inputs=inputs,
+    inputs=pair,
     recipe=lambda row: recipe,
     ours=lambda row, backend: partial(FD.cosine_loss, backend=backend),  # type: ignore[arg-type]
     work=work,

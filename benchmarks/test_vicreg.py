@@ -8,12 +8,8 @@ from torch import Tensor
 
 from fused_dino import functional as FD
 
-from .harness import Bench, Function, normal
+from .harness import Bench, Function, pair
 from .shapes import BATCHES, FORWARD, Row
-
-
-def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return normal(row.shape, row, generator), normal(row.shape, row, generator)
 
 
 def recipe(student: Tensor, teacher: Tensor) -> Tensor:
@@ -39,5 +35,5 @@ def work(row: Row, direction: str) -> tuple[float, float]:
 
 
 BENCH = Bench(
-    op="vicreg_loss", rows=BATCHES, inputs=inputs, recipe=lambda row: recipe, ours=ours, work=work
+    op="vicreg_loss", rows=BATCHES, inputs=pair, recipe=lambda row: recipe, ours=ours, work=work
 )  # fmt: skip

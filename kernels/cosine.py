@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .store import store
+
 
 @triton.jit
 def inverse(norm, eps):
@@ -15,14 +17,6 @@ def load_row(row, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.const
     """Upcast right at the load: half precision must not reach the products, and bf16 in the interpreter is wrong."""
     column = start + tl.arange(0, BLOCK)
     return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)
-
-
-@triton.jit
-def store(pointer, value, mask):
-    """A store rounded once more on its way from float64 to 16 bits, which the interpreter gets wrong in one step."""
-    if pointer.dtype.element_ty != tl.float64:
-        value = value.to(tl.float32)
-    tl.store(pointer, value, mask=mask)
 
 
 @triton.jit

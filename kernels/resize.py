@@ -8,7 +8,7 @@ source row is read once a target row, and an antialiased filter costs its height
 import triton
 import triton.language as tl
 
-from .cosine import store
+from .store import store
 from .taps import scale_of, tap, term
 
 

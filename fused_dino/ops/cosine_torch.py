@@ -30,9 +30,10 @@ def some_rows(
     """
     s, t = upcast(student, teacher)
     s_unit = t_unit = None
+    cos = s.new_empty(0)  # of which rows as they are have no use
     if kind != "raw":
         (s, *s_unit), (t, *t_unit) = unit(s, eps), unit(t, eps)
-    cos = torch.linalg.vecdot(s, t).unsqueeze(-1)
+        cos = torch.linalg.vecdot(s, t).unsqueeze(-1)
     made = []
     if loss and kind == "cosine":
         made.append(1 - cos.squeeze(-1))

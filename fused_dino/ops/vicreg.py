@@ -57,7 +57,7 @@ class VICRegFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        student, teacher, *saved = ctx.saved_tensors
+        student, teacher, means, squares, product = ctx.saved_tensors  # means: taken off the rows already, or not yet
         grads, wanted = grads[:3], ctx.needs_input_grad[:2]
         given = [x for x in grads if x is not None]
         if not given:
@@ -66,9 +66,9 @@ class VICRegFunction(torch.autograd.Function):
             terms, vjp, *_ = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)
             made = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, terms, strict=True)))
         elif ctx.backend == "triton":
-            made = vicreg_bwd(student, teacher, *saved, *grads, *wanted, *ctx.plan)
+            made = vicreg_bwd(student, teacher, means, squares, product, *grads, *wanted, *ctx.plan)
         else:
-            made = vicreg_bwd_torch(student, teacher, *saved, grads, ctx.plan, *wanted)  # type: ignore[call-arg]
+            made = vicreg_bwd_torch(student, teacher, means, squares, product, grads, ctx.plan, *wanted)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
         return for_student, for_teacher, None, None  # student, teacher, plan, backend
 
