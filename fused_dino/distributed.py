@@ -77,4 +77,4 @@ def group_of(name: str) -> ProcessGroup:
     """The group of that name: what a dispatcher's op can be given is a string."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ def vicreg_merge_kernel(
 
 @triton.jit
 def means_are_large(student, shift, squares, rows, width, GRAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether taking the means off after the product cancels: of all columns together by rows, of any one by columns."""
+    """Whether taking the means off after the product cancels: by rows those of all columns, by columns any one."""
     excess = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -313,6 +313,7 @@ def vicreg_bwd_kernel(
     n = tl.cast(rows, ACC)
     grad = tl.zeros((TILE, TILE), ACC)
     coefficient = tl.zeros((TILE,), ACC)
+    square = tl.load(squares + column, mask=inside, other=1)
     if grad_covariance is not None:
         outer = 4 * tl.load(grad_covariance).to(ACC) / (tl.cast(divisor, ACC) * tl.cast(spare, ACC))
         if GRAM:
@@ -336,7 +337,7 @@ def vicreg_bwd_kernel(
                 grad = tl.dot(p, y.to(OPERAND), grad, input_precision=PRECISION, out_dtype=ACC)
             if RAW:
                 grad -= along[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
-            coefficient -= outer * tl.load(squares + column, mask=inside, other=0) / tl.cast(spare, ACC)
+            coefficient -= outer * square / tl.cast(spare, ACC)
         else:
             beside = tl.zeros((TILE,), ACC)  # <mean, the product's columns>
             for start in range(0, width, BLOCK_K):
@@ -353,9 +354,10 @@ def vicreg_bwd_kernel(
                 grad = tl.dot(y.to(OPERAND), p, grad, input_precision=PRECISION, out_dtype=ACC)
             if RAW:
                 grad -= beside[None, :]
-        grad *= outer
+        # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
+        grad = tl.where((square == 0)[None, :], 0, grad * outer)
     if grad_variance is not None:
-        sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
+        sigma = deviation(square, over, EPS, ACC)
         pull = tl.load(grad_variance).to(ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
         coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
     if grad_variance is not None or grad_covariance is not None:

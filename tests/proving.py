@@ -135,8 +135,8 @@ def vicreg_scales(
     route: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the terms as they are summed, without their signs: c_ij is a sum of |x_ni x_nj|, its gradient one of their
-    products with |x|. The diagonal, which eager leaves out, is no part of the unit. An x near 0 is a difference too, which
-    is rounded as its column is."""
+    products with |x|. The diagonal, which eager leaves out, is no part of the unit. An x near 0 is a difference too,
+    which is rounded as its column is."""
     y, g = student.double(), teacher.double()
     n, d = y.shape
     spare = max(n - 1, 1)

@@ -69,13 +69,11 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         spare = max(n - 1, 1)
         if plan.covariance:
             product = symmetric_product(centred if plan.gram else centred.T).div_(spare)
-        if plan.covariance and not plan.gram:
-            squares = product.diagonal() * spare
-            product.diagonal().zero_()
-        else:
-            squares = zero.new_zeros(d)
-            for rows in blocks(centred):
-                squares += centred[rows].square().sum(0)
+            if not plan.gram:
+                product.diagonal().zero_()
+        squares = zero.new_zeros(d)
+        for rows in blocks(centred):
+            squares += centred[rows].square().sum(0)
         if plan.variance:
             variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
         if plan.covariance:
@@ -92,11 +90,11 @@ def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
 
 def vicreg_bwd_torch(
     student: Tensor, teacher: Tensor, centred: Tensor, squares: Tensor, product: Tensor,
-    grads: tuple[Tensor | None, ...], plan: Plan, for_student: bool, for_teacher: bool,
+    grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
+    for_student: bool, for_teacher: bool, plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, d = student.shape
     dtype = wide(student, teacher)
-    grad_invariance, grad_variance, grad_covariance = grads
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
     spare = max(n - 1, 1)
