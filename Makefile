@@ -15,7 +15,7 @@ demo: .venv/.demo  ## train a small head on real photographs under a frozen teac
 # The second call proves the kernels in Triton's interpreter, which takes a process of its own.
 test: .venv/.dev  ## run all the tests; a skipped one fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --no-skips $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --no-skips tests/test_ops.py tests/test_kernels.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --no-skips tests/test_ops.py tests/test_kernels.py tests/test_vicreg.py
 
 aot: .venv/.dev  ## compile every kernel for GPUs that are not here, and hold it against its budget
 	$(BIN)/python tests/aot.py
@@ -34,7 +34,7 @@ dist: .venv/.dev  ## build the sdist and the wheel into dist/
 
 test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch, timm and einops that are supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -q -n auto tests/test_ops.py tests/test_kernels.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -q -n auto tests/test_ops.py tests/test_kernels.py tests/test_vicreg.py
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .venv-oldest build dist *.egg-info demo

@@ -17,12 +17,19 @@ CALLS = {
 }
 
 
+GROUP = "vicreg_loss(group)"  # VICReg over the rows of a process group
 WITH_FLOORS = [op for op in CALLS if registry.FLOORS[op]]
 WITHOUT = [op for op in CALLS if not registry.FLOORS[op]]
 
 
 def test_every_op_is_listed():
-    assert set(CALLS) == set(registry.FLOORS)
+    assert {*CALLS, GROUP} == set(registry.FLOORS)
+
+
+def test_a_group_runs_on_torch_everywhere():
+    """test_distributed.py has a group, and calls it."""
+    assert fused_dino.explain_backend(GROUP, X).startswith("torch: ")
+    assert fused_dino.explain_backend(GROUP, X, backend="triton").startswith(f"none: {GROUP} has no Triton kernel yet")
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -119,12 +119,14 @@ def no_counts_are_exchanged_by_columns(rank, world):
         FD.vicreg_loss(y, g, group=dist.group.WORLD)
 
 
-def second_derivatives_are_refused(rank, world):
+def what_is_not_there_is_refused(rank, world):
     y, g = rows(3, rank)
     y.requires_grad_()
     loss = FD.vicreg_loss(y, g, group=dist.group.WORLD).loss
     with pytest.raises(NotImplementedError, match="second derivatives"):
         torch.autograd.grad(loss, y, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no Triton kernel yet"):
+        FD.vicreg_loss(y, g, group=dist.group.WORLD, backend="triton")
 
 
 def in_order(*checks):
@@ -200,7 +202,7 @@ def test_compiled(tmp_path):
 def test_what_a_rank_pays_and_when_the_host_waits(tmp_path):
     checks = (
         large_means_do_not_cancel,
-        second_derivatives_are_refused,
+        what_is_not_there_is_refused,
         costs_are_those_calculated,
         no_counts_are_exchanged_by_columns,
     )

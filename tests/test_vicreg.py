@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fused_dino
 import recipe
@@ -196,6 +198,32 @@ def test_layouts_give_the_same_numbers():
     wide = torch.zeros(6, 21, dtype=y.dtype)
     wide[:, 1::2] = y
     assert_close(FD.vicreg_loss(wide[:, 1::2], g).loss, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
+def test_nothing_is_larger_than_the_student(shape, backend, monkeypatch):
+    """By rows nothing [D, D] is allocated, neither in the forward nor in the backward."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    made = torch.Tensor.new_empty
+
+    def new_empty(self, *size, **options):  # of launchers, which the dispatcher's modes do not see into
+        out = made(self, *size, **options)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    y, g = pair(*shape)
+    with Watch():
+        torch.autograd.grad(FD.vicreg_loss(y.requires_grad_(), g).loss, y)
+    too_large = max(sizes) > y.numel()
+    assert too_large == (backend == "reference" and shape[0] < shape[1])
 
 
 def test_vmap_and_compile():

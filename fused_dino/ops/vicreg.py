@@ -58,7 +58,7 @@ class VICRegFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
         student, teacher, beside, squares, product = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         outer = grads[0], grads[1], grads[2]
         given = [x for x in outer if x is not None]
         if not given:

@@ -11,12 +11,12 @@ from ..reference.dtypes import wide, without_autocast
 from .vicreg_plan import Plan
 
 CPU_ELEMENTS = 2**19  # of a block of rows: what one pass makes of them is still in a core's cache for the next
-CPU_PANEL = 512  # rows of a symmetric product that are computed at a time, from the diagonal on
+CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
     """Blocks of rows; all at once where a compiler fuses, and where a launch costs more than memory."""
-    step = max(1, CPU_ELEMENTS // x.shape[1])
+    step = max(1, CPU_ELEMENTS // max(1, x.shape[1]))
     if torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) <= step:
         yield slice(None)
         return
@@ -60,8 +60,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         if plan.invariance:
             error = zero.clone()
             for rows in blocks(student):
-                difference = (student[rows].to(dtype) - teacher[rows]).flatten()
-                error += difference @ difference
+                error += (student[rows].to(dtype) - teacher[rows]).square_().sum()
             invariance = error / (n * d)
         if not (plan.variance or plan.covariance):
             return invariance, variance, covariance, student.new_empty(0, 0, dtype=dtype), zero.new_empty(0), product
@@ -77,7 +76,9 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         if plan.variance:
             variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
         if plan.covariance:
-            total = torch.linalg.vecdot(product, product).sum()
+            total = zero.clone()
+            for rows in blocks(product):
+                total += product[rows].square().sum()
             if plan.gram:
                 total = total - (squares / spare).square().sum()
             covariance = total / plan.divisor
