@@ -48,7 +48,9 @@ def learn_and_report(
 
     first = ranks.rank == 0
     if ranks.world > learn.CROPS_PER_STEP:
-        raise CommandError(f"a step has {learn.CROPS_PER_STEP} crops: give as many processes at most, not {ranks.world}")
+        raise CommandError(
+            f"a step has {learn.CROPS_PER_STEP} crops: give as many processes at most, not {ranks.world}"
+        )
     console = Console(highlight=False, quiet=not first)
     photos = data.embedded() if images is None else data.from_folder(images)
     if first:

@@ -63,7 +63,7 @@ class Student(nn.Module):
         return self.supervision.loss_dict(self.head(words), features=features)
 
     def learn(self, captions: list[str], features: dict[str, Tensor], parallel: nn.Module | None = None) -> float:
-        """One step of AdamW -> the loss before it, without alpha and warm-up. parallel: this student among its ranks."""
+        """One step of AdamW -> the loss before it, without alpha and warm-up. parallel: this student among ranks."""
         losses = (parallel or self)(self.words(captions), features)
         self.optimizer.zero_grad()
         losses["loss_dino"].backward()
