@@ -212,8 +212,8 @@ def vicreg_loss(
 
     student, teacher: y and g, [N, D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you
         like. One row is finite (its deviations are 0) and warns; no rows are NaN.
-    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The number 0
-        leaves its term out: it is not computed, and reported as 0.
+    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The number
+        0 leaves its term out: it is not computed, and reported as 0.
     cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
     unbiased: the variance divides by N - 1, as VICReg was published, instead of N. (The covariance always does.)
     route: how the covariance is computed, by the [N, N] or the [D, D] product; auto takes the smaller. The same

@@ -328,7 +328,7 @@ def test_a_file_that_cannot_be_written_is_one_line(
 def test_metrics_say_what_was_run_and_found(demo: Callable[..., dict], tmp_path: Path) -> None:
     found = demo("--steps", "3", "--loss", "vicreg", "--seed", "2")
     config = found["config"]
-    assert (config["teacher"], config["losses"], config["steps"], config["seed"]) == ("Colours", "vicreg", 3, 2)
+    assert (config["teacher"], config["loss"], config["steps"], config["seed"]) == ("Colours", "vicreg", 3, 2)
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert len(found["losses"]) == len(found["control_losses"]) == found["steps_done"] == 3
     assert set(found["top1"]) == {"before", "after", "control", "chance"}
