@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+NAME ?= cpu-$(shell getconf _NPROCESSORS_ONLN)-cores
+INTERPRETED := tests/test_ops.py tests/test_random_shapes.py tests/test_kernels.py tests/test_resize.py tests/test_vicreg.py
 
-.PHONY: help setup demo test lint aot bench dist test-oldest clean
+.PHONY: help setup demo test lint aot bench results report gpu dist test-oldest clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -15,7 +17,7 @@ demo: .venv/.demo  ## train a small head on real photographs under a frozen teac
 # The second call proves the kernels in Triton's interpreter, which takes a process of its own.
 test: .venv/.dev  ## run all the tests; a skipped one fails
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --no-skips $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --no-skips tests/test_ops.py tests/test_kernels.py tests/test_vicreg.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --no-skips $(INTERPRETED)
 
 aot: .venv/.dev  ## compile every kernel for GPUs that are not here, and hold it against its budget
 	$(BIN)/python tests/aot.py
@@ -25,8 +27,18 @@ lint: .venv/.dev  ## check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.dev  ## time each op beside what it replaces, in one run
+bench: .venv/.dev  ## time each op beside what it replaces, in one run (ARGS=--quick)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
+
+results: .venv/.dev  ## measure this machine, keep the evidence in benchmarks/results/, render it (NAME=..., ARGS=...)
+	$(BIN)/python -m benchmarks run --self-check --json benchmarks/results/$(NAME).json $(ARGS)
+	$(BIN)/python -m benchmarks report
+
+report: .venv/.dev  ## render docs/performance.md and the README's table from benchmarks/results/
+	$(BIN)/python -m benchmarks report
+
+gpu: .venv/.dev  ## on a GPU: tests, memory checkers and benchmarks, into gpu/ (ARGS="--seconds 600")
+	$(BIN)/python -m benchmarks.gpu gpu $(ARGS)
 
 dist: .venv/.dev  ## build the sdist and the wheel into dist/
 	rm -rf dist
@@ -34,10 +46,10 @@ dist: .venv/.dev  ## build the sdist and the wheel into dist/
 
 test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch, timm and einops that are supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -q -n auto tests/test_ops.py tests/test_kernels.py tests/test_vicreg.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -q -n auto $(INTERPRETED)
 
 clean:  ## remove what the other targets made
-	rm -rf .venv .venv-oldest build dist *.egg-info demo
+	rm -rf .venv .venv-oldest build dist *.egg-info demo gpu
 
 # Each stamp is newer than what it was installed from, so that a second call installs nothing.
 .venv/bin/python:

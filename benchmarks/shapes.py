@@ -1,17 +1,95 @@
-"""Every size that is measured, and why."""
+"""Every size that is measured, and why. Data alone: tests import it too."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CPU, GPU = ("cpu",), ("cuda",)
+FORWARD, BACKWARD = "forward", "forward + backward"
 
 
-class Rows(NamedTuple):
-    """Inputs [rows, width] of a loss."""
+@dataclass(frozen=True)
+class Row:
+    """One line of an op's table.
 
-    rows: int
-    width: int
+    shape: of the op's first input, [rows, width] of a loss, [B, 3, H, W] of images.
+    dtype: of the inputs, a name that torch has.
+    options: what the op's declaration reads from it, such as size, out_dtype or layout.
+    grad_output: what the gradient of a scalar is scaled by: 1 is a plain backward(), anything else a weighted loss.
+    tf32: float32 matrix products may use TF32. It has rows of its own, since its errors are other errors.
+    directions: what is measured of it; its tables end with the last.
+    on: the kinds of device that it is for.
+    quick: in the quick selection; the last quick row of an op is the one that its sentence speaks of.
+    """
+
+    shape: tuple[int, ...]
     reason: str
+    dtype: str = "float32"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grad_output: float = 1.0
+    tf32: bool = False
+    directions: tuple[str, ...] = (FORWARD, BACKWARD)
+    on: tuple[str, ...] = CPU + GPU
+    quick: bool = False
+
+    def __str__(self) -> str:
+        scaled = {} if self.grad_output == 1 else {"grad_output": self.grad_output}
+        options = "".join(f" {key}={value}" for key, value in {**self.options, **scaled}.items())
+        return f"{' x '.join(map(str, self.shape))} {self.dtype}{options}"
+
+    @property
+    def precision(self) -> str:
+        """Of the arithmetic's inputs: what is compared with what."""
+        return "TF32" if self.tf32 else {"bfloat16": "bf16", "float16": "fp16"}.get(self.dtype, "IEEE")
 
 
+TOKENS = "patch tokens of 256 images of a ViT-L/14 at 224"
 ROWS = (
-    Rows(256, 1024, "global tokens of one batch: overhead counts, not memory"),
-    Rows(16384, 1024, "patch tokens of 64 images of a ViT-L/14 at 224: larger than a CPU's caches"),
+    Row((256, 1024), "global tokens of one batch: launches and overhead count, not memory"),
+    Row((257, 1000), "no multiple of any block, in either direction"),
+    Row((4096, 1024), "columns lie together, as after a transposition", options={"layout": "transposed"}),
+    Row((16384, 1024), "patch tokens of 64 images: larger than a CPU's caches", on=CPU, quick=True),
+    Row((256, 1024), "global tokens as mixed precision trains them", "bfloat16", on=GPU),
+    Row((65536, 1024), f"{TOKENS}, under a loss weight", "bfloat16", grad_output=0.25, on=GPU),
+    Row((65536, 1024), TOKENS, on=GPU),
+    Row((65536, 1024), f"{TOKENS}, as mixed precision trains them", "bfloat16", on=GPU, quick=True),
+)  # of cosine and mse
+
+AHEAD = (FORWARD,)  # of a frozen teacher that no gradient passes
+IMAGES = (
+    Row((32, 3, 256, 256), "a CPU's batch", options={"size": 224}, directions=AHEAD, on=CPU, quick=True),
+    Row((8, 3, 512, 512), "the teacher's native size", options={"size": 518}, directions=AHEAD, on=CPU),
+    Row((32, 3, 256, 256), "as a decoder gives them", "uint8", {"size": 224}, directions=AHEAD, on=CPU),
+    Row((8, 3, 250, 333), "no ratio of whole numbers", options={"size": 224}, directions=AHEAD),
+    Row((32, 3, 256, 240), "channels last", options={"size": 224, "layout": "channels_last"}, directions=AHEAD),
+    Row((32, 3, 240, 256), "a gradient to the image, which stopgrad_image=False wants", options={"size": 224}),
+    Row((256, 3, 256, 256), "bfloat16 throughout", "bfloat16", {"size": 224}, directions=AHEAD, on=GPU),
+    Row((256, 3, 256, 256), "bytes", "uint8", {"size": 224, "out_dtype": "bfloat16"}, directions=AHEAD, on=GPU),
+    Row((256, 3, 512, 512), "native size", options={"size": 518, "out_dtype": "bfloat16"}, directions=AHEAD, on=GPU),
+    Row(
+        (256, 3, 256, 256),
+        "the recipe's batch into a bfloat16 teacher",
+        options={"size": 224, "out_dtype": "bfloat16"},
+        directions=AHEAD,
+        on=GPU,
+        quick=True,
+    ),
+)
+
+BATCHES = (
+    Row((256, 1024), "one batch of a ViT-L teacher: rows are fewer than columns", quick=True, on=CPU),
+    Row((256, 8192), "a wide projector: eager's [D, D] product is 64 times what is needed"),
+    Row((1024, 4096), "both large"),
+    Row((4096, 1024), "rows are more than columns: no shorter product exists"),
+    Row((257, 1000), "no multiple of any block, in either direction"),
+    Row((256, 8192), "TF32 as users allow it", tf32=True, on=GPU),
+    Row((4096, 1024), "TF32 as users allow it", tf32=True, on=GPU),
+    Row((1024, 4096), "as mixed precision trains it", "bfloat16", on=GPU),
+    Row((256, 1024), "one batch of a ViT-L teacher", quick=True, on=GPU),
+)  # of vicreg
+
+WHOLE = (BACKWARD,)
+STEPS = (
+    Row((2, 3, 256, 256), "what a CPU bears", options={"teacher": "vits14"}, directions=WHOLE, on=CPU),
+    Row((64, 3, 256, 256), "the recipe's teacher", "bfloat16", {"teacher": "vitl14"}, directions=WHOLE, on=GPU),
 )

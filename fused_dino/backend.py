@@ -18,9 +18,9 @@ VARIABLE = "FUSED_DINO_BACKEND"
 
 # Which faster implementations an op has beside its reference.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "preprocess": (),
+    "preprocess": ("torch", "triton"),
     "cosine_loss": ("torch", "triton"),
-    "mse_loss": (),
+    "mse_loss": ("torch", "triton"),
     "vicreg_loss": ("torch", "triton"),
     "vicreg_loss(group)": ("torch",),  # on a GPU as on a CPU: its products are torch's
 }
@@ -71,8 +71,9 @@ def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> 
     """Which implementation `op` would run on `tensor`, and why, as one line that begins with its name.
 
     op: "preprocess", "cosine_loss", "mse_loss", "vicreg_loss", or "vicreg_loss(group)" for the rows of a process group;
-        ValueError for any other. Where the choice cannot run,
-    the line begins with "none" and holds the error that the call would raise.
+        ValueError for any other.
+
+    Where the choice cannot run, the line begins with "none" and holds the error that the call would raise.
     """
     if op not in FLOORS:
         raise ValueError(f"op is {op!r}; use one of {', '.join(FLOORS)}")

@@ -17,11 +17,13 @@ from torch import Tensor
 from . import distributed
 from .backend import Backend, check_backend, choose
 from .ops import cosine as ops_cosine
+from .ops import resize as ops_resize
 from .ops import vicreg as ops_vicreg
 from .ops.vicreg_ranks import vicreg_loss_over_ranks
 from .reference import cosine as reference_cosine
 from .reference import resize as reference_resize
 from .reference import vicreg as reference_vicreg
+from .reference.dtypes import wide
 from .validation import (
     check_choice,
     check_floating_dtype,
@@ -105,8 +107,10 @@ def preprocess(
         or (images.dtype if images.is_floating_point() else torch.float32),
         "patch_size": check_patch_size(patch_size, size),
     }
-    run = {"reference": reference_resize.preprocess}[choose("preprocess", images, backend)]
-    return run(images, size, **options)
+    name = choose("preprocess", images, backend)
+    if name == "reference":
+        return reference_resize.preprocess(images, size, **options)
+    return ops_resize.preprocess(images, size, **options, backend=name)
 
 
 def cosine_loss(
@@ -114,6 +118,7 @@ def cosine_loss(
     teacher: Tensor,
     *,
     weight: Tensor | None = None,
+    alpha: float | Tensor | None = None,
     reduction: Reduction = "mean",
     eps: float = 1e-12,
     backend: Backend | None = None,
@@ -127,6 +132,9 @@ def cosine_loss(
     student, teacher: [..., D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you like.
     weight: broadcasts to [...]; a mask is one. "mean" divides by the weights' sum, and is 0 where that is 0. It gets
         no gradient: one that requires it is refused.
+    alpha: a factor of the loss, a number or a scalar tensor on the same device (a warm-up: it may change every step).
+        Given here and not multiplied in outside it is part of the gradient that the forward writes, which the
+        backward then need not scale. It gets no gradient.
     reduction: "mean" -> [], "sum" -> [], "none" -> [...]. A mean over no rows is NaN, as in torch.
     eps: the smallest norm that is divided by; a row below it has a gradient of order 1 / eps.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
@@ -134,16 +142,8 @@ def cosine_loss(
     Returns float32, float64 if an input is. 0 is the same direction, 1 orthogonal, 2 opposite. Raises ValueError
     (TypeError for what is no tensor) naming the argument; NotImplementedError for a backend without this op.
     """
-    check_matching(student, teacher)
-    options: dict[str, Any] = {
-        "weight": check_weight(weight, student),
-        "reduction": check_choice("reduction", reduction, REDUCTIONS),
-        "eps": check_number("eps", eps, minimum=0),
-    }
-    name = choose("cosine_loss", student, backend)
-    if name == "reference":
-        return reference_cosine.cosine_loss(student, teacher, **options)
-    return ops_cosine.cosine_loss(student, teacher, **options, backend=name)
+    options = {"eps": check_number("eps", eps, minimum=0)}
+    return rows_loss("cosine_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]
 
 
 def mse_loss(
@@ -153,6 +153,7 @@ def mse_loss(
     normalize: bool = True,
     whiten: bool = False,
     weight: Tensor | None = None,
+    alpha: float | Tensor | None = None,
     reduction: Reduction = "mean",
     eps: float = 1e-5,
     backend: Backend | None = None,
@@ -168,24 +169,42 @@ def mse_loss(
     student, teacher: [..., D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you like.
     weight: broadcasts to [...], one weight a row; a mask is one. "mean" divides by the weights' sum times D, and is 0
         where that is 0. It gets no gradient: one that requires it is refused.
+    alpha: a factor of the loss, as in cosine_loss.
     reduction: "mean" -> [], "sum" -> [], "none" -> [..., D], as in F.mse_loss, which this is with normalize=False.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
     Returns float32, float64 if an input is. Raises ValueError (TypeError for what is no tensor) naming the argument;
     NotImplementedError for a backend without this op.
     """
+    options = {"normalize": normalize, "whiten": whiten, "eps": check_number("eps", eps, minimum=0)}
+    return rows_loss("mse_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]
+
+
+def rows_loss(
+    op: str,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    alpha: float | Tensor | None,
+    reduction: str,
+    backend: str | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of "cosine_loss" or "mse_loss": (the loss, the loss without alpha and without a gradient: for logs)."""
     check_matching(student, teacher)
-    if whiten and student.shape[:-1].numel() < 2:
+    if options.get("whiten") and student.shape[:-1].numel() < 2:
         raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
-    options: dict[str, Any] = {
-        "normalize": normalize,
-        "whiten": whiten,
-        "weight": check_weight(weight, student),
-        "reduction": check_choice("reduction", reduction, REDUCTIONS),
-        "eps": check_number("eps", eps, minimum=0),
-    }
-    run = {"reference": reference_cosine.mse_loss}[choose("mse_loss", student, backend)]
-    return run(student, teacher, **options)
+    options["weight"] = check_weight(weight, student)
+    options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
+    if alpha is not None:
+        alpha = check_scalar("alpha", alpha, student.device)
+    name = choose(op, student, backend)
+    if name == "reference":
+        value = getattr(reference_cosine, op)(student, teacher, **options)
+        return (value if alpha is None else alpha * value), value.detach()
+    if isinstance(alpha, float):
+        alpha = student.new_full((), alpha, dtype=wide(student, teacher))
+    return getattr(ops_cosine, op)(student, teacher, alpha=alpha, **options, backend=name)
 
 
 def vicreg_loss(

@@ -313,7 +313,6 @@ def vicreg_bwd_kernel(
     n = tl.cast(rows, ACC)
     grad = tl.zeros((TILE, TILE), ACC)
     coefficient = tl.zeros((TILE,), ACC)
-    square = tl.load(squares + column, mask=inside, other=1)
     if grad_covariance is not None:
         outer = 4 * tl.load(grad_covariance).to(ACC) / (tl.cast(divisor, ACC) * tl.cast(spare, ACC))
         if GRAM:
@@ -337,7 +336,6 @@ def vicreg_bwd_kernel(
                 grad = tl.dot(p, y.to(OPERAND), grad, input_precision=PRECISION, out_dtype=ACC)
             if RAW:
                 grad -= along[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
-            coefficient -= outer * square / tl.cast(spare, ACC)
         else:
             beside = tl.zeros((TILE,), ACC)  # <mean, the product's columns>
             for start in range(0, width, BLOCK_K):
@@ -354,10 +352,13 @@ def vicreg_bwd_kernel(
                 grad = tl.dot(y.to(OPERAND), p, grad, input_precision=PRECISION, out_dtype=ACC)
             if RAW:
                 grad -= beside[None, :]
+        square = tl.load(squares + column, mask=inside, other=1)
+        if GRAM:
+            coefficient -= outer * square / tl.cast(spare, ACC)
         # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
         grad = tl.where((square == 0)[None, :], 0, grad * outer)
     if grad_variance is not None:
-        sigma = deviation(square, over, EPS, ACC)
+        sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
         pull = tl.load(grad_variance).to(ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
         coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
     if grad_variance is not None or grad_covariance is not None:

@@ -5,7 +5,9 @@
 A budget holds for a kernel or, as "<kernel> <first word of the case>", for some of its cases: at most so many
 `registers` and bytes of `shared` memory, and a widest `load` and `store` of at least so many bytes a thread; each is a
 number, or one for every backend. Nothing may spill or use a stack. A kernel with dots must have matrix instructions,
-unless its budget says "matrix": 0.
+unless its budget says "matrix": 0. A case that says how many `values` one thread makes in a turn of its outermost loop,
+and how many `turns` that loop takes, has its instructions counted in the machine code of sm_90, against a budget of at
+most so many `instructions` a value.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Row:
     load: int = 0  # bytes of a thread's widest
     store: int = 0
     matrix: str = "-"  # how many matrix instructions, and which; - without a dot
+    instructions: str = "-"  # a value, on sm_90; - where the case does not say how many values there are
     error: str = ""  # why it does not compile
 
     def __str__(self) -> str:
@@ -87,19 +90,33 @@ def launches(cases: Iterable, backend: str) -> list[dict[str, Any]]:
     return seen
 
 
-def cuda_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, int]], list[str]]:
-    """Registers, spills and stack; the bytes of each load and store; the matrix instructions."""
-
-    def dump(option: str) -> str:
-        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
+def dump(asm: dict[str, Any], option: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", dump("--dump-resource-usage"))}
-        stack = used["STACK"] + used["LOCAL"]
-        sass = dump("-sass") if stack or "tt.dot" in asm["ttir"] else ""  # takes longer than all the rest
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(sass: str, values: int, turns: int) -> float:
+    """Executed by one thread for each of its values: all but the outermost loop once, that loop `turns` times.
+
+    A loop inside of it counts once; a case with such a loop must be one where it takes a single turn.
+    """
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    code = {at: text for at, text in lines if not text.startswith("NOP") and text.split()[-1] != f"{at:#x}"}
+    jumps = [(int(to, 16), at) for at, text in code.items() for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)]
+    start, end = max(((to, at) for to, at in jumps if to < at), key=lambda jump: jump[1] - jump[0], default=(0, -1))
+    loop = sum(start <= at <= end for at in code)
+    return (len(code) - loop + loop * turns) / (values * turns)
+
+
+def cuda_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, int]], list[str]]:
+    """Registers, spills and stack; the bytes of each load and store; the matrix instructions."""
+    used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", dump(asm, "--dump-resource-usage"))}
+    stack = used["STACK"] + used["LOCAL"]
+    sass = dump(asm, "-sass") if stack or "tt.dot" in asm["ttir"] else ""  # takes longer than all the rest
     spills = sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.[US]?(\d+))?", sass))
     vectors = re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s", asm["ptx"])
     moves = [(kind, int(count or 1) * int(bits) // 8) for kind, count, bits in vectors]
@@ -131,7 +148,11 @@ def compile_job(index: int) -> Row:
     used, moves, matrix = (cuda_resources if gpu.backend == "cuda" else hip_resources)(compiled.asm)
     dots = " ".join([str(len(matrix)), *sorted(set(matrix))]) if "tt.dot" in compiled.asm["ttir"] else "-"
     load, store = (max((size for kind, size in moves if kind[0] == first), default=0) for first in "ls")
-    return replace(row, **used, shared=compiled.metadata.shared, load=load, store=store, matrix=dots)
+    row = replace(row, **used, shared=compiled.metadata.shared, load=load, store=store, matrix=dots)
+    if launch["case"].values and target == "sm_90":
+        count = instructions(dump(compiled.asm, "-sass"), launch["case"].values, launch["case"].turns)
+        row = replace(row, instructions=f"{count:.1f}")
+    return row
 
 
 def table(rows: list[Row]) -> str:
@@ -150,6 +171,8 @@ def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
     for name, limit in most.items():
         if getattr(row, name) > limit:
             yield f"{row}: {name} {getattr(row, name)}, budget at most {limit}"
+    if "instructions" in budget and row.instructions != "-" and float(row.instructions) > budget["instructions"]:
+        yield f"{row}: instructions {row.instructions} a value, budget at most {budget['instructions']}"
     for name, limit in least.items():
         found = str(getattr(row, name)).split()[0]
         if found != "-" and int(found) < limit:

@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from fused_dino.ops import cosine, vicreg_triton
+from fused_dino import functional as FD
+from fused_dino.ops import cosine_triton, resize, taps, vicreg_triton
 from fused_dino.ops.vicreg_plan import make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -20,31 +21,98 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 @dataclass
 class Case:
-    """A call that launches kernels. The first word of its name may select a budget of its own."""
+    """A call that launches kernels. The first word of its name may select a budget of its own.
+
+    values: what one thread makes in one turn of the outermost loop, where its instructions are to be counted; turns: of
+        that loop.
+    """
 
     name: str
     launch: Callable[[], object]
+    values: int = 0
+    turns: int = 1
 
 
 def cosine_cases() -> Iterator[Case]:
-    def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, grad_stride: int = 1) -> Iterator[Case]:
-        saved = cosine.cosine_fwd_fake(student, teacher, 1e-12)
-        grad = saved[0].new_empty(len(student), grad_stride)[:, 0]
-        backward = partial(cosine.cosine_bwd_triton, student, teacher, *saved, grad, 1e-12)
-        yield Case(name, partial(cosine.cosine_fwd_triton, student, teacher, 1e-12))
-        yield Case(f"{name} to student", partial(backward, True, False))
-        yield Case(f"{name} to both", partial(backward, True, True))
+    def case(name: str, student: torch.Tensor, teacher: torch.Tensor, *more: object) -> Case:
+        return Case(name, partial(cosine_triton.cosine_rows_triton, student, teacher, *more))
 
-    for width in cosine.CONFIGURATIONS:
+    def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, grad_stride: int = 1) -> Iterator[Case]:
+        count = student.shape[0]
+        rows = student.new_empty(count, grad_stride, dtype=cosine_triton.wide(student, teacher))[:, 0]
+        how = "cosine", "sum", count, 1e-12
+        yield case(name, student, teacher, None, None, None, *how, False, False)
+        yield case(f"{name} with gradient", student, teacher, None, rows[0], None, *how, True, False)
+        yield case(f"{name} to student", student, teacher, None, None, rows, *how, True, False)
+        yield case(f"{name} weighted to both", student, teacher, rows, rows[0], rows, *how, True, True)
+
+    for width in cosine_triton.CONFIGURATIONS:
         for name, dtype in DTYPES.items():
             x = torch.empty(2, width, dtype=dtype)
             yield from cases(name, x, x)
         bf16, fp32 = (torch.empty(2, width, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
         yield from cases("bf16/fp32", bf16, fp32)
         yield from cases("unaligned bf16", bf16[:, 1:], bf16[:, 1:], grad_stride=3)
-    # Past 2 GB AMD's compiler has other loads. A tensor on the meta device takes no memory, and counts as aligned.
+        for kind in ("mse", "raw"):
+            how = kind, "sum", 2, 1e-12
+            yield case(f"bf16 {kind}", bf16, bf16, None, fp32[0, 0], None, *how, True, False)
+            yield case(f"bf16 {kind} elements", bf16, bf16, None, None, None, kind, "elements", 1, 1e-12, False, False)
+            yield case(
+                f"bf16 {kind} elements to both", bf16, bf16, None, None, fp32, kind, "elements", 1, 1e-12, True, True
+            )
+    wide = torch.empty(2, 16384, dtype=torch.bfloat16)  # a loop over columns
+    yield from cases("bf16 wide", wide, wide)
+    # Past 2 GB AMD's compiler has other loads. A tensor on the meta device takes no memory, and counts as aligned. So
+    # many rows are several a program.
     large = torch.empty(2**21, 1024, dtype=torch.bfloat16, device="meta")
     yield from cases("bf16 large", large, large)
+    for name, dtype in DTYPES.items():
+        x = torch.empty(2, 1024, dtype=dtype)
+        yield Case(f"{name}", partial(cosine_triton.cosine_rescale_triton, x, x.new_empty(())))
+
+
+def resize_cases() -> Iterator[Case]:
+    def cases(
+        name: str,
+        images: torch.Tensor,
+        size: tuple[int, int],
+        backward: bool = False,
+        counted: bool = False,
+        **how: object,
+    ) -> Iterator[Case]:
+        given = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "clamp": False}
+        given |= {"interpolation": "bilinear", "antialias": False, "out_dtype": torch.bfloat16, "patch_size": None}
+        options = resize.Options(size, **(given | how))
+        made = resize.resize_fwd_fake(images, *options.launch)
+        # 256 columns in three channels by 64 threads.
+        count = {"values": 3 * 256 // 64, "turns": taps.ROWS} if counted else {}
+        yield Case(name, partial(resize.resize_fwd_triton, images, *options.launch), **count)
+        if backward:
+            yield Case(f"{name} backward", partial(resize.resize_bwd_triton, made, images, *options.launch_backward))
+
+    def image(dtype: torch.dtype, side: int, batch: int = 8) -> torch.Tensor:
+        return torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
+
+    for name, dtype in {**DTYPES, "u8": torch.uint8}.items():
+        x = image(dtype, 256)
+        floating, same = dtype.is_floating_point, dtype if dtype.is_floating_point else torch.bfloat16
+        yield from cases(f"{name} bilinear", x, (224, 224), floating, dtype != torch.float64, out_dtype=same)
+        yield from cases(f"{name} bicubic", x, (224, 224), floating, interpolation="bicubic", out_dtype=same)
+        yield from cases(f"{name} antialias", x, (224, 224), floating, antialias=True, out_dtype=same)
+        last = x.to(memory_format=torch.channels_last)
+        yield from cases(f"last {name}", last, (224, 224), out_dtype=same)
+    x = image(torch.float32, 512)
+    yield from cases("other 518", x, (518, 518), True)
+    yield from cases(
+        "other shrink", image(torch.float32, 1024), (224, 224), True, antialias=True, interpolation="bicubic"
+    )
+    yield from cases("patches", x, (224, 224), True, patch_size=14)
+    yield from cases("clipped", x, (224, 224), True, clamp=True)
+    yield from cases("patches clipped", x, (224, 224), True, clamp=True, patch_size=14)
+    yield from cases("other odd", torch.empty(2, 3, 250, 333, dtype=torch.bfloat16), (224, 210), True)
+    yield from cases("other strided", torch.empty(2, 3, 100, 64)[..., ::2], (56, 14), True)
+    # Past 2 GB AMD's compiler has other loads.
+    yield from cases("other large", image(torch.float32, 1024, 1024), (224, 224), True)
 
 
 def vicreg_cases() -> Iterator[Case]:
@@ -72,4 +140,4 @@ def vicreg_cases() -> Iterator[Case]:
 
 
 # A compilation takes some tenths of a second, so every dtype is compiled for every GPU.
-CASES = [cosine_cases, vicreg_cases]
+CASES = [cosine_cases, resize_cases, vicreg_cases]

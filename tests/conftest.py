@@ -9,6 +9,7 @@ from proving import DEVICE, INTERPRETED
 
 # A kernel runs in the interpreter, in a process of its own, or on a GPU.
 collect_ignore = ["test_kernels.py"] if not INTERPRETED and DEVICE == "cpu" else []
+collect_ignore += ["test_gpu.py"] if DEVICE == "cpu" else []
 
 
 class TinyTeacher(nn.Module):

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from fused_dino.ops import cosine, vicreg_triton
+from fused_dino.ops import resize, vicreg_triton
+from fused_dino.ops.cosine_triton import cosine_rows
 from fused_dino.ops.vicreg_plan import make_plan
 from fused_dino.reference.cosine import reduce
 
@@ -103,6 +105,29 @@ def cosine_scales(
     return value.detach(), for_student, for_teacher
 
 
+def mse_scales(
+    student: Tensor, teacher: Tensor, grad_output: Tensor, *, normalize: bool = True, reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The squares of what is subtracted, and their derivative; over the norm where rows are normalised, together with
+    the whole row's share along the row."""
+    s, t = (x.double() for x in (student, teacher))
+    norms = [x.norm(dim=-1, keepdim=True).clamp(1e-12, 1e154) if normalize else torch.ones_like(x) for x in (s, t)]
+    sizes = sum(x.abs() / norm for x, norm in zip((s, t), norms, strict=True)).requires_grad_()
+    value = reduce(sizes.square(), None if weight is None else weight.unsqueeze(-1), reduction)
+    (share,) = torch.autograd.grad(value, sizes, grad_output.double())
+    share = share.abs()
+    if normalize:
+        share = share.norm(dim=-1, keepdim=True)
+    return value.detach(), share / norms[0], share / norms[1]
+
+
+def rows_arguments(kind: str, student: Tensor, teacher: Tensor, *made: Tensor) -> tuple:
+    """Of cosine_rows: in the forward the loss alone, in the backward both gradients."""
+    grad_output = made[0].expand(len(student)) if made else None
+    return student, teacher, None, None, grad_output, kind, "sum", len(student), 1e-12, bool(made), bool(made)
+
+
 COSINE = Op(
     "cosine_loss",
     FD.cosine_loss,
@@ -116,17 +141,102 @@ COSINE = Op(
         Case((3, 1000), "wider than the narrowest block"),
         Case((2, 5000), "wider than the widest block: the loop over columns"),
         Case((258, 5), "more rows than the closed form takes at a time on a CPU"),
+        Case((4100, 3), "so many rows that a program takes several"),
         Case((6, 20), "summed", {"reduction": "sum"}),
         Case((6, 20), "one value a row", {"reduction": "none"}),
         Case((6, 20), "an eps above some norms and below others", {"eps": 4.5}),
     ),
     scales=cosine_scales,
     rowwise=True,
-    forward=cosine.cosine_fwd,
-    backward=cosine.cosine_bwd,
-    forward_arguments=lambda s, t: (s, t, 1e-12),
-    backward_arguments=lambda s, t, *made: (s, t, *made, torch.ones_like(made[0]), 1e-12, True, True),
+    forward=cosine_rows,
+    backward=cosine_rows,
+    forward_arguments=partial(rows_arguments, "cosine"),
+    backward_arguments=partial(rows_arguments, "cosine"),
 )
+MSE = Op(
+    "mse_loss",
+    FD.mse_loss,
+    (
+        Case((5, 37), "no power of two: a masked tail"),
+        Case((4, 1), "one column: every error is 0 or 4"),
+        Case((2, 3, 24), "tokens: two leading dimensions"),
+        Case((7,), "a single vector"),
+        Case((2, 5000), "wider than the widest block: the loop over columns"),
+        Case((258, 5), "more rows than the closed form takes at a time on a CPU"),
+        Case((6, 20), "summed", {"reduction": "sum"}),
+        Case((6, 20), "one value an element", {"reduction": "none"}),
+        Case((2, 5000), "one value an element, in a loop over columns", {"reduction": "none"}),
+        Case((5, 37), "rows as they are", {"normalize": False}),
+        Case((5, 37), "elements as they are", {"normalize": False, "reduction": "none"}),
+    ),
+    scales=mse_scales,
+    rowwise=True,
+    forward=cosine_rows,
+    backward=cosine_rows,
+    forward_arguments=partial(rows_arguments, "mse"),
+    backward_arguments=partial(rows_arguments, "mse"),
+)
+
+
+def preprocess(images: Tensor, *, backend: str, size: tuple[int, int] = (4, 6), **options: Any) -> Tensor:
+    return FD.preprocess(images, size, backend=backend, **options)
+
+
+def preprocess_options(images: Tensor, size: tuple[int, int] = (4, 6), **options: Any) -> resize.Options:
+    """As the public function fills them in."""
+    given = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "interpolation": "bilinear"}
+    given |= {"antialias": False, "clamp": False, "out_dtype": images.dtype, "patch_size": None}
+    return resize.Options(size, **(given | options))
+
+
+def preprocess_scales(images: Tensor, grad_output: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Of a value, the largest finite pixel of its image as it is normalised; of a gradient, the largest grad_output
+    times how many outputs read one input.
+    """
+    chosen = preprocess_options(images, **options)
+    largest = images.detach().double().abs().flatten(1).nan_to_num(0, 0, 0).amax(1).clamp(max=1e300)
+    value = largest * max(chosen.scale) + max(map(abs, chosen.shift))
+    readers = math.prod(max(1, out / given) for out, given in zip(chosen.size, images.shape[2:], strict=True))
+    gradient = grad_output.double().abs().amax() * max(chosen.scale) * readers
+    return value.view(-1, *(1 for _ in grad_output.shape[1:])), gradient
+
+
+PREPROCESS = Op(
+    "preprocess",
+    preprocess,
+    (
+        Case((2, 3, 3, 4), "enlarged, by no whole number"),
+        Case((2, 3, 9, 17), "reduced: pixels that nobody reads"),
+        Case((1, 3, 4, 6), "its own size"),
+        Case((1, 3, 4, 9), "its own height"),
+        Case((1, 3, 1, 1), "one pixel"),
+        Case((2, 3, 5, 7), "one pixel out", {"size": (1, 1)}),
+        Case((1, 3, 2, 1200), "far wider than the result: several segments"),
+        Case((1, 3, 3, 5), "several blocks of columns", {"size": (2, 300)}),
+        Case((9, 3, 2, 2), "several rows a program, and fewer in the last", {"size": (11, 3)}),
+        Case((2, 3, 9, 17), "bicubic", {"interpolation": "bicubic"}),
+        Case((2, 3, 3, 4), "bicubic, enlarged", {"interpolation": "bicubic"}),
+        Case((2, 3, 9, 17), "antialiased", {"antialias": True}),
+        Case((2, 3, 3, 4), "antialiased, enlarged", {"antialias": True}),
+        Case((1, 3, 4, 9), "antialiased, its own height", {"antialias": True}),
+        Case((2, 3, 9, 17), "bicubic and antialiased", {"interpolation": "bicubic", "antialias": True}),
+        Case((1, 3, 2, 700), "antialiased, several segments", {"antialias": True, "size": (1, 20)}),
+        Case((2, 3, 5, 7), "patches", {"patch_size": 2}),
+        Case((2, 3, 9, 7), "clipped", {"clamp": True, "interpolation": "bicubic"}),
+        Case((2, 3, 9, 7), "clipped patches", {"clamp": True, "antialias": True, "patch_size": 2}),
+        Case((2, 3, 5, 5), "other statistics", {"input_range": (0.25, 3.0), "mean": (0.1, 0, 2), "std": (1, 2, 3)}),
+        Case((2, 3, 5, 5), "another dtype", {"out_dtype": torch.float32}),
+    ),
+    scales=preprocess_scales,
+    forward=resize.resize_fwd,
+    backward=resize.resize_bwd,
+    forward_arguments=lambda x: (x, *preprocess_options(x).launch),
+    backward_arguments=lambda x, made: (
+        torch.ones_like(made), x, (4, 6), preprocess_options(x).scale, [], "bilinear", False, 0,
+    ),
+    inputs=("images",),
+    shape=lambda rows, width: (rows, 3, 3, width),
+)  # fmt: skip
 
 
 def vicreg_scales(
@@ -201,7 +311,7 @@ VICREG = Op(
     forward_arguments=lambda s, t: (s, t, *vicreg_plan(*s.shape)),
     backward_arguments=vicreg_backward_arguments,
 )
-OPS = (COSINE, VICREG)
+OPS = (COSINE, MSE, PREPROCESS, VICREG)
 
 
 def grad_output_of(out: Tensor) -> Tensor:

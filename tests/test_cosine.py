@@ -8,8 +8,10 @@ from torch.testing import assert_close
 import recipe
 from fused_dino import CosineLoss, MSELoss
 from fused_dino import functional as FD
+from proving import DEVICE, IMPLEMENTATIONS
 
 LOSSES = [FD.cosine_loss, FD.mse_loss]
+OPTIONS = {FD.cosine_loss: {"eps": 1e-12}, FD.mse_loss: {"normalize": True, "whiten": False, "eps": 1e-5}}
 SHAPES = [(5,), (1, 1), (7, 33), (2, 3, 16)]
 
 
@@ -259,3 +261,52 @@ def test_modules_detach_the_teacher_unless_told_otherwise():
             module(reduction="avg")
         with pytest.raises(TypeError, match="margin"):
             module(margin=1)
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_alpha_is_a_factor_of_loss_and_gradient(loss, reduction, backend, weighted):
+    s, t = (x.to(DEVICE).requires_grad_() for x in pair(6, 20))
+    weight = torch.linspace(0, 2, 6, dtype=s.dtype, device=DEVICE) if weighted else None
+    plain = loss(s, t, reduction=reduction, weight=weight, backend=backend)
+    for teacher in (t, t.detach()):  # the two passes, and the gradient written in the forward
+        for alpha in (0.3, torch.tensor(0.3, dtype=s.dtype, device=DEVICE), 0.0):
+            scaled = loss(s, teacher, alpha=alpha, reduction=reduction, weight=weight, backend=backend)
+            assert_close(scaled, alpha * plain, rtol=1e-12, atol=1e-15)
+            grads = (torch.autograd.grad(x.sum(), s, retain_graph=True)[0] for x in (scaled, alpha * plain))
+            assert_close(*grads, rtol=1e-10, atol=1e-14)
+    value = FD.rows_loss(loss.__name__, s, t, None, 0.0, reduction, backend, **OPTIONS[loss])[1]
+    if reduction != "none":
+        assert_close(value, loss(s, t, reduction=reduction, backend="reference").detach(), rtol=1e-12, atol=1e-15)
+    assert not value.requires_grad
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_of_the_forward_is_given_away_once(loss, backend):
+    s, t = (x.to(DEVICE) for x in pair(6, 20))
+    s.requires_grad_()
+    true = torch.autograd.grad(loss(s, t, backend="reference"), s)[0]
+    out = loss(s, t, backend=backend)
+    scales = (0.0, 1.0, 2.0, 3.0)
+    found = [torch.autograd.grad(out, s, out.new_tensor(scale), retain_graph=True)[0] for scale in scales]
+    for got, scale in zip(found, scales, strict=True):
+        assert_close(got, scale * true, rtol=1e-10, atol=1e-14)
+    found[1].mul_(2)
+    assert_close(found[3], 3 * true, rtol=1e-10, atol=1e-14)
+    if backend != "reference":
+        out = loss(s, t, backend=backend)
+        stored = out.grad_fn.saved_tensors[-1]
+        assert stored.shape == s.shape
+        out.backward()
+        assert s.grad.data_ptr() == stored.data_ptr(), "no copy"
+        assert loss(s.detach().half().requires_grad_(), t, backend=backend).grad_fn.saved_tensors[-1].numel() == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("alpha", ["1", float("nan"), torch.ones(2), torch.ones((), requires_grad=True)])
+def test_alpha_that_is_no_number(loss, alpha):
+    with pytest.raises(ValueError, match="^alpha must be"):
+        loss(*pair(2, 3), alpha=alpha)

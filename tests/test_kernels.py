@@ -12,6 +12,8 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import fused_dino
+from fused_dino import functional as FD
+from fused_dino.ops import cosine_triton, tickets
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, OPS, grad_output_of, results
 
@@ -87,9 +89,16 @@ def test_offsets_past_two_to_the_31st(op, which):
 def test_every_element_is_written(op, dtype, monkeypatch):
     """Memory is handed out full of NaN: what a kernel leaves unwritten shows."""
     made = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: made(*a, **k).fill_(float("nan")))
+
+    def spoilt(*size, **options):
+        out = made(*size, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spoilt)
     for shape in ((4, 33), (2, 5000), (70, 90)):
-        assert not any(x.isnan().any() for x in results(op, op.draw(op.shape(*shape), dtype), "triton"))
+        inputs = op.draw(op.shape(*shape), dtype)
+        for options in ({}, op.unreduced):
+            assert not any(x.isnan().any() for x in results(op, inputs, "triton", **options))
 
 
 @each_op
@@ -136,3 +145,27 @@ def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
             whole = isinstance(value, torch.Tensor) and value.numel() >= first.numel()
             name = str(node.target).removeprefix("aten.").partition(".")[0]
             assert not whole or name in free or node.target is ours or "getitem" in str(node.target), node
+
+
+def test_a_ticket_is_left_zero(monkeypatch):
+    """A launch counts its programs with it, and the next launch of the same slot starts from zero."""
+    given = []
+    make = tickets.ticket
+
+    def keep(x):
+        given.append(make(x))
+        return given[-1]
+
+    monkeypatch.setattr(cosine_triton, "ticket", keep)
+    for rows in (1, 5, 5000):
+        FD.cosine_loss(*(torch.randn(rows, 3, device=DEVICE) for _ in range(2)), backend="triton")
+    assert len(given) == 3
+    assert all(x == 0 for x in given)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bytes_are_read_in_place(layout, monkeypatch):
+    raw = torch.zeros(2, 3, 9, 9, dtype=torch.uint8, device=DEVICE).contiguous(memory_format=layout)
+    for name in ("to", "contiguous", "clone", "float", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: pytest.fail("a copy of the images"))
+    assert FD.preprocess(raw, (4, 6), backend="triton", patch_size=2).shape == (2, 6, 12)

@@ -29,7 +29,8 @@ ARROWS = {
     "schedule": {"validation"},
     "recipe": set(),
     "supervision": {"preprocess", "losses", "teacher", "projector", "schedule", "recipe", "validation"},
-    "cli": {"", "supervision"},
+    "benchmarks": {"", "functional"},
+    "cli": {"", "supervision", "benchmarks"},
     "integrations": {"", "supervision"},
     "__main__": {"cli"},
     "": {"functional", "backend", "losses", "preprocess", "projector", "supervision", "teacher"},
@@ -61,7 +62,9 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+# rglob follows no links
+FOLDERS = (PACKAGE, PACKAGE / "kernels", PACKAGE / "benchmarks")
+FILES = sorted(p for folder in FOLDERS for p in folder.rglob("*.py") if "__pycache__" not in p.parts)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -92,6 +95,18 @@ def test_the_kernels_folder_is_a_link_without_init():
     assert link.is_symlink()
     assert link.resolve() == ROOT / "kernels"
     assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_the_benchmarks_folder_is_a_link():
+    link = PACKAGE / "benchmarks"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "benchmarks"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("test_*.py")), ids=lambda p: p.name)
+def test_an_op_joins_the_benchmarks_with_one_short_file(path):
+    assert len(path.read_text().splitlines()) < 80
+    assert "pytest" not in path.read_text()
 
 
 def test_the_front_door_is_short():
@@ -154,13 +169,18 @@ def test_the_wheel_and_the_sdist(tmp_path):
         archive.extractall(tmp_path / "site")
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fused_dino"}
+    assert {f"fused_dino/benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("*.py")} <= set(names)
+    assert not [name for name in names if "results" in name]
     assert {"fused_dino/py.typed", "fused_dino/kernels/README.md"} <= set(names)
     assert {f"fused_dino/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} <= set(names)
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"kernels/README.md", "setup.py", "LICENSE", "tests/conftest.py"} <= inside
+    assert {"kernels/README.md", "setup.py", "LICENSE", "tests/conftest.py", "benchmarks/harness.py"} <= inside
     code = """
-import fused_dino, fused_dino.kernels, torch
+import sys, fused_dino, fused_dino.kernels, torch
+assert "fused_dino.benchmarks" not in sys.modules
+from fused_dino.benchmarks import harness
+assert "cosine_loss" in harness.benches()
 print(fused_dino.__file__, fused_dino.__version__)
 fused_dino.Preprocess(14)(torch.zeros(1, 3, 8, 8))
 """

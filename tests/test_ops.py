@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -14,7 +12,6 @@ from proving import (
     DEVICE,
     DTYPES,
     IMPLEMENTATIONS,
-    INTERPRETED,
     OPS,
     check_accuracy,
     grad_output_of,
@@ -116,29 +113,6 @@ def test_layouts(op, backend, dtype):
         check_accuracy(op, expanded, backend)
 
 
-@rowwise_op
-@settings(
-    deadline=None, max_examples=20 if INTERPRETED else 60, suppress_health_check=list(HealthCheck), derandomize=True
-)
-@given(
-    leading=st.lists(st.integers(1, 3), max_size=2),
-    width=st.integers(1, 700),
-    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
-    scale=st.floats(-2, 2),
-    transpose=st.booleans(),
-    padding=st.integers(0, 3),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape_stride_and_value(op, backend, leading, width, dtypes, scale, transpose, padding, reduction, seed):
-    shape = (*leading, width)
-    pair = [x.to(d) * 10**scale for x, d in zip(op.draw(shape, torch.float64, seed), dtypes, strict=True)]
-    pair = [torch.nn.functional.pad(x, (padding, padding))[..., padding : padding + width] for x in pair]
-    if transpose:
-        pair[0] = pair[0].movedim(-1, 0).contiguous().movedim(0, -1)
-    check_accuracy(op, tuple(pair), backend, reduction=reduction, **op.weight(shape))
-
-
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_repeat(op, backend, dtype):
@@ -150,7 +124,7 @@ def test_bits_repeat(op, backend, dtype):
 @each_op
 @pytest.mark.parametrize("where", ["forward", "backward", "both"])
 def test_autocast_changes_nothing(op, backend, where):
-    first, *others = op.draw(op.shape(64, 48))
+    first, *others = op.draw(op.shape(16, 48))
     if backend == "reference":
         where = "forward"  # its backward is torch's own, whose matrix products autocast does reach
 
@@ -174,11 +148,13 @@ def test_derivatives(op, backend, unreduced):
     def run(*leaves):
         return op.run(*leaves, backend=backend, **op.weight(shape), **(op.unreduced if unreduced else {}))
 
-    assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    # A whole Jacobian takes two calls an element; one random direction of it, where that is too many.
+    fast = {"fast_mode": inputs[0].numel() > 100}
+    assert torch.autograd.gradcheck(run, inputs, **fast)
+    assert torch.autograd.gradgradcheck(run, inputs, **fast)
     for i in range(len(inputs)):
         fixed = [x.detach() for x in inputs]
-        assert torch.autograd.gradcheck(lambda x, f=fixed, i=i: run(*f[:i], x, *f[i + 1 :]), inputs[i])
+        assert torch.autograd.gradcheck(lambda x, f=fixed, i=i: run(*f[:i], x, *f[i + 1 :]), inputs[i], **fast)
 
 
 @each_op

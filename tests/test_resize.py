@@ -1,112 +1,127 @@
 """preprocess against F.interpolate, torchvision, the recipe and its own properties, in float64 where it can be."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import recipe
 from fused_dino import Preprocess
 from fused_dino import functional as FD
+from proving import DEVICE, DTYPES, IMPLEMENTATIONS, INTERPRETED, OPS, check_accuracy
 
+(PREPROCESS,) = (op for op in OPS if op.name == "preprocess")
 MODES = list(itertools.product(("bilinear", "bicubic"), (False, True)))
 SIZES = [((9, 7), (14, 14)), ((40, 30), (14, 28)), ((17, 23), (8, 23)), ((16, 16), (16, 16)), ((1, 5), (4, 3))]
 
 
 def pixels(*shape, dtype=torch.float64, seed=0):
-    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1).to(dtype)
+    drawn = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    return drawn.to(DEVICE, dtype)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def preprocess(request):
+    return partial(FD.preprocess, backend=request.param)
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
 @pytest.mark.parametrize(("given", "size"), SIZES)
-def test_is_interpolate_of_the_normalised_image(interpolation, antialias, given, size):
+def test_is_interpolate_of_the_normalised_image(preprocess, interpolation, antialias, given, size):
     x = pixels(2, 3, *given)
-    mean, std = (torch.tensor(v, dtype=x.dtype).view(3, 1, 1) for v in (FD.IMAGENET_MEAN, FD.IMAGENET_STD))
+    mean, std = (
+        torch.tensor(v, dtype=x.dtype, device=DEVICE).view(3, 1, 1) for v in (FD.IMAGENET_MEAN, FD.IMAGENET_STD)
+    )
     expected = F.interpolate(
         ((x + 1) / 2 - mean) / std, size=size, mode=interpolation, align_corners=False, antialias=antialias
     )
     assert_close(
-        FD.preprocess(x, size, interpolation=interpolation, antialias=antialias), expected, rtol=1e-12, atol=1e-12
+        preprocess(x, size, interpolation=interpolation, antialias=antialias), expected, rtol=1e-12, atol=1e-12
     )
 
 
-def test_is_the_recipe():
-    x = pixels(3, 3, 50, 40)
-    assert_close(FD.preprocess(x), recipe.preprocess(x, 224), rtol=1e-12, atol=1e-12)
+def test_is_the_recipe(preprocess):
+    x = pixels(1, 3, 50, 40)
+    assert_close(preprocess(x), recipe.preprocess(x, 224), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_antialias_is_torchvisions_resize(interpolation):
+def test_antialias_is_torchvisions_resize(preprocess, interpolation):
     transforms = pytest.importorskip("torchvision.transforms.v2.functional")
     x = pixels(2, 3, 61, 45, dtype=torch.float32)
     resized = transforms.resize(x, [28, 42], interpolation=transforms.InterpolationMode(interpolation), antialias=True)
     expected = transforms.normalize((resized + 1) / 2, list(FD.IMAGENET_MEAN), list(FD.IMAGENET_STD))
-    assert_close(
-        FD.preprocess(x, (28, 42), interpolation=interpolation, antialias=True), expected, rtol=1e-5, atol=1e-5
+    assert_close(preprocess(x, (28, 42), interpolation=interpolation, antialias=True), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_are_the_same_image_as_floats(preprocess):
+    raw = torch.randint(0, 256, (2, 3, 20, 31), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
     )
-
-
-def test_bytes_are_the_same_image_as_floats():
-    raw = torch.randint(0, 256, (2, 3, 20, 31), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = FD.preprocess(raw, 14)
+    out = preprocess(raw, 14)
     assert out.dtype == torch.float32
-    assert_close(out.double(), FD.preprocess(raw.double() / 127.5 - 1, 14), rtol=1e-5, atol=1e-5)
+    assert_close(out.double(), preprocess(raw.double() / 127.5 - 1, 14), rtol=1e-5, atol=1e-5)
 
 
-def test_half_inputs_are_computed_in_float32():
+def test_half_inputs_are_computed_in_float32(preprocess):
     x = pixels(2, 3, 40, 40)
     # float32 rounds a source coordinate of up to 40 by 40 * 2^-24, and the image by that times its steepest slope.
     floor = 40 * 2**-24 * 2 / min(FD.IMAGENET_STD) * 2
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
-        exact = FD.preprocess(half.double(), 28)
-        out = FD.preprocess(half, 28)
+        exact = preprocess(half.double(), 28)
+        out = preprocess(half, 28)
         assert out.dtype == dtype
         assert_close(out, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=floor)  # one rounding, at the store
-        assert_close(FD.preprocess(half, 28, out_dtype=torch.float32).double(), exact, rtol=1e-6, atol=floor)
+        assert_close(preprocess(half, 28, out_dtype=torch.float32).double(), exact, rtol=1e-6, atol=floor)
 
 
-def test_ranges_and_statistics():
+def test_ranges_and_statistics(preprocess):
     x = pixels(1, 3, 6, 6)
-    shifted = FD.preprocess((x + 1) * 5 + 3, 4, input_range=(3, 13))
-    assert_close(shifted, FD.preprocess(x, 4), rtol=1e-12, atol=1e-12)
-    plain = FD.preprocess(x, 6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    shifted = preprocess((x + 1) * 5 + 3, 4, input_range=(3, 13))
+    assert_close(shifted, preprocess(x, 4), rtol=1e-12, atol=1e-12)
+    plain = preprocess(x, 6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     assert_close(plain, x, rtol=1e-12, atol=1e-12)
 
 
-def test_clamp_acts_on_the_resized_pixels():
+def test_clamp_acts_on_the_resized_pixels(preprocess):
     x = pixels(2, 3, 30, 30).sign()
-    out = FD.preprocess(x, 47, interpolation="bicubic", clamp=True, mean=(0.5,) * 3, std=(0.5,) * 3)
+    out = preprocess(x, 47, interpolation="bicubic", clamp=True, mean=(0.5,) * 3, std=(0.5,) * 3)
     resized = F.interpolate(x, (47, 47), mode="bicubic", align_corners=False)
     assert resized.abs().max() > 1.01, "the example must overshoot"
     assert_close(out, resized.clamp(-1, 1), rtol=1e-12, atol=1e-12)
 
 
-def test_patches_are_what_a_convolution_reads():
+def test_patches_are_what_a_convolution_reads(preprocess):
     x = pixels(2, 3, 33, 50)
-    weight = torch.randn(8, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    patches = FD.preprocess(x, (21, 28), patch_size=7)
+    weight = torch.randn(8, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    patches = preprocess(x, (21, 28), patch_size=7)
     assert patches.shape == (2, 12, 147)
-    expected = F.conv2d(FD.preprocess(x, (21, 28)), weight, stride=7).flatten(2).transpose(1, 2)
+    expected = F.conv2d(preprocess(x, (21, 28)), weight, stride=7).flatten(2).transpose(1, 2)
     assert_close(patches @ weight.flatten(1).T, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
-def test_gradients(interpolation, antialias):
+def test_gradients(preprocess, interpolation, antialias):
     x = pixels(1, 3, 5, 6).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: FD.preprocess(x, (3, 8), interpolation=interpolation, antialias=antialias), x
+        lambda x: preprocess(x, (3, 8), interpolation=interpolation, antialias=antialias),
+        x,
+        fast_mode=INTERPRETED,  # one direction: a whole Jacobian takes two calls an element
     )
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
-def test_properties(interpolation, antialias):
+def test_properties(preprocess, interpolation, antialias):
     def run(x):
-        return FD.preprocess(x, (10, 12), interpolation=interpolation, antialias=antialias)
+        return preprocess(x, (10, 12), interpolation=interpolation, antialias=antialias)
 
-    constant = torch.tensor([-1.0, 0.25, 1.0], dtype=torch.float64).view(1, 3, 1, 1)
+    constant = torch.tensor([-1.0, 0.25, 1.0], dtype=torch.float64, device=DEVICE).view(1, 3, 1, 1)
     assert_close(run(constant.expand(1, 3, 21, 17)), run(constant.expand(1, 3, 10, 12)), rtol=1e-9, atol=1e-9)
     x = pixels(3, 3, 21, 17)
     assert_close(run(x.flip(3)).flip(3), run(x), rtol=1e-9, atol=1e-9)
@@ -116,26 +131,145 @@ def test_properties(interpolation, antialias):
     assert torch.equal(run(changed)[:, ::2], run(x)[:, ::2]), "channels are independent"
 
 
-def test_layouts_give_the_same_numbers():
+def test_layouts_give_the_same_numbers(preprocess):
     x = pixels(4, 3, 20, 30, dtype=torch.float32)
-    expected = FD.preprocess(x, 14)
-    wide = torch.zeros(4, 3, 20, 61)
+    expected = preprocess(x, 14)
+    wide = torch.zeros(4, 3, 20, 61, device=DEVICE)
     wide[..., 1::2] = x
     for other in (x.to(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
-        assert_close(FD.preprocess(other, 14), expected, rtol=1e-5, atol=1e-6)
-    assert_close(FD.preprocess(wide[..., 1::2], 14), expected, rtol=1e-5, atol=1e-6)
-    assert_close(FD.preprocess(x[:1].expand(5, -1, -1, -1), 14), expected[:1].expand(5, -1, -1, -1), rtol=0, atol=0)
+        assert_close(preprocess(other, 14), expected, rtol=1e-5, atol=1e-6)
+    assert_close(preprocess(wide[..., 1::2], 14), expected, rtol=1e-5, atol=1e-6)
+    assert_close(preprocess(x[:1].expand(5, -1, -1, -1), 14), expected[:1].expand(5, -1, -1, -1), rtol=0, atol=0)
 
 
-def test_nothing_gives_nothing_and_nan_stays():
-    assert FD.preprocess(torch.empty(0, 3, 9, 9), 14).shape == (0, 3, 14, 14)
-    assert FD.preprocess(torch.empty(0, 3, 9, 9), 14, patch_size=7).shape == (0, 4, 147)
+def test_nothing_gives_nothing_and_nan_stays(preprocess):
+    assert preprocess(torch.empty(0, 3, 9, 9, device=DEVICE), 14).shape == (0, 3, 14, 14)
+    assert preprocess(torch.empty(0, 3, 9, 9, device=DEVICE), 14, patch_size=7).shape == (0, 4, 147)
     x = pixels(1, 3, 14, 14, dtype=torch.float32)
     x[0, 1, 0, 0] = float("nan")
     for clamp in (False, True):
-        out = FD.preprocess(x, 14, clamp=clamp)
+        out = preprocess(x, 14, clamp=clamp)
         assert out[0, 1, 0, 0].isnan()
         assert out.isnan().sum() == 1
+
+
+sides = st.one_of(st.integers(1, 40), st.integers(1, 4), st.just(300))
+any_resize = settings(
+    deadline=None, max_examples=15 if INTERPRETED else 100, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@any_resize
+@given(
+    height=st.integers(1, 40),
+    width=sides,
+    size=st.tuples(st.integers(1, 12), sides),
+    mode=st.sampled_from(MODES),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "channels last", "every second column", "transposed"]),
+    clamp=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_size_mode_and_layout(backend, height, width, size, mode, dtype, layout, clamp, seed):
+    (x,) = PREPROCESS.draw((1, 3, height, width), dtype, seed)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "every second column":
+        x = torch.stack([x, x], -1).flatten(3)[..., ::2]
+    elif layout == "transposed":
+        x = x.mT.contiguous().mT
+    interpolation, antialias = mode
+    options = {"size": size, "interpolation": interpolation, "antialias": antialias}
+    check_accuracy(PREPROCESS, (x,), backend, **options)
+    if clamp:  # whose gradient jumps where a pixel meets a bound: its own value alone
+        assert_close(
+            FD.preprocess(x, **options, clamp=True, backend=backend, input_range=(-0.5, 0.5)),
+            FD.preprocess(x, **options, clamp=True, backend="reference", input_range=(-0.5, 0.5)),
+            rtol=2 * torch.finfo(dtype).eps,
+            atol=300 * 2**-23 * 8 / min(FD.IMAGENET_STD) if dtype != torch.float64 else 1e-10,
+        )
+
+
+@pytest.mark.parametrize(("interpolation", "antialias"), MODES)
+@pytest.mark.parametrize("size", [(4, 6), (9, 9), (5, 17), (20, 30)])
+def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialias, size):
+    """Also from taps of weight 0. The scales here are exact in float32, or far from meeting a pixel's centre."""
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for row, column in ((0, 0), (4, 6), (8, 16)):
+            x = pixels(1, 3, 9, 17, dtype=torch.float32)
+            x[0, 1, row, column] = value
+            options = {"interpolation": interpolation, "antialias": antialias}
+            out, plain = preprocess(x, size, **options), FD.preprocess(x, size, **options, backend="reference")
+            assert torch.equal(out.isnan(), plain.isnan())
+            assert torch.equal(out[out.isinf()], plain[plain.isinf()])
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_what_is_not_read_does_not_count(preprocess, antialias):
+    """Beside one output's taps, and beside the stretch of a row that a kernel holds at a time, lie infinities."""
+    x = pixels(1, 3, 4, 1400, dtype=torch.float32)
+    given = x.clone()
+    plain = x.clone().requires_grad_()
+    (read,) = torch.autograd.grad(FD.preprocess(plain, (2, 3), antialias=antialias, backend="reference").sum(), plain)
+    given[read == 0] = float("inf")
+    out = preprocess(given, (2, 3), antialias=antialias)
+    expected = FD.preprocess(given, (2, 3), antialias=antialias, backend="reference")
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    if not antialias:  # whose widest taps have a weight of 0, but are read
+        assert out.isfinite().all()
+        assert_close(out, preprocess(x, (2, 3)))
+
+
+@pytest.mark.parametrize("value", [0.99, 0.0, float("nan")])
+def test_gradient_of_a_clamp(preprocess, value):
+    """As torch's: none beyond the bounds or through a NaN. At the bounds themselves versions of torch differ."""
+    x = torch.tensor([-1.5, -0.99, value, 0.99, 1.5], device=DEVICE).expand(1, 3, 1, 5).clone().requires_grad_()
+    plain = x.detach().requires_grad_()
+    out = preprocess(x, (1, 5), clamp=True)
+    true = FD.preprocess(plain, (1, 5), clamp=True, backend="reference")
+    assert_close(out, true, equal_nan=True)
+    grads = [torch.autograd.grad(y.sum(), leaf)[0] for y, leaf in ((out, x), (true, plain))]
+    assert_close(*grads)
+
+
+def test_linear_ramps_stay_linear(preprocess):
+    ramp = torch.linspace(0, 1, 40, dtype=torch.float64, device=DEVICE).expand(1, 3, 6, 40)
+    for width in (16, 90):  # of the filters only this one reproduces a line: the others are close to it
+        inside = preprocess(ramp, (3, width))[0, :, 1, 4:-4]
+        slope = 40 / width / 39 / 2 / torch.tensor(FD.IMAGENET_STD, dtype=torch.float64, device=DEVICE)[:, None]
+        assert_close(inside.diff(), slope.expand(3, inside.shape[1] - 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("patch_size", [None, 2])
+def test_bytes_in_every_mode_and_layout(preprocess, patch_size):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (2, 3, 20, 31), dtype=torch.uint8, generator=generator).to(DEVICE)
+    for (interpolation, antialias), dtype in itertools.product(MODES, (torch.float32, torch.bfloat16)):
+        options = {"interpolation": interpolation, "antialias": antialias, "out_dtype": dtype, "clamp": True}
+        expected = FD.preprocess(raw, (4, 6), **options, patch_size=patch_size, backend="reference")
+        for x in (raw, raw.to(memory_format=torch.channels_last)):
+            out = preprocess(x, (4, 6), **options, patch_size=patch_size)
+            assert out.dtype == dtype
+            # float32's rounding of 255, and one rounding at the store.
+            assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_bytes_have_no_gradient(preprocess):
+    raw = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=DEVICE)
+    assert not preprocess(raw, 4).requires_grad
+    with pytest.raises(RuntimeError, match="floating point"):
+        raw.requires_grad_()
+
+
+def test_patches_are_the_image_cut(preprocess):
+    x = pixels(2, 3, 30, 20).requires_grad_()
+    whole = preprocess(x, (6, 9), antialias=True)
+    cut = preprocess(x, (6, 9), antialias=True, patch_size=3)
+    assert torch.equal(cut, F.unfold(whole, 3, stride=3).mT)
+    weight = pixels(*cut.shape, seed=3)
+    folded = F.fold(weight.mT, (6, 9), 3, stride=3)
+    assert_close(torch.autograd.grad(cut, x, weight)[0], torch.autograd.grad(whole, x, folded)[0])
 
 
 GOOD = torch.zeros(1, 3, 8, 8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fused_dino import DinoSupervision, Preprocess
 from fused_dino.teacher import DINOv2Backbone
 
 timm = pytest.importorskip("timm")
@@ -192,6 +193,71 @@ def test_models_that_cannot_serve_are_refused_at_construction():
         DINOv2Backbone(img_size=(48, 64), model="tf_efficientnet_lite0", pretrained=False)
 
 
+# --- patches in place of pixels ---------------------------------------------------------------------------------------
+
+
+def patches_of(x: Tensor, p: int) -> Tensor:
+    """Row by row, each in the order of a convolution's weight."""
+    return torch.nn.functional.unfold(x, p, stride=p).transpose(1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+def test_patches_give_the_features_of_their_pixels(name):
+    backbone = DINOv2Backbone(model=name, img_size=(56, 70) if "14" in name else (48, 80), pretrained=False)
+    backbone.double()
+    x = torch.randn(2, 3, *backbone.img_size, dtype=torch.float64)
+    expected, out = backbone(x), backbone(patches_of(x, backbone.patch_size))
+    for key in ("global", "patch"):
+        torch.testing.assert_close(out[key], expected[key], rtol=1e-10, atol=1e-10)
+    assert torch.equal(backbone(x)["patch"], expected["patch"]), "and pixels are taken again afterwards"
+
+
+@torch.no_grad()
+def test_patches_are_one_matrix_product(backbone, x):
+    with torch.profiler.profile() as profile:
+        backbone(patches_of(x, 14))
+    assert not any("conv" in event.key for event in profile.key_averages())
+
+
+def test_gradient_reaches_the_patches(backbone, x):
+    x = x.double().requires_grad_()
+    backbone.double()
+    patches = patches_of(x, 14)
+    (through,) = torch.autograd.grad(backbone(patches)["patch"].square().sum(), x)
+    (true,) = torch.autograd.grad(backbone(x)["patch"].square().sum(), x)
+    torch.testing.assert_close(through, true, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_supervision_through_patches(backbone):
+    images, z = torch.rand(2, 3, 40, 50) * 2 - 1, torch.randn(2, 8)
+    dino = DinoSupervision(in_dim=8, teacher=backbone, img_size=(28, 42), hidden_dim=16)
+    expected = dino(z, images)[0]
+    dino.preprocess = Preprocess((28, 42), patch_size=14)
+    torch.testing.assert_close(dino(z, images)[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 588), (2, 6, 587), (6, 588)])
+def test_patches_of_another_grid_are_refused(backbone, shape):
+    with pytest.raises(ValueError, match=r"x must be .*\[B, 3, 28, 42\], or patches \[B, 6, 588\]"):
+        backbone(torch.zeros(shape))
+
+
+def test_a_model_without_a_patch_embedding_refuses_patches():
+    for model in ("tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"):
+        backbone = DINOv2Backbone(model=model, img_size=64, pretrained=False)
+        with pytest.raises(ValueError, match=r"x must be pixels .* \[2, 4, 3072\].* no patch_embed\.proj"):
+            backbone(torch.zeros(2, 4, 3 * 32 * 32))
+    unused = Stub(torch.ones(2, 8))
+    unused.patch_embed = nn.Module()
+    unused.patch_embed.proj = nn.Conv2d(3, 8, 14, 14)
+    backbone = DINOv2Backbone(img_size=28, model=unused)
+    with pytest.raises(ValueError, match=r"never ran its patch_embed\.proj"):
+        backbone(torch.zeros(2, 4, 588))
+    assert unused.patch_embed.proj.result is None
+
+
 # --- frozen, and out of the way ---------------------------------------------------------------------------------------
 
 
@@ -308,5 +374,8 @@ def test_no_images_give_no_features(backbone, x):
 
 @torch.no_grad()
 def test_compiles_as_one_graph(backbone, x):
-    out = torch.compile(backbone, fullgraph=True, backend="eager")(x)
-    assert torch.equal(out["patch"], backbone(x)["patch"])
+    compiled = torch.compile(backbone, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x)["patch"], backbone(x)["patch"])
+    patches = patches_of(x, 14)
+    assert torch.equal(compiled(patches)["patch"], backbone(patches)["patch"])
+    assert torch.equal(compiled(x)["patch"], backbone(x)["patch"])

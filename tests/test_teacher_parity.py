@@ -72,9 +72,14 @@ def test_official_without_registers(official, checkpoint, shallow, size):
     shallow()
     x = image(size)
     theirs = official.forward_features(x)
-    ours = DINOv2Backbone("vits14", size, weights=checkpoint)(x)
+    backbone = DINOv2Backbone("vits14", size, weights=checkpoint)
+    ours = backbone(x)
     assert ours["global"].std() > 0.3  # the comparison is between numbers of order one
     assert_same(ours, theirs["x_norm_clstoken"], theirs["x_norm_patchtokens"])
+    # timm's model and the official code, each given patches.
+    patches = torch.nn.functional.unfold(x, 14, stride=14).transpose(1, 2)
+    for given in (backbone, DINOv2Backbone(img_size=size, model=official)):
+        assert_same(given(patches), theirs["x_norm_clstoken"], theirs["x_norm_patchtokens"])
 
 
 @torch.no_grad()
@@ -193,5 +198,7 @@ def test_with_registers(with_registers, shallow, size):
     ours = backbone(x)
     assert tokens.shape[1] == 1 + 4 + backbone.grid[0] * backbone.grid[1]
     assert_same(ours, tokens[:, 0], tokens[:, 5:])
+    patches = torch.nn.functional.unfold(x, 14, stride=14).transpose(1, 2)
+    assert_same(backbone(patches), tokens[:, 0], tokens[:, 5:])
     both = DINOv2Backbone("vits14_reg", size, weights=path, pos_embed="timm")
     assert torch.equal(both.model.pos_embed, backbone.model.pos_embed)

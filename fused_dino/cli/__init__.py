@@ -1,4 +1,4 @@
-"""The `fused-dino` command: `fused-dino demo` and `fused-dino doctor`."""
+"""The `fused-dino` command: demo, bench and doctor."""
 
 from .main import main
 

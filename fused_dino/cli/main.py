@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..benchmarks.arguments import add_arguments
 from .errors import CommandError
 
 
@@ -33,9 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, check it.")
+    parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, time it, check it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_demo(commands)
+    text = "Time each op beside eager PyTorch, torch.compile and its peers, on this machine."
+    bench = commands.add_parser("bench", help="time each op beside what it replaces", description=text)
+    add_arguments(bench)
+    bench.set_defaults(command=run_bench)
     doctor = commands.add_parser("doctor", help="print versions, devices and the implementation each op would run")
     doctor.set_defaults(command=run_doctor)
     return parser
@@ -67,6 +72,12 @@ def add_demo(commands: Any) -> None:
 
 def run_demo(**options: Any) -> int:
     from .demo import run
+
+    return run(**options)
+
+
+def run_bench(**options: Any) -> int:
+    from .bench import run
 
     return run(**options)
 

@@ -1,7 +1,16 @@
-"""Cosine between rows: closed form, Triton launcher, dispatcher op, autograd.Function.
+"""Cosine and squared error between rows: the choice of the backend, and the autograd.Function.
 
-distance_i = 1 - <s, t>,   s = student_i / max(|student_i|, eps),  t likewise
-d distance_i / d student_i = (<s, t> s - t) / |student_i|,   without its first term where the norm is clamped
+With s = student / max(|student|, eps), t likewise:
+
+    cosine   value = 1 - <s, t>     d value / d student = (<s, t> s - t) / |student|
+    mse      value = |s - t|^2      d value / d student = 2 (<s, t> s - t) / |student|
+    raw      value = |s - t|^2 of the rows as they are
+
+where a norm is clamped it is a constant, and the gradient loses its part along s.
+
+The forward writes the student's gradient for a grad_output of 1, with weight and alpha in it, where it is wanted. The
+first backward scales it in place and gives it away; later ones read the rows again, as does whatever
+`stores_gradient` turns down.
 """
 
 from __future__ import annotations
@@ -12,182 +21,148 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.cosine import cosine_distance, reduce
-from ..reference.dtypes import upcast, wide, without_autocast
-from .dispatch import batched_rows, by_rows, define, is_batched, rows_of
-
-# Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
-CONFIGURATIONS = {256: 1, 1024: 4, 4096: 8}
-
-
-# --- closed form in plain torch ---------------------------------------------------------------------------------------
+from ..reference.cosine import NORM_EPS, cosine_distance, prepared
+from ..reference.dtypes import wide
+from .cosine_torch import cosine_rows_torch
+from .cosine_triton import cosine_rescale_, cosine_rows
+from .dispatch import batched_rows, is_batched
 
 
-def unit(x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """Rows over their norms. Products are taken after it: the square of a large norm leaves the range."""
-    return x * (1 / norm.clamp(min=eps)).unsqueeze(-1)
-
-
-def forward_rows(student: Tensor, teacher: Tensor, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    s, t = upcast(student, teacher)
-    s_norm, t_norm = (torch.linalg.vecdot(x, x).sqrt() for x in (s, t))
-    return 1 - torch.linalg.vecdot(unit(s, s_norm, eps), unit(t, t_norm, eps)), s_norm, t_norm
-
-
-def backward_rows(
-    x: Tensor, y: Tensor, distance: Tensor, x_norm: Tensor, y_norm: Tensor, grad: Tensor, *, eps: float
-) -> tuple[Tensor]:
-    """The gradient of x; the two inputs are alike."""
-    x, y = upcast(x, y)
-    along = torch.where(x_norm < eps, 0, 1 - distance).unsqueeze(-1)  # a clamped norm is a constant
-    towards = (unit(x, x_norm, eps) * along).sub_(unit(y, y_norm, eps))
-    return (towards.mul_((grad / x_norm.clamp(min=eps)).unsqueeze(-1)),)
-
-
-def cosine_fwd_torch(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    out = cosine_fwd_fake(student, teacher, eps)
-    with without_autocast(student):  # to which vecdot is a matrix product
-        return by_rows(partial(forward_rows, eps=eps), out, student, teacher)
-
-
-def cosine_bwd_torch(
-    student: Tensor, teacher: Tensor, distance: Tensor, s_norm: Tensor, t_norm: Tensor, grad: Tensor, eps: float,
-    for_student: bool, for_teacher: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    for_s, for_t = cosine_bwd_fake(student, teacher, distance, s_norm, t_norm, grad, eps, for_student, for_teacher)
-    run = partial(backward_rows, eps=eps)
-    if for_student:
-        (for_s,) = by_rows(run, (for_s,), student, teacher, distance, s_norm, t_norm, grad)
-    if for_teacher:
-        (for_t,) = by_rows(run, (for_t,), teacher, student, distance, t_norm, s_norm, grad)
-    return for_s, for_t
-
-
-# --- Triton -----------------------------------------------------------------------------------------------------------
-
-
-def cosine_fwd_fake(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What the forward returns, not filled: distance, |student| and |teacher|, [N] each."""
-    distance, s_norm, t_norm = (student.new_empty(student.shape[0], dtype=wide(student, teacher)) for _ in range(3))
-    return distance, s_norm, t_norm
-
-
-def cosine_bwd_fake(
-    student: Tensor, teacher: Tensor, distance: Tensor, s_norm: Tensor, t_norm: Tensor, grad: Tensor, eps: float,
-    for_student: bool, for_teacher: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the backward returns, not filled: the gradients, each [N, D] and contiguous, or empty where not wanted."""
-    for_s = student.new_empty(student.shape if for_student else 0)
-    for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
-    return for_s, for_t
-
-
-def launch_options(distance: Tensor, width: int, eps: float) -> dict[str, Any]:
-    """eps is compiled in: as an argument Triton would round it to float32, for float64 too.
-
-    Multiplications and additions may be fused, explicitly: it rounds once less, and Triton 3.10 changes the default.
-    """
-    import triton.language as tl
-
-    block = next((block for block in CONFIGURATIONS if block >= width), max(CONFIGURATIONS))
-    wide = tl.float64 if distance.dtype == torch.float64 else tl.float32
-    compiling = {"num_warps": CONFIGURATIONS[block], "enable_fp_fusion": True}
-    return {"EPS": eps, "BLOCK": block, "ACC": wide, **compiling}
-
-
-def cosine_fwd_triton(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.cosine import cosine_fwd_kernel
-
-    student, teacher = rows_of(student, teacher)
-    distance, s_norm, t_norm = cosine_fwd_fake(student, teacher, eps)
-    if len(student):
-        with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
-            cosine_fwd_kernel[(len(student),)](
-                student, teacher, distance, s_norm, t_norm, student.stride(0), teacher.stride(0), student.shape[1],
-                **launch_options(distance, student.shape[1], eps),
-            )  # fmt: skip
-    return distance, s_norm, t_norm
-
-
-def cosine_bwd_triton(
-    student: Tensor, teacher: Tensor, distance: Tensor, s_norm: Tensor, t_norm: Tensor, grad: Tensor, eps: float,
-    for_student: bool, for_teacher: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from ..kernels.cosine import cosine_bwd_kernel
-
-    student, teacher = rows_of(student, teacher)
-    grads = cosine_bwd_fake(student, teacher, distance, s_norm, t_norm, grad, eps, for_student, for_teacher)
-    if len(student):
-        with torch.cuda.device_of(student):
-            cosine_bwd_kernel[(len(student),)](
-                student, teacher, distance, s_norm, t_norm, grad,
-                grads[0] if for_student else None, grads[1] if for_teacher else None,
-                student.stride(0), teacher.stride(0), grad.stride(0), student.shape[1],
-                **launch_options(distance, student.shape[1], eps),
-            )  # fmt: skip
-    return grads
-
-
-cosine_fwd = define(
-    "cosine_fwd(Tensor student, Tensor teacher, float eps) -> (Tensor distance, Tensor s_norm, Tensor t_norm)",
-    cosine_fwd_triton,
-    cosine_fwd_fake,
-)
-cosine_bwd = define(
-    "cosine_bwd(Tensor student, Tensor teacher, Tensor distance, Tensor s_norm, Tensor t_norm, Tensor grad, float eps, "
-    "bool for_student, bool for_teacher) -> (Tensor, Tensor)",
-    cosine_bwd_triton,
-    cosine_bwd_fake,
-)
-
-
-# --- autograd ---------------------------------------------------------------------------------------------------------
+def formula(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, alpha: Tensor | None, kind: str, reduction: str,
+    count: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """The loss by the reference's formulas, for whoever differentiates the gradient."""
+    if kind == "cosine":
+        values = cosine_distance(student, teacher, eps)
+    else:
+        s, t = prepared(student, teacher, normalize=kind == "mse", whiten=None)
+        values = (s - t).square() if reduction == "elements" else (s - t).square().sum(-1)
+    for factor in (weight if weight is None or values.ndim == 1 else weight.unsqueeze(-1), alpha):
+        values = values if factor is None else values * factor
+    return (values.sum() if reduction == "sum" else values) / count
 
 
 class CosineFunction(torch.autograd.Function):
-    """(student [N, D], teacher [N, D], eps, backend) -> (distance [N], |student|, |teacher|), the norms for itself."""
+    """(student [N, D], teacher [N, D], weight [N], alpha [], kind, reduction, count, eps, backend, store)
+    -> (loss; it without alpha; the stored gradient), the last for itself."""
 
     @staticmethod
-    def forward(student: Tensor, teacher: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        return (cosine_fwd if backend == "triton" else cosine_fwd_torch)(student, teacher, eps)
+    def forward(
+        student: Tensor, teacher: Tensor, weight: Tensor | None, alpha: Tensor | None, kind: str, reduction: str,
+        count: int, eps: float, backend: str, store: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        run = cosine_rows if backend == "triton" else cosine_rows_torch
+        return run(student, teacher, weight, alpha, None, kind, reduction, count, eps, store, False)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        student, teacher, ctx.eps, ctx.backend = inputs
-        ctx.save_for_backward(student, teacher, *output)
+        student, teacher, weight, alpha, *how, ctx.backend, ctx.stored = inputs
+        ctx.how = tuple(how)
+        ctx.save_for_backward(student, teacher, weight, alpha, output[2])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
-        student, teacher, distance, s_norm, t_norm = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        student, teacher, weight, alpha, stored = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
+        nothing = (None,) * 8  # weight, alpha, kind, reduction, count, eps, backend, store
         if grad is None:
-            return None, None, None, None
+            return None, None, *nothing
         if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap: the formula serves both
-            grads = torch.func.vjp(partial(cosine_distance, eps=ctx.eps), student, teacher)[1](grad)
+            loss = partial(formula, weight=weight, alpha=alpha, **dict(zip(HOW, ctx.how, strict=True)))
+            grads = torch.func.vjp(loss, student, teacher)[1](grad)
+        elif ctx.stored and not wanted[1] and not torch.compiler.is_compiling():
+            ctx.stored = False  # given away for good: it may become p.grad, and anyone may change it
+            given = stored.data  # the same memory, with its own version counter and reference count
+            rescale(given, grad, ctx.backend)
+            return given, None, *nothing
         else:
-            backward = cosine_bwd if ctx.backend == "triton" else cosine_bwd_torch
-            grads = backward(student, teacher, distance, s_norm, t_norm, grad, ctx.eps, *wanted)
+            run = cosine_rows if ctx.backend == "triton" else cosine_rows_torch
+            grad = grad.expand(len(student)) if grad.ndim == 0 else grad
+            grads = run(student, teacher, weight, alpha, grad, *ctx.how, *wanted)[2:]
         for_student, for_teacher = (g if want else None for g, want in zip(grads, wanted, strict=True))
-        return for_student, for_teacher, None, None  # student, teacher, eps, backend
+        return for_student, for_teacher, *nothing
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, student: Tensor, teacher: Tensor, eps: float, backend: str) -> tuple:
-        student, teacher = batched_rows(info.batch_size, in_dims, student, teacher)
-        out = CosineFunction.apply(student, teacher, eps, backend)
-        return tuple(x.unflatten(0, (info.batch_size, len(x) // info.batch_size)) for x in out), (0, 0, 0)
+    def vmap(
+        info: Any, in_dims: tuple, student: Tensor, teacher: Tensor, weight: Tensor | None, alpha: Tensor | None,
+        kind: str, reduction: str, count: int, eps: float, backend: str, store: bool,
+    ) -> tuple:  # fmt: skip
+        batch = info.batch_size
+        rows = batched_rows(batch, in_dims[:3], student, teacher, weight)
+        each = "elements" if reduction == "elements" else "rows"
+        values = CosineFunction.apply(*rows, None, kind, each, count, eps, backend, False)[0]
+        values = values.unflatten(0, (batch, len(values) // batch))
+        value = values.sum(1) if reduction == "sum" else values
+        loss = value
+        if alpha is not None:
+            loss = value * (alpha if in_dims[3] is None else alpha.view(batch, *(1 for _ in value.shape[1:])))
+        return (loss, value, value.new_empty(0)), (0, 0, None)
 
 
-def cosine_loss(
+HOW = ("kind", "reduction", "count", "eps")
+
+
+def rescale(grad: Tensor, grad_output: Tensor, backend: str) -> None:
+    if backend == "triton":
+        cosine_rescale_(grad, grad_output)
+    elif grad.device.type != "cpu" or type(grad_output) is not Tensor or grad_output != 1:
+        grad.mul_(grad_output)  # a CPU may look at a value, if there is one, and spare itself the pass
+
+
+def stores_gradient(student: Tensor, teacher: Tensor, reduction: str) -> bool:
+    """Whether the forward writes the gradient, from what the host knows. A hint: the backward is right either way."""
+    return (
+        torch.is_grad_enabled()
+        and student.requires_grad
+        and not teacher.requires_grad
+        and reduction == "sum"  # else grad_output is no scalar
+        and student.dtype != torch.float16  # 1/N underflows before the factor of a GradScaler arrives
+        and not torch.compiler.is_compiling()  # inductor would copy what the backward scales in place
+    )
+
+
+def rows_loss(
     student: Tensor,  # [..., D]
     teacher: Tensor,  # [..., D]
     *,
+    kind: str,
     weight: Tensor | None,  # [...]
+    alpha: Tensor | None,  # []
     reduction: str,
     eps: float,
     backend: str,
-) -> Tensor:
-    width = student.shape[-1]
-    distance = CosineFunction.apply(student.reshape(-1, width), teacher.reshape(-1, width), eps, backend)[0]
-    return reduce(distance.reshape(student.shape[:-1]), weight, reduction)
+) -> tuple[Tensor, Tensor]:
+    """(loss, the loss without alpha and without a gradient)."""
+    leading, width = student.shape[:-1], student.shape[-1]
+    student, teacher = (x.reshape(-1, width) for x in (student, teacher))
+    elements = kind != "cosine" and reduction == "none"
+    count = 1
+    if reduction == "mean":
+        count = (1 if kind == "cosine" else width) * (1 if weight is not None else len(student))
+    if weight is not None:
+        weight = weight.to(wide(student, teacher)).expand(leading).reshape(-1)
+        if reduction == "mean":
+            total = weight.sum()
+            weight = weight / torch.where(total == 0, 1, total)
+    how = (kind, {"none": "elements" if elements else "rows"}.get(reduction, "sum"), count, eps)
+    store = stores_gradient(student, teacher, how[1])
+    loss, value, _ = CosineFunction.apply(student, teacher, weight, alpha, *how, backend, store)
+    value = loss.detach() if alpha is None else value
+    return (loss, value) if reduction != "none" else (loss.reshape((*leading, *loss.shape[1:])), value)
+
+
+def cosine_loss(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return rows_loss(student, teacher, kind="cosine", **options)
+
+
+def mse_loss(
+    student: Tensor, teacher: Tensor, *, normalize: bool, whiten: bool, eps: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    if not whiten:
+        return rows_loss(student, teacher, kind="mse" if normalize else "raw", eps=NORM_EPS, **options)
+    # The statistics of a column need all rows before the first can be finished.
+    s, t = prepared(student, teacher, normalize, whiten=eps)
+    return rows_loss(s, t, kind="raw", eps=NORM_EPS, **options)

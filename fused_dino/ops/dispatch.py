@@ -14,7 +14,8 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The opaque op of `schema`, "name(Tensor x, ...) -> Tensor", run by `launch` and shaped by `fake`.
+    """The opaque op of `schema`, "name(Tensor x, ...) -> Tensor", run by `launch`, shaped by `fake`; "!" in it
+    marks what it changes in place.
 
     It has no gradient of its own: the op's autograd.Function has, and differentiating the op itself is refused, where
     torch 2.11 would return zeros. The CPU key serves the interpreter alone; the choice of a backend sees to that.
@@ -24,7 +25,8 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
     for device in ("CUDA", "CPU"):  # ROCm registers as CUDA too
         library.impl(name, launch, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
+    if "!" not in schema:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -32,13 +34,15 @@ def refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
     raise NotImplementedError("this op has no gradient of its own; differentiate the function of fused_dino.functional")
 
 
-def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
+def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Under vmap, [B, N, D] as [B * N, D]: an op on rows needs no rule but this."""
-    whole = (
-        x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip(tensors, in_dims, strict=False)
-    )
-    return tuple(x.flatten(0, 1) for x in whole)
+
+    def flat(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    return tuple(map(flat, tensors, in_dims))
 
 
 def rows_of(*tensors: Tensor) -> list[Tensor]:
@@ -54,16 +58,16 @@ def is_batched(x: Tensor) -> bool:
         return True
 
 
-def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor) -> tuple:
-    """function(*rows), on a CPU in blocks of rows written into `outputs`.
+def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor, block: int = CPU_ROWS) -> tuple:
+    """function(*rows), on a CPU in blocks of `block` rows written into `outputs`.
 
     `function` makes each row of its results from the same row of its arguments. Whole where one block holds them, where
     a compiler fuses, and where a launch costs more than memory.
     """
-    if torch.compiler.is_compiling() or rows[0].device.type != "cpu" or len(rows[0]) <= CPU_ROWS:
+    if torch.compiler.is_compiling() or rows[0].device.type != "cpu" or len(rows[0]) <= block:
         return tuple(x.to(out.dtype) for x, out in zip(function(*rows), outputs, strict=True))
-    for start in range(0, len(rows[0]), CPU_ROWS):
-        block = slice(start, start + CPU_ROWS)
-        for out, made in zip(outputs, function(*(x[block] for x in rows)), strict=True):
-            out[block] = made
+    for start in range(0, len(rows[0]), block):
+        part = slice(start, start + block)
+        for out, made in zip(outputs, function(*(x[part] for x in rows)), strict=True):
+            out[part] = made
     return outputs

@@ -99,7 +99,7 @@ def vicreg_loss(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
-    plan = make_plan(*student.shape, **weights, **options)
+    plan = make_plan(student.shape[0], student.shape[1], **weights, **options)
     invariance, variance, covariance, *_ = VICRegFunction.apply(student, teacher, plan, backend)
     loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
     return loss, invariance, variance, covariance

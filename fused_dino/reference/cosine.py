@@ -53,12 +53,18 @@ def mse_loss(
     eps: float,
 ) -> Tensor:
     """(s - t)^2 per element, reduced; before it rows are divided by their norm, and columns standardised, as asked."""
+    s, t = prepared(student, teacher, normalize, eps if whiten else None)
+    return reduce((s - t).square(), None if weight is None else weight.unsqueeze(-1), reduction)
+
+
+def prepared(student: Tensor, teacher: Tensor, normalize: bool, whiten: float | None) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norm, and columns standardised with the eps `whiten`, as asked."""
     s, t = upcast(student, teacher)
     if normalize:
         s, t = (F.normalize(x, dim=-1, eps=NORM_EPS) for x in (s, t))
-    if whiten:
-        s, t = (standardize(x.reshape(-1, x.shape[-1]), eps).reshape(x.shape) for x in (s, t))
-    return reduce((s - t).square(), None if weight is None else weight.unsqueeze(-1), reduction)
+    if whiten is not None:
+        s, t = (standardize(x.reshape(-1, x.shape[-1]), whiten).reshape(x.shape) for x in (s, t))
+    return s, t
 
 
 def standardize(x: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,32 @@
+"""`python -m benchmarks run` measures this machine; `python -m benchmarks report` renders benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import command
+from .arguments import add_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure, print tables, and write the evidence")
+    add_arguments(run)
+    run.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="start no row after this long")
+    commands.add_parser("report", help="render docs/performance.md and the README's table from benchmarks/results/")
+    options = vars(parser.parse_args(argv))
+    try:
+        if options.pop("command") == "run":
+            return command.bench(**options)
+        from . import report
+
+        return report.write()
+    except command.Refused as refused:
+        print(f"{parser.prog}: {refused}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Time, on a CPU and on a GPU: samples of one call, and providers interleaved in shuffled rounds."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Clock = Callable[[], float]
+Sample = dict[str, float]  # figure -> seconds a call
+SAMPLE = 2e-3  # seconds that one sample takes at least: clocks and schedulers are coarser than a short call
+LEAST, MOST = 5, 60  # rounds
+
+
+def interleave(
+    samplers: Mapping[str, Callable[[], Sample]], seconds: float, clock: Clock = time.perf_counter
+) -> dict[str, list[Sample]]:
+    """{name: its sample of each round}. Every round samples all, in a new order, so that a drift of the machine meets
+    everyone; there are at least LEAST rounds, and more while `seconds` last."""
+    shuffle = random.Random(0).shuffle
+    order = list(samplers)
+    rounds: dict[str, list[Sample]] = {name: [] for name in order}
+    start = clock()
+    for count in range(MOST):
+        if count >= LEAST and clock() - start >= seconds:
+            break
+        shuffle(order)
+        for name in order:
+            rounds[name].append(samplers[name]())
+    return rounds
+
+
+def middle(values: Sequence[float]) -> float:
+    return median(values)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The interquartile range over the median."""
+    if len(values) < 2:
+        return 0.0
+    low, mid, high = quantiles(values, n=4, method="inclusive")
+    return (high - low) / mid if mid else 0.0
+
+
+def host_sampler(
+    call: Callable[[], Any], wait: Callable[[], Any] = lambda: None, clock: Clock = time.perf_counter
+) -> Callable[[], Sample]:
+    """-> a function () -> the wall time of one call, the mean of as many as SAMPLE takes. Warms up on the way."""
+
+    def once(repeat: int) -> float:
+        wait()
+        start = clock()
+        for _ in range(repeat):
+            call()
+        wait()
+        return (clock() - start) / repeat
+
+    call()
+    repeat = max(1, round(SAMPLE / max(min(once(1), once(1)), 1e-7)))
+    return lambda: {"wall": once(repeat)}
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+COLD_MS = 50  # of each round; LEAST rounds together measure longer than 200 ms
+ROTATION = 3  # times the L2, so that no replay finds its inputs there
+COPIES = 512  # at most
+
+
+def gpu_sampler(calls: Sequence[Callable[[], Any]]) -> Callable[[], Sample]:
+    """-> a function () -> cold, graph and wall, in seconds a call.
+
+    calls: the same call on as many inputs as rotate(...) made. cold: triton.testing.do_bench, with the L2 flushed
+    before each call; graph: all calls in one CUDA graph, so that no launch is waited for; wall: of the host, launches
+    and all. A call that cannot be captured has no graph figure.
+    """
+    from triton.testing import do_bench
+
+    call = calls[0]
+    wall = host_sampler(call, torch.cuda.synchronize)
+    graph = capture(calls)
+
+    def sample() -> Sample:
+        figures = {"cold": do_bench(call, warmup=10, rep=COLD_MS, return_mode="median") / 1e3}
+        if graph is not None:
+            figures["graph"] = replay(graph) / len(calls)
+        return figures | wall()
+
+    return sample
+
+
+def rotate(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Copies of the inputs, strides and all, that together are larger than ROTATION times the L2."""
+    size = sum(x.numel() * x.element_size() for x in inputs)
+    needed = ROTATION * torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    return [inputs, *(tuple(x.clone() for x in inputs) for _ in range(min(COPIES, needed // max(size, 1))))]
+
+
+def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries allocate their workspaces at the first call on a stream
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    except Exception:  # whatever a provider does that a graph cannot hold
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of one replay, the median of five."""
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """What one call allocates on the GPU beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

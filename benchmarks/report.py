@@ -1,0 +1,89 @@
+"""docs/performance.md and the README's table, from benchmarks/results/*.json alone: no figure is typed by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from . import evidence, table
+from .evidence import Evidence
+
+ROOT = evidence.ROOT
+RESULTS, PAGE, README = ROOT / "benchmarks/results", ROOT / "docs/performance.md", ROOT / "README.md"
+BEGIN, END = "<!-- performance: rendered by make report -->", "<!-- performance: end -->"
+
+PREAMBLE = """# Performance
+
+Rendered by `make report` from the files in `benchmarks/results/`, which hold every round of every provider; no figure
+is typed by hand. `eager` is the recipe in plain PyTorch. Providers take turns in shuffled rounds; a time is the
+median, and `+-` the interquartile range over it. On a GPU `time` is cold, with the L2 flushed; `graph` that of a CUDA
+graph over more inputs than the L2 holds; `host` the wall time, launches and all. GB/s and FLOP/s count the least that
+must be moved and computed, so that those of a provider that does more look low. `error` is the largest of value and
+gradients against float64, over the largest true element; who is off by more than twice eager's error and a few
+roundings is not timed. `in cache` is faster than memory, so that no roof applies.
+"""
+
+
+def write() -> int:
+    """Renders everything; -> the exit status."""
+    from . import plots
+
+    evidences = load()
+    for stem, run in evidences.items():
+        plots.save(run, PAGE.parent / picture(stem))
+    PAGE.write_text(page(evidences), encoding="utf-8")
+    README.write_text(insert(README.read_text(encoding="utf-8"), summary(evidences.values())), encoding="utf-8")
+    print(f"Rendered {len(evidences)} results into {PAGE.relative_to(ROOT)} and {README.relative_to(ROOT)}")
+    return 0
+
+
+def load(folder: Path = RESULTS) -> dict[str, Evidence]:
+    """By the files' stems, GPUs before CPUs."""
+    found = {path.stem: evidence.load(path) for path in sorted(folder.glob("*.json"))}
+    return dict(sorted(found.items(), key=lambda item: (item[1].kind == "cpu", item[1].device["name"])))
+
+
+def picture(stem: str) -> str:
+    return f"performance-{stem}.svg"
+
+
+def page(evidences: dict[str, Evidence]) -> str:
+    """docs/performance.md: a section a results file, in it a picture and a table an op."""
+    return "\n".join([PREAMBLE, *(section(stem, run) for stem, run in evidences.items())])
+
+
+def section(stem: str, run: Evidence) -> str:
+    kind = table.device(run)
+    parts = [f"## {table.heading(run)}", f"Evidence: `benchmarks/results/{stem}.json`. {table.roofs(run)}"]
+    if run.ended != "complete":
+        parts.append(f"The run did not reach its end ({run.ended}).")
+    if kind == "CPU":
+        parts.append("A CPU: ratios inside this run count, and say nothing of a GPU.")
+    parts += [said for said in (table.busy(run), table.noise(run)) if said]
+    parts.append(f"![Speed of each provider over eager's, {kind}]({picture(stem)})")
+    for op in dict.fromkeys(record.op for record in run.records):
+        found = table.of_op(op, [run])
+        parts += [f"### {op}", found.markdown()]
+        parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(evidences: Iterable[Evidence]) -> str:
+    """The README's: a table for each device, never one for two."""
+    parts = []
+    for (kind, _), runs in groupby(evidences, lambda run: (run.kind, run.device["name"])):
+        same = list(runs)
+        parts.append(f"{'GPU' if kind == 'cuda' else 'CPU'}: {table.heading(same[-1])}.")
+        parts.append(table.summary(same).markdown())
+        parts += [said for run in same for said in (table.busy(run), table.noise(run)) if said]
+    return "\n\n".join(parts)
+
+
+def insert(text: str, rendered: str) -> str:
+    """The README with what stands between the markers replaced."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md has no place for the table: {BEGIN} and {END}")
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{rendered}\n\n{END}", text)

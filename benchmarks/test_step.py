@@ -1,0 +1,79 @@
+"""A whole supervised step in the row's dtype, on random weights, with the share of each room in it."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_dino import DinoSupervision, DINOv2Backbone, Projector
+from fused_dino import functional as FD
+
+from .harness import Bench, normal
+from .shapes import STEPS, Row
+from .test_cosine import recipe as cosine
+
+IN_DIM, SIZE, TOKENS = 8192, 224, 257
+MEAN, STD = (torch.tensor(x).view(1, 3, 1, 1) for x in (FD.IMAGENET_MEAN, FD.IMAGENET_STD))
+
+
+@cache
+def teacher(name: str) -> DINOv2Backbone:
+    torch.manual_seed(0)
+    return DINOv2Backbone(name, SIZE, pretrained=False)
+
+
+class Recipe(nn.Module):
+    def __init__(self, row: Row) -> None:
+        super().__init__()
+        self.teacher = teacher(row.options["teacher"])
+        torch.manual_seed(1)
+        self.projector = Projector(IN_DIM, out_dim=self.teacher.embed_dim)
+        self.to(getattr(torch, row.dtype))
+
+    def forward(self, z: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = ((images + 1) / 2 - MEAN.to(images)) / STD.to(images)
+            x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+            g = self.teacher(x)["global"]
+        return cosine(self.projector(z), g)
+
+
+class Ours(nn.Module):
+    def __init__(self, row: Row, backend: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)  # the projector's weights are the recipe's
+        backend = "auto" if backend == "triton" else backend  # not every op in it has a kernel
+        self.dino = DinoSupervision(IN_DIM, teacher=teacher(row.options["teacher"]), img_size=SIZE, backend=backend)
+        self.to(getattr(torch, row.dtype))
+
+    def forward(self, z: Tensor, images: Tensor) -> Tensor:
+        return self.dino(z, images)[0]
+
+
+def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return normal((row.shape[0], IN_DIM), row, generator), normal(row.shape, row, generator).tanh()
+
+
+def rooms(row: Row, z: Tensor, images: Tensor) -> dict:
+    room = Recipe(row).to(z.device)
+    x, see, leaf = FD.preprocess(images, SIZE), torch.no_grad()(room.teacher), z.detach().requires_grad_()
+    g, y = see(x)["global"], room.projector(z).detach().requires_grad_()
+    weights = [leaf, *room.projector.parameters()]
+    return {
+        "preprocess": lambda: FD.preprocess(images, SIZE),
+        "teacher": lambda: see(x),
+        "projector": lambda: torch.autograd.grad(room.projector(leaf), weights, y),
+        "loss": lambda: torch.autograd.grad(FD.cosine_loss(y, g), y),
+    }
+
+
+def work(row: Row, direction: str) -> tuple[float, float]:
+    """Images and weights, the projector's three times with its gradient; a product of each weight with each token."""
+    eyes = teacher(row.options["teacher"])
+    seen, projector = sum(p.numel() for p in eyes.parameters()), (IN_DIM + eyes.embed_dim) * 4096
+    elements = row.shape[0] * 3 * row.shape[2] * row.shape[3] + seen + 3 * projector
+    return elements * getattr(torch, row.dtype).itemsize, 2 * row.shape[0] * (TOKENS * seen + 3 * projector)
+
+
+BENCH = Bench("step", STEPS, inputs, Recipe, Ours, work, rooms=rooms, asks="cosine_loss")

@@ -1,0 +1,43 @@
+"""VICReg against a frozen teacher: what counts is a product, of rows or of columns, and twice it for the gradient."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dino import functional as FD
+
+from .harness import Bench, Function, normal
+from .shapes import BATCHES, FORWARD, Row
+
+
+def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return normal(row.shape, row, generator), normal(row.shape, row, generator)
+
+
+def recipe(student: Tensor, teacher: Tensor) -> Tensor:
+    y, g = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
+    invariance = (y - g).pow(2).mean()
+    variance = torch.relu(1 - y.var(dim=0, unbiased=False).add(1e-4).sqrt()).mean()
+    centred = y - y.mean(dim=0, keepdim=True)
+    c = centred.t() @ centred / max(len(y) - 1, 1)
+    covariance = (c - torch.diag(torch.diag(c))).pow(2).mean()
+    return 25 * invariance + 10 * variance + 0.5 * covariance
+
+
+def ours(row: Row, backend: Any) -> Function:
+    loss = partial(FD.vicreg_loss, backend=backend)
+    return lambda student, teacher: loss(student, teacher).loss
+
+
+def work(row: Row, direction: str) -> tuple[float, float]:
+    """The half of a symmetric product, and with a gradient a whole one."""
+    n, d = row.shape
+    tensors, products = (2, 1) if direction == FORWARD else (3, 3)
+    return tensors * n * d * getattr(torch, row.dtype).itemsize, products * n * d * min(n, d)
+
+
+BENCH = Bench(
+    op="vicreg_loss", rows=BATCHES, inputs=inputs, recipe=lambda row: recipe, ours=ours, work=work
+)  # fmt: skip

@@ -1,0 +1,292 @@
+"""Resize and normalise: closed form, Triton launcher, dispatcher ops, autograd.Function.
+
+out = clip(Wy images Wx^T) * scale + shift
+d images = Wy^T (grad * scale, 0 where clipped) Wx
+
+with the weights of the resize as matrices Wy [h, H] and Wx [w, W], whose rows sum to one, and per channel
+scale = 1 / ((high - low) std) and shift = -(low / (high - low) + mean) / std.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..reference import resize as reference
+from ..reference.dtypes import upcast, wide, without_autocast
+from .dispatch import batched_rows, by_rows, define, is_batched
+from .taps import antialias_sums, launch_options
+
+CPU_PIXELS = 2**20  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
+
+
+class Options(NamedTuple):
+    """The arguments of the specification."""
+
+    size: tuple[int, int]
+    input_range: tuple[float, float]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    antialias: bool
+    clamp: bool
+    out_dtype: torch.dtype
+    patch_size: int | None
+
+    def formula(self, images: Tensor) -> Tensor:
+        return reference.preprocess(images, **self._asdict())
+
+    @property
+    def scale(self) -> list[float]:
+        low, high = self.input_range
+        return [1 / ((high - low) * s) for s in self.std]
+
+    @property
+    def shift(self) -> list[float]:
+        low, high = self.input_range
+        return [-(low / (high - low) + m) / s for m, s in zip(self.mean, self.std, strict=True)]
+
+    @property
+    def clip(self) -> list[float]:
+        """The bounds, or none."""
+        return list(self.input_range) if self.clamp else []
+
+    @property
+    def launch(self) -> tuple:
+        """The arguments of the forward's launch."""
+        how = self.interpolation, self.antialias, self.out_dtype, self.patch_size or 0
+        return self.size, self.scale, self.shift, self.clip, *how
+
+    @property
+    def launch_backward(self) -> tuple:
+        return self.size, self.scale, self.clip, self.interpolation, self.antialias, self.patch_size or 0
+
+
+# --- closed form in plain torch ---------------------------------------------------------------------------------------
+
+
+def aten(options: Options, suffix: str = "") -> Any:
+    """The op under F.interpolate, for its result to be written in place, or its gradient."""
+    name = f"upsample_{options.interpolation}2d{suffix}"
+    return getattr(torch.ops.aten, f"_upsample_{options.interpolation}2d_aa{suffix}" if options.antialias else name)
+
+
+def interpolate(pixels: Tensor, size: Sequence[int], options: Options) -> Tensor:
+    return F.interpolate(
+        pixels, list(size), mode=options.interpolation, align_corners=False, antialias=options.antialias
+    )
+
+
+def clamp_(pixels: Tensor, options: Options) -> Tensor:
+    return pixels.clamp_(*options.input_range) if options.clamp else pixels
+
+
+def patches(pixels: Tensor, patch_size: int | None) -> Tensor:
+    if patch_size is None:
+        return pixels
+    return rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatched(grad: Tensor, options: Options) -> Tensor:
+    if options.patch_size is None:
+        return grad
+    p, h = options.patch_size, options.size[0] // options.patch_size
+    return rearrange(grad, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=p, q=p)
+
+
+def images_a_block(images: Tensor, options: Options) -> int:
+    return max(1, CPU_PIXELS // max(images.shape[2] * images.shape[3], options.size[0] * options.size[1]))
+
+
+def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
+    """On a CPU in blocks of images, each resized and normalised while it is in the cache."""
+    dtype, (h, w) = wide(images), options.size
+    if images.device.type != "cpu":
+        pixels = clamp_(interpolate(images.to(dtype), options.size, options), options)
+        # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
+        # Not in place: a compiler would make a program for each batch size.
+        channels = zip(pixels.unbind(1), options.scale, options.shift, strict=True)
+        pixels = torch.stack([channel * factor + term for channel, factor, term in channels], 1)
+        return patches(pixels, options.patch_size).to(options.out_dtype).contiguous()
+    scale, shift = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (options.scale, options.shift))
+    out = resize_fwd_fake(images, *options.launch)
+    step = images_a_block(images, options)
+    direct = options.patch_size is None and options.out_dtype == dtype
+    scratch = out if direct else images.new_empty(min(step, len(images)), 3, h, w, dtype=dtype)
+    for start in range(0, len(images), step):
+        block = images[start : start + step].to(dtype)
+        pixels = scratch[start : start + step] if direct else scratch[: len(block)]
+        aten(options).out(block, options.size, False, out=pixels)
+        clamp_(pixels, options).mul_(scale).add_(shift)
+        if not direct:
+            out[start : start + step] = patches(pixels, options.patch_size)
+    return out
+
+
+def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[Tensor]:
+    (grad,) = upcast(unpatched(grad, options).to(wide(images)))
+    grad = torch.stack([g * s for g, s in zip(grad.unbind(1), options.scale, strict=True)], 1)
+    if options.clamp:
+        low, high = options.input_range
+        pixels = interpolate(images.to(grad.dtype), options.size, options)
+        grad = torch.where((pixels > low) & (pixels < high), grad, 0)
+    return (adjoint(grad, images.shape, options),)
+
+
+def adjoint(grad: Tensor, shape: Sequence[int], options: Options) -> Tensor:
+    """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order."""
+    if grad.device.type == "cpu":
+        return aten(options, "_backward")(grad, options.size, list(shape), False)
+    (h, w), (H, W) = options.size, shape[2:]
+    rows, columns = (torch.eye(side, dtype=grad.dtype, device=grad.device)[None, None] for side in (H, W))
+    rows = interpolate(rows, (h, H), options)[0, 0]
+    columns = interpolate(columns, (W, w), options)[0, 0]
+    with without_autocast(grad):
+        return rows.T @ (grad @ columns.T)
+
+
+def resize_bwd_torch(grad: Tensor, images: Tensor, options: Options) -> Tensor:
+    out = images.new_empty(images.shape)
+    return by_rows(
+        partial(backward_images, options=options), (out,), grad, images, block=images_a_block(images, options)
+    )[0]
+
+
+# --- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def resize_fwd_fake(
+    images: Tensor, size: Sequence[int], scale: Sequence[float], shift: Sequence[float], clip: Sequence[float],
+    interpolation: str, antialias: bool, dtype: torch.dtype, patch_size: int,
+) -> Tensor:  # fmt: skip
+    """What the forward returns, not filled: [B, 3, h, w], or patches [B, (h/p) (w/p), 3 p p]."""
+    (h, w), p = size, patch_size
+    shape = (h // p * (w // p), 3 * p * p) if p else (3, h, w)
+    return images.new_empty((images.shape[0], *shape), dtype=dtype)
+
+
+def resize_bwd_fake(
+    grad: Tensor, images: Tensor, size: Sequence[int], scale: Sequence[float], clip: Sequence[float],
+    interpolation: str, antialias: bool, patch_size: int,
+) -> Tensor:  # fmt: skip
+    return images.new_empty(images.shape)
+
+
+def launch_forward(
+    images: Tensor, out: Tensor | None, inside: Tensor | None, sums: Tensor | None, size: Sequence[int],
+    scale: Sequence[float], shift: Sequence[float], clip: Sequence[float], interpolation: str, antialias: bool,
+    patch_size: int,
+) -> None:  # fmt: skip
+    from ..kernels.resize import resize_fwd_kernel
+
+    arguments, options, grid = launch_options(images, size, interpolation, antialias, patch_size, False)
+    resize_fwd_kernel[grid](
+        images, sums, out, inside, *images.stride(), *arguments,
+        SCALE=tuple(scale), SHIFT=tuple(shift), CLIP=tuple(clip) or None,
+        INTERLEAVED=images.stride(1) == 1 and images.stride(3) == 3, **options,
+    )  # fmt: skip
+
+
+def resize_fwd_triton(
+    images: Tensor, size: Sequence[int], scale: Sequence[float], shift: Sequence[float], clip: Sequence[float],
+    interpolation: str, antialias: bool, dtype: torch.dtype, patch_size: int,
+) -> Tensor:  # fmt: skip
+    out = resize_fwd_fake(images, size, scale, shift, clip, interpolation, antialias, dtype, patch_size)
+    if len(images):
+        with torch.cuda.device_of(images):  # the tensor's GPU need not be the current one; no-op on a CPU
+            sums = antialias_sums(images, size, interpolation) if antialias else None
+            launch_forward(
+                images, out, None, sums, size, scale, shift, clip, interpolation, antialias, patch_size
+            )  # fmt: skip
+    return out
+
+
+def resize_bwd_triton(
+    grad: Tensor, images: Tensor, size: Sequence[int], scale: Sequence[float], clip: Sequence[float],
+    interpolation: str, antialias: bool, patch_size: int,
+) -> Tensor:  # fmt: skip
+    """With a clamp the images are resized once more, to see what it clipped: nothing is kept for that."""
+    from ..kernels.resize import resize_bwd_kernel
+
+    grad = grad.contiguous()
+    out = resize_bwd_fake(grad, images, size, scale, clip, interpolation, antialias, patch_size)
+    if len(images):
+        with torch.cuda.device_of(images):
+            sums = antialias_sums(images, size, interpolation) if antialias else None
+            inside = grad.new_empty(grad.shape, dtype=torch.bool) if clip else None
+            if clip:
+                launch_forward(
+                    images, None, inside, sums, size, scale, scale, clip, interpolation, antialias, patch_size
+                )  # fmt: skip
+            arguments, options, grid = launch_options(images, size, interpolation, antialias, patch_size, True)
+            resize_bwd_kernel[grid](grad, inside, sums, out, *arguments, SCALE=tuple(scale), **options)
+    return out
+
+
+resize_fwd = define(
+    "resize_fwd(Tensor images, SymInt[] size, float[] scale, float[] shift, float[] clip, str interpolation, "
+    "bool antialias, ScalarType dtype, int patch_size) -> Tensor",
+    resize_fwd_triton,
+    resize_fwd_fake,
+)
+resize_bwd = define(
+    "resize_bwd(Tensor grad, Tensor images, SymInt[] size, float[] scale, float[] clip, str interpolation, "
+    "bool antialias, int patch_size) -> Tensor",
+    resize_bwd_triton,
+    resize_bwd_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class ResizeFunction(torch.autograd.Function):
+    """(images [B, 3, H, W], options, backend) -> [B, 3, h, w] or patches."""
+
+    @staticmethod
+    def forward(images: Tensor, options: Options, backend: str) -> Tensor:
+        if backend == "triton":
+            return resize_fwd(images, *options.launch)
+        return resize_fwd_torch(images, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        images, ctx.options, ctx.backend = inputs
+        ctx.save_for_backward(images)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (images,) = ctx.saved_tensors
+        options = ctx.options
+        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap: the formula serves both
+            (for_images,) = torch.func.vjp(options.formula, images)[1](grad)
+        elif ctx.backend == "triton":
+            for_images = resize_bwd(grad, images, *options.launch_backward)
+        else:
+            for_images = resize_bwd_torch(grad, images, options)
+        return for_images, None, None  # images, options, backend
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, images: Tensor, options: Options, backend: str) -> tuple[Tensor, int]:
+        (images,) = batched_rows(info.batch_size, in_dims[:1], images)
+        out = ResizeFunction.apply(images, options, backend)
+        return out.unflatten(0, (info.batch_size, len(out) // info.batch_size)), 0
+
+
+def preprocess(
+    images: Tensor,  # [B, 3, H, W]
+    size: tuple[int, int],
+    *,
+    backend: str,
+    **options: Any,
+) -> Tensor:
+    chosen = Options(size, **options)
+    if backend == "torch" and torch.compiler.is_compiling():
+        return chosen.formula(images)  # which a compiler fuses; aten's resize in a Function would fix its batch size
+    return ResizeFunction.apply(images, chosen, backend)

@@ -1,0 +1,98 @@
+"""How the kernels of a resize are launched: how many taps an axis has, and what one program owns of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.dtypes import wide
+
+BLOCKS = (32, 64, 128, 256)  # columns that a program may own
+LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
+ROWS = 8  # that a program owns, for whose sake the weights of its columns are computed once
+
+
+class Axis(NamedTuple):
+    """One axis of a resize, and how many elements of the source one of the target may sum."""
+
+    size_in: int
+    size_out: int
+    interpolation: str
+    antialias: bool
+
+    @property
+    def reach(self) -> float:
+        """How far from its centre an output reads, in inputs."""
+        half = 2.0 if self.interpolation == "bicubic" else 1.0
+        return half * max(self.size_in / self.size_out, 1) if self.antialias else half
+
+    def taps(self, backward: bool) -> int:
+        """An upper bound. Backward the kernel widens its range by a sixteenth on either side against rounding."""
+        if backward:
+            return math.floor(2 * self.reach * self.size_out / self.size_in + 0.125) + 1
+        return math.ceil(self.reach) * 2 + 1 if self.antialias else int(2 * self.reach)
+
+    def tiles(self, backward: bool) -> dict[str, int]:
+        """BLOCK columns of the target that a program owns, and SEGMENT columns of the source that it reads at a time.
+
+        Few columns are wasted on a width that is no power of two, and one segment holds all that a block reads unless
+        the source is far wider than the target: then the program takes several.
+        """
+        source, target = (self.size_out, self.size_in) if backward else (self.size_in, self.size_out)
+
+        def read(block: int) -> int:
+            return min(source, math.ceil(block * source / target) + self.taps(backward) + 16)
+
+        fitting = [block for block in BLOCKS if read(block) <= LONGEST_SEGMENT] or BLOCKS[:1]
+        block = min(fitting, key=lambda block: -(-target // block) * (block + 48))  # 48: what a block costs beside
+        segment = 1 << (min(read(block), LONGEST_SEGMENT) - 1).bit_length()
+        return {"BLOCK": block, "SEGMENT": max(segment, BLOCKS[0])}
+
+
+def launch_options(
+    images: Tensor, size: Sequence[int], interpolation: str, antialias: bool, patch_size: int, backward: bool
+) -> tuple[tuple[float, ...], dict[str, Any], tuple[int, int]]:
+    """The sizes and counts that both kernels take, their options, and the grid.
+
+    What is a constant of the model is compiled in: as an argument Triton would round it to float32, for float64 too.
+    """
+    import triton.language as tl
+
+    H, W = images.shape[2:]
+    h, w = size
+    y, x = (Axis(*pair, interpolation, antialias) for pair in ((H, h), (W, w)))
+    tiles = x.tiles(backward)
+    height, width = (H, W) if backward else (h, w)
+    rows = max(1, min(ROWS, len(images)))  # few where few images leave a GPU idle
+    options = {
+        "CUBIC": interpolation == "bicubic",
+        "ANTIALIAS": antialias,
+        "PATCH": patch_size,
+        "ACC": tl.float64 if wide(images) == torch.float64 else tl.float32,
+        "num_warps": 4 if wide(images) == torch.float64 else 2,  # one would gather by shuffles, not in shared memory
+        "enable_fp_fusion": True,
+        **tiles,
+    }
+    arguments = (H, W, h, w, rows, H / h, W / w, y.taps(backward), x.taps(backward))
+    return arguments, options, (len(images) * -(-height // rows), -(-width // tiles["BLOCK"]))
+
+
+def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
+    """1 / the sum of the weights of each row and column of the output, [h + w]."""
+    import triton.language as tl
+
+    from ..kernels.resize import antialias_sums_kernel
+
+    H, W = images.shape[2:]
+    h, w = size
+    taps = max(Axis(*pair, interpolation, True).taps(False) for pair in ((H, h), (W, w)))
+    sums = images.new_empty(h + w, dtype=wide(images))
+    wide_type = tl.float64 if sums.dtype == torch.float64 else tl.float32
+    antialias_sums_kernel[(-(-max(h, w) // 128), 2)](
+        sums, H, W, h, w, H / h, W / w, taps, CUBIC=interpolation == "bicubic", BLOCK=128, ACC=wide_type, num_warps=2
+    )
+    return sums

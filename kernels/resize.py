@@ -1,0 +1,197 @@
+"""Resize and normalise in one pass, and the gradient to the image in gather form.
+
+Both directions sum a few elements of a source for each element of a target, rows first: whole stretches of source rows
+are read in order, as vectors, and weighted into one row, from which the columns are then gathered on the chip. So each
+source row is read once a target row, and an antialiased filter costs its height plus its width.
+"""
+
+import triton
+import triton.language as tl
+
+from .cosine import store
+from .taps import scale_of, tap, term
+
+
+@triton.jit
+def offset(c, y, x, h, w, PATCH: tl.constexpr):
+    """Of a value of an output: in [3, h, w], or in its patches [(h/p) (w/p), 3 p p]. Offsets of rows are int64."""
+    y = tl.cast(y, tl.int64)
+    if PATCH:
+        row = (y // PATCH * (w // PATCH) * 3 + c) * PATCH * PATCH + y % PATCH * PATCH
+        at = row + (x // PATCH * (3 * PATCH * PATCH) + x % PATCH)
+    else:
+        at = (tl.cast(h, tl.int64) * c + y) * w + x
+    return at
+
+
+@triton.jit
+def resample(
+    source, inside,  # of one image; inside: whether an output was not clipped, None without a clamp
+    y, x, first, last,  # a row of the target, its columns, and the columns of the source that they read
+    sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
+    CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PATCH: tl.constexpr, SEGMENT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The three channels of one row of the target."""
+    if ANTIALIAS or BACKWARD:
+        STEP: tl.constexpr = 1
+    else:
+        STEP: tl.constexpr = 4 if CUBIC else 2
+        taps_y = STEP
+        taps_x = STEP
+    PIXEL: tl.constexpr = 3 if INTERLEAVED else 1  # elements from one pixel to the next, on the chip
+    LANES: tl.constexpr = SEGMENT * 4 if INTERLEAVED else SEGMENT
+    lane = tl.arange(0, LANES)
+    width = w if BACKWARD else W
+    red = tl.zeros(x.shape, ACC)
+    green = tl.zeros(x.shape, ACC)
+    blue = tl.zeros(x.shape, ACC)
+    for start in range(first // 16 * 16, last + 1, SEGMENT):  # one turn, but for sources far wider than the target
+        start = tl.multiple_of(start, 16)
+        column = start + lane // PIXEL
+        live = (lane < SEGMENT * PIXEL) & (start * PIXEL + lane < width * PIXEL)
+        r = tl.zeros((LANES,), ACC)
+        g = tl.zeros((LANES,), ACC)
+        b = tl.zeros((LANES,), ACC)
+        for turn in range(0, taps_y, STEP):
+            for j in tl.static_range(STEP):
+                row, weight, there = term(y, turn + j, H, h, scale_y, sums, CUBIC, ANTIALIAS, BACKWARD)
+                if ANTIALIAS or BACKWARD:
+                    weight = tl.where(there, weight, 0.0)
+                    there = live & there
+                else:
+                    there = live
+                if INTERLEAVED:
+                    at = source + tl.cast(row, tl.int64) * stride_y + start * 3 + lane
+                    # Upcast right at the load: half precision must not reach the products.
+                    r += weight * tl.load(at, mask=there, other=0).to(ACC)
+                elif BACKWARD:
+                    for c in tl.static_range(3):
+                        at = offset(c, row, column, h, w, PATCH)
+                        value = tl.load(source + at, mask=there, other=0).to(ACC)
+                        if inside is not None:
+                            value = tl.where(tl.load(inside + at, mask=there, other=0) != 0, value, 0.0)
+                        if c == 0:
+                            r += weight * value
+                        elif c == 1:
+                            g += weight * value
+                        else:
+                            b += weight * value
+                else:
+                    at = source + tl.cast(row, tl.int64) * stride_y + column.to(tl.int64) * stride_x
+                    r += weight * tl.load(at, mask=there, other=0).to(ACC)
+                    g += weight * tl.load(at + stride_c, mask=there, other=0).to(ACC)
+                    b += weight * tl.load(at + 2 * tl.cast(stride_c, tl.int64), mask=there, other=0).to(ACC)
+        if INTERLEAVED:
+            g = r
+            b = r
+        for turn in range(0, taps_x, STEP):
+            for j in tl.static_range(STEP):
+                s, weight, there = term(
+                    x, turn + j, W, w, scale_x, sums + h if ANTIALIAS else sums, CUBIC, ANTIALIAS, BACKWARD
+                )
+                at = s - start
+                there = there & (at >= 0) & (at < SEGMENT)
+                at = tl.where(there, at * PIXEL, 0)
+                # Not by a weight of 0: what is not there may be infinite.
+                red += tl.where(there, weight * tl.gather(r, at, 0), 0.0)
+                green += tl.where(there, weight * tl.gather(g, at + PIXEL // 3, 0), 0.0)
+                blue += tl.where(there, weight * tl.gather(b, at + PIXEL // 3 * 2, 0), 0.0)
+    return red, green, blue
+
+
+@triton.jit
+def normalise(pixel, SCALE: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr):
+    return pixel * tl.full((), SCALE, ACC) + tl.full((), SHIFT, ACC)
+
+
+@triton.jit
+def resize_fwd_kernel(
+    images, sums,  # images [B, 3, H, W] of any strides; sums [h + w], 1 / the sums of the weights, if antialiased
+    out, inside,  # as `offset` says, one of them None: inside, instead of the result, whether it is not clipped
+    stride_b, stride_c, stride_y, stride_x, H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, CLIP: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PATCH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns `rows` rows of BLOCK columns of one image in three channels, so that the weights of its columns
+    # are computed once for all of them.
+    blocks = tl.cdiv(h, rows)
+    image = (tl.program_id(0) // blocks).to(tl.int64)  # int64: image * stride passes 2**31
+    top = tl.program_id(0) % blocks * rows
+    left = tl.program_id(1) * BLOCK
+    column = left + tl.arange(0, BLOCK)
+    scale_y = scale_of(H, h, scale_y, ACC)
+    scale_x = scale_of(W, w, scale_x, ACC)
+    x = tl.minimum(column, w - 1)
+    first, _, _ = tap(left, 0, W, w, scale_x, CUBIC, ANTIALIAS)
+    last, _, _ = tap(tl.minimum(left + BLOCK, w) - 1, taps_x - 1, W, w, scale_x, CUBIC, ANTIALIAS)
+    images += image * stride_b
+    start = image * 3 * h * w
+    for y in range(top, tl.minimum(top + rows, h)):
+        pixels = resample(
+            images, None, y, x, first, last, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x,
+            taps_y, taps_x, CUBIC, ANTIALIAS, False, INTERLEAVED, PATCH, SEGMENT, ACC,
+        )  # fmt: skip
+        for c in tl.static_range(3):
+            pixel = pixels[c]
+            at = start + offset(c, y, column, h, w, PATCH)
+            if CLIP is not None:
+                low = tl.full((), CLIP[0], ACC)
+                high = tl.full((), CLIP[1], ACC)
+                if inside is not None:
+                    tl.store(inside + at, (pixel > low) & (pixel < high), mask=column < w)
+                # tl.where, not tl.clamp: NaN must stay NaN.
+                pixel = tl.where(pixel < low, low, tl.where(pixel > high, high, pixel))
+            if out is not None:
+                store(out + at, normalise(pixel, SCALE[c], SHIFT[c], ACC), column < w)
+
+
+@triton.jit
+def resize_bwd_kernel(
+    grad, inside, sums,  # grad and inside as `offset` says
+    grad_images,  # [B, 3, H, W] contiguous
+    H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
+    SCALE: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
+    PATCH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns `rows` rows of BLOCK columns of one image, and gathers what the outputs that read them got.
+    blocks = tl.cdiv(H, rows)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    top = tl.program_id(0) % blocks * rows
+    left = tl.program_id(1) * BLOCK
+    column = left + tl.arange(0, BLOCK)
+    scale_y = scale_of(H, h, scale_y, ACC)
+    scale_x = scale_of(W, w, scale_x, ACC)
+    x = tl.minimum(column, W - 1)
+    first, _, _ = term(left, 0, W, w, scale_x, sums, CUBIC, ANTIALIAS, True)
+    last, _, _ = term(tl.minimum(left + BLOCK, W) - 1, taps_x - 1, W, w, scale_x, sums, CUBIC, ANTIALIAS, True)
+    grad += image * 3 * h * w
+    if inside is not None:
+        inside += image * 3 * h * w
+    grad_images += image * 3 * H * W
+    for y in range(top, tl.minimum(top + rows, H)):
+        sums_of_row = resample(
+            grad, inside, y, x, first, last, sums, 0, 0, 0, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
+            CUBIC, ANTIALIAS, True, False, PATCH, SEGMENT, ACC,
+        )  # fmt: skip
+        for c in tl.static_range(3):
+            value = sums_of_row[c] * tl.full((), SCALE[c], ACC)
+            store(grad_images + offset(c, y, column, H, W, 0), value, column < W)
+
+
+@triton.jit
+def antialias_sums_kernel(
+    sums, H, W, h, w, scale_y, scale_x, taps,
+    CUBIC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK outputs of one axis: 1 / the sum of the weights of each, rows [h] before columns [w].
+    wide = tl.program_id(1) == 1
+    size_in = tl.where(wide, W, H)
+    size_out = tl.where(wide, w, h)
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = scale_of(size_in, size_out, tl.where(wide, scale_x, scale_y), ACC)
+    total = tl.zeros((BLOCK,), ACC)
+    for k in range(taps):
+        _, weight, there = tap(tl.minimum(o, size_out - 1), k, size_in, size_out, scale, CUBIC, True)
+        total += tl.where(there, weight, 0.0)
+    tl.store(sums + tl.where(wide, h, 0) + o, 1 / total, mask=o < size_out)

@@ -1,0 +1,325 @@
+"""The harness: who is timed and who is not, how rounds are taken, and what a run keeps of them."""
+
+import itertools
+import math
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from benchmarks import command, conftest, evidence, harness, measure, roofs, session, show, table
+from benchmarks.shapes import BACKWARD, BATCHES, FORWARD, IMAGES, ROWS, STEPS, Row
+
+TINY = Row((4, 8), "as small as it gets", quick=True)
+DEVICE = session.default_device()
+
+
+def tiny(recipe=lambda x, y: (x * y).mean(), peers=None, rows=(TINY,), **options):
+    """An op of two inputs that nothing compiles, and whose one backend of ours is the recipe."""
+    return harness.Bench(
+        op="cosine_loss",
+        rows=rows,
+        inputs=lambda row, generator: tuple(harness.normal(row.shape, row, generator) for _ in range(2)),
+        recipe=lambda row: recipe,
+        ours=lambda row, backend: recipe,
+        work=lambda row, direction: (100.0, 50.0),
+        peers=peers or {},
+        **options,
+    )
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile returns what it is given: compiling takes seconds, and is not what these tests are about."""
+    monkeypatch.setattr(harness, "compiled", lambda function, mode=None: function)
+
+
+class TestMeasuring:
+    def test_every_round_has_everyone_once_in_a_changing_order(self):
+        calls = []
+        samplers = {name: lambda name=name: calls.append(name) or {"wall": 1.0} for name in "abcd"}
+        rounds = measure.interleave(samplers, seconds=0)
+        assert {name: len(samples) for name, samples in rounds.items()} == dict.fromkeys("abcd", measure.LEAST)
+        orders = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
+        assert all(sorted(order) == list("abcd") for order in orders)
+        assert len(set(orders)) > 1
+
+    def test_a_drift_of_the_machine_meets_everyone(self):
+        """A machine that slows down all the while: one after the other, the second of two equals would look slower."""
+        now = itertools.count(1.0, 0.01)
+        samplers = {name: lambda: {"wall": next(now)} for name in ("first", "second")}
+        rounds = measure.interleave(samplers, seconds=1e9)
+        first, second = ([sample["wall"] for sample in rounds[name]] for name in samplers)
+        assert len(first) == measure.MOST
+        assert measure.middle(first) == pytest.approx(measure.middle(second), rel=0.02)
+
+    def test_rounds_go_on_while_seconds_last(self):
+        now = [0.0]
+
+        def sample():
+            now[0] += 1.0
+            return {"wall": 1.0}
+
+        assert len(measure.interleave({"a": sample}, seconds=8, clock=lambda: now[0])["a"]) == 8
+        assert len(measure.interleave({"a": sample}, seconds=1e9, clock=lambda: now[0])["a"]) == measure.MOST
+
+    @pytest.mark.parametrize("cost", [3e-6, 4e-4, 0.5])
+    def test_a_sample_is_long_enough_and_its_time_is_that_of_one_call(self, cost):
+        now = [0.0]
+        spans = []
+
+        def call():
+            now[0] += cost
+
+        sample = measure.host_sampler(call, clock=lambda: now[0])
+        start = now[0]
+        assert sample()["wall"] == pytest.approx(cost)
+        spans.append(now[0] - start)
+        assert spans[0] >= measure.SAMPLE * 0.75
+
+    def test_statistics(self):
+        assert measure.middle([3, 1, 2]) == 2
+        assert measure.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
+        assert measure.spread([7]) == 0
+
+    def test_roofs(self):
+        share, name = roofs.of_the_roof(1.0, bytes=5e9, flops=1e9, precision="IEEE", roofs={"copy": 1e10, "IEEE": 1e10})
+        assert (share, name) == (0.5, "copy")
+        share, name = roofs.of_the_roof(1.0, bytes=5e9, flops=9e9, precision="IEEE", roofs={"copy": 1e10, "IEEE": 1e10})
+        assert (share, name) == (0.9, "matrix")
+
+    def test_tf32_is_allowed_for_its_rows_alone(self):
+        before = torch.get_float32_matmul_precision()
+        for tf32, wanted in ((True, "high"), (False, "highest")):
+            with roofs.matrix_precision(tf32):
+                assert torch.get_float32_matmul_precision() == wanted
+        assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.usefixtures("uncompiled")
+class TestDisqualification:
+    def timings(self, peer, **options):
+        bench = tiny(peers={"peer": peer}, **options)
+        record = session.record(session.Case(bench, TINY, BACKWARD), "cpu", 0.0)
+        return {timing.name: timing for timing in record.timings}
+
+    @pytest.mark.parametrize(
+        ("peer", "says"),
+        [
+            (lambda x, y: (x * y).mean() * 1.001, "value is off by"),
+            (lambda x, y: (x * y.roll(1, 0)).mean(), "is off by"),
+            (lambda x, y: (x * y).mean().detach() + 0 * x.sum(), "gradient is off by"),
+            (lambda x, y: (x * y).mean() * float("nan"), "value is off by nan"),
+            (lambda x, y: (x * y).mean(1), "value is off by inf"),
+        ],
+        ids=["a scaled value", "wrong rows", "a zero gradient", "NaN", "a wrong shape"],
+    )
+    def test_a_wrong_provider_is_not_timed(self, peer, says):
+        calls = []
+        timing = self.timings(lambda row: lambda x, y: calls.append(1) or peer(x, y))["peer"]
+        assert timing.why.startswith("wrong, not timed: its")
+        assert says in timing.why
+        assert timing.rounds == []
+        assert len(calls) <= 2, "checked, and not called again"
+
+    def test_a_right_one_is_timed_and_its_error_kept(self):
+        timing = self.timings(lambda row: lambda x, y: (y * x).mean())["peer"]
+        assert timing.why is None
+        assert len(timing.rounds) >= measure.LEAST
+        assert len(timing.errors) == 2
+        assert max(timing.errors) < 1e-6
+
+    def test_one_that_raises_ends_no_run_and_names_no_path(self):
+        def peer(x, y):
+            raise RuntimeError("no compiler at /home/someone/bin/g++, see /tmp/torchinductor_me/log.txt\nmore")
+
+        timings = self.timings(lambda row: peer)
+        assert timings["peer"].why == "could not run: RuntimeError: no compiler at g++, see log.txt"
+        assert timings["eager"].rounds
+
+    def test_one_that_is_not_installed_says_so_and_one_that_does_not_apply_is_absent(self):
+        bench = tiny(peers={"missing": None, "elsewhere": lambda row: None})
+        record = session.record(session.Case(bench, TINY, FORWARD), "cpu", 0.0)
+        assert {t.name: t.why for t in record.timings if t.role == "peer"} == {"missing": "not run: not installed"}
+
+    def test_a_backend_that_an_op_does_not_have_says_why(self):
+        with pytest.raises(harness.Unavailable, match="no closed form yet|interpreter|GPU"):
+            harness.ours(replace(tiny(), op="nothing", asks="cosine_loss"), TINY, "triton", torch.ones(2, 2))
+
+    def test_the_allowance_follows_eager(self):
+        value = [torch.ones((), dtype=torch.float32)]
+        assert harness.verdict(value, [3e-4], [2e-4]) is None
+        assert harness.verdict(value, [5e-4], [2e-4]) is not None
+        assert harness.verdict(value, [harness.ROUNDINGS * 1e-7], [0.0]) is None
+        assert harness.verdict(value, [math.nan], [1.0]) is not None
+
+    def test_tensors_are_weighed_by_a_gradient_that_differs_between_elements(self):
+        bench = tiny(recipe=lambda x, y: x * y, peers={"flipped": lambda row: lambda x, y: (x * y).flip(0).flip(0)})
+        timings = session.record(session.Case(bench, TINY, BACKWARD), "cpu", 0.0).timings
+        assert [t.why for t in timings] == [None] * len(timings)
+        assert len(harness.grad_output_of(torch.ones(3, 4), TINY).unique()) == 12
+
+
+@pytest.mark.usefixtures("uncompiled")
+class TestRuns:
+    def test_the_plan_takes_telling_rows_first_and_only_what_the_device_bears(self):
+        rows = (Row((1, 2), "slow"), TINY, Row((9, 9), "elsewhere", on=("cuda",)))
+        cases = session.plan([tiny(rows=rows)], "cpu", quick=False)
+        assert [(case.row.shape, case.direction) for case in cases] == [
+            ((4, 8), FORWARD), ((4, 8), BACKWARD), ((1, 2), FORWARD), ((1, 2), BACKWARD),
+        ]  # fmt: skip
+        assert [case.direction for case in session.plan([tiny(rows=rows)], "cpu", quick=True)] == [BACKWARD]
+        assert [case.direction for case in session.plan([tiny(rows=rows, gradient=())], "cpu", quick=True)] == [FORWARD]
+
+    @pytest.fixture(autouse=True)
+    def no_roofs(self, monkeypatch):
+        monkeypatch.setattr(roofs, "measure_roofs", lambda device, precisions: {"copy": 1e10, "IEEE": 1e11})
+
+    def test_a_run_writes_after_every_row_and_loads_as_it_was(self, tmp_path):
+        path = tmp_path / "run.json"
+        seen = []
+        cases = session.plan([tiny()], "cpu", quick=False)
+
+        def done(record):
+            kept = evidence.load(path)
+            seen.append((kept.ended, len(kept.records)))
+
+        run = session.run(cases, device="cpu", path=path, self_check=True, done=done)
+        assert seen == [("never", 1), ("never", 2)]
+        assert run.ended == "complete"
+        assert asdict(evidence.load(path)) == asdict(run)
+        assert len(run.noise()) == 2
+        assert "differs from itself" in table.noise(run)
+
+    def test_ctrl_c_keeps_what_was_measured(self, tmp_path):
+        def starting(case):
+            if case.direction == BACKWARD:
+                raise KeyboardInterrupt
+
+        path = tmp_path / "run.json"
+        run = session.run(session.plan([tiny()], "cpu", False), device="cpu", path=path, starting=starting)
+        assert run.ended == "interrupted"
+        assert [record.direction for record in evidence.load(path).records] == [FORWARD]
+        assert "Measured 1 of 2" in show.report(run, 2)
+
+    def test_the_time_may_run_out(self):
+        run = session.run(session.plan([tiny()], "cpu", False), device="cpu", seconds=0.0)
+        assert (run.ended, run.records) == ("out of time", [])
+        assert "Measured 0 of 2" in show.report(run, 2)
+
+    def test_rooms_are_timed_beside_the_whole(self):
+        bench = tiny(rooms=lambda row, x, y: {"kitchen": lambda: x * y})
+        run = session.run(session.plan([bench], "cpu", True), device="cpu")
+        assert "of fused_dino torch: kitchen" in show.report(run, 1)
+
+    def test_evidence_tells_where_it_was_made_and_no_secret(self, tmp_path):
+        import getpass
+        import platform
+
+        path = tmp_path / "run.json"
+        session.run(session.plan([tiny()], "cpu", True), device="cpu", path=path)
+        text = path.read_text()
+        assert evidence.load(path).device["threads"] == torch.get_num_threads()
+        assert evidence.load(path).versions["torch"] == torch.__version__
+        assert not re.search(r"\"/|: \"[^\"]*/(home|root|work|tmp|usr)/", text)
+        assert f'"{platform.node()}' not in text
+        assert f"/{getpass.getuser()}/" not in text
+
+    def test_a_file_that_is_no_evidence_is_refused(self, tmp_path):
+        for content in ("", "[]", "{}", '{"schema": 99}', '{"schema": 1, "records": []}'):
+            (tmp_path / "x.json").write_text(content)
+            with pytest.raises(ValueError, match=r"x\.json is no results file"):
+                evidence.load(tmp_path / "x.json")
+
+
+class FakeBenchmark:
+    """What a test sees of pytest-benchmark: rounds, timed by a clock of its own."""
+
+    def __init__(self, clock):
+        self.clock, self.extra_info, self.seconds = clock, {}, []
+
+    def pedantic(self, target, rounds):
+        for _ in range(rounds):
+            start = self.clock()
+            target()
+            self.seconds.append(self.clock() - start)
+
+
+@pytest.mark.usefixtures("uncompiled")
+class TestReplay:
+    """pytest-benchmark is shown the rounds that were recorded, in their order, and nothing else."""
+
+    @pytest.fixture(autouse=True)
+    def no_records(self, monkeypatch):
+        monkeypatch.setattr(conftest, "RECORDS", {})
+
+    def replay(self, case, name):
+        clock = conftest.Replay()
+        benchmark = FakeBenchmark(clock)
+        conftest.replayer(case, name, clock, "cpu", True)(benchmark)
+        return benchmark.seconds
+
+    def test_the_rounds_are_those_of_the_record(self):
+        case = session.Case(tiny(), TINY, BACKWARD)
+        shown = {name: self.replay(case, name) for name in conftest.names(case, "cpu")}
+        (record,) = conftest.RECORDS.values()
+        assert list(shown) == ["eager", "torch.compile", "fused_dino torch"]
+        for timing in record.timings:
+            assert shown[timing.name] == pytest.approx([x["wall"] for x in timing.rounds])
+
+    def test_a_wrong_peer_is_skipped_and_ours_fails(self):
+        def wrong(x, y):
+            return x.sum()
+
+        bench = replace(tiny(peers={"peer": lambda row: wrong}), ours=lambda row, backend: wrong)
+        case = session.Case(bench, TINY, FORWARD)
+        with pytest.raises(pytest.skip.Exception, match="wrong"):
+            self.replay(case, "peer")
+        with pytest.raises(pytest.fail.Exception, match="wrong"):
+            self.replay(case, "fused_dino torch")
+
+
+class TestShapes:
+    @pytest.mark.parametrize("rows", [ROWS, IMAGES, BATCHES, STEPS])
+    def test_each_has_a_reason_and_differs_from_the_others(self, rows):
+        assert all(row.reason for row in rows)
+        for device in ("cpu", "cuda"):
+            names = [(str(row), row.precision) for row in rows if device in row.on]
+            assert len(set(names)) == len(names) > 0
+
+    @pytest.mark.parametrize("bench", harness.benches().values(), ids=lambda bench: bench.op)
+    def test_inputs_are_those_of_the_row_repeatable_and_never_zero(self, bench):
+        row = next(row for row in bench.rows if row.on != ("cuda",))
+        inputs, again = (harness.draw(bench, row, "cpu") for _ in range(2))
+        for x, y in zip(inputs, again, strict=True):
+            assert torch.equal(x, y)
+            assert x.dtype == getattr(torch, row.dtype)
+            assert x.count_nonzero() > 0.9 * x.numel()
+
+    def test_layouts(self):
+        generator = torch.Generator().manual_seed(0)
+        transposed = harness.normal((4, 6), Row((4, 6), "", options={"layout": "transposed"}), generator)
+        assert transposed.shape == (4, 6)
+        assert transposed.stride() == (1, 4)
+        last = harness.normal((2, 3, 4, 4), Row((2, 3, 4, 4), "", options={"layout": "channels_last"}), generator)
+        assert last.is_contiguous(memory_format=torch.channels_last)
+
+    def test_each_op_in_the_quick_selection_has_a_row_for_every_device(self):
+        for rows in (ROWS, IMAGES, BATCHES):
+            assert {kind for row in rows if row.quick for kind in row.on} == {"cpu", "cuda"}
+
+
+def test_cosine_end_to_end_on_a_tiny_row(tmp_path, monkeypatch, capsys):
+    """Compilation included: every provider of the real declaration is right, timed and printed."""
+    monkeypatch.setattr(roofs, "CPU_COPY", 2**16)
+    monkeypatch.setattr(roofs, "CPU_SIDE", 32)
+    cosine = harness.benches()["cosine_loss"]
+    cosine = replace(cosine, rows=(TINY,))
+    monkeypatch.setattr(harness, "benches", lambda: {"cosine_loss": cosine})
+    assert command.bench(op="cosine_loss", quick=True, json=tmp_path / "x.json", self_check=True) == 0
+    out = capsys.readouterr().out
+    (record,) = evidence.load(tmp_path / "x.json").records
+    assert [t.why for t in record.timings] == [None] * len(record.timings), out
+    assert {t.role for t in record.timings} == {"eager", "again", "compile", "ours"}
+    assert "cosine_loss: " in out

@@ -1,0 +1,73 @@
+"""What only a GPU can show: CUDA graphs, streams and devices. Collected where there is one, and tried on every op."""
+
+import pytest
+import torch
+
+from proving import IMPLEMENTATIONS, OPS, results
+
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+each_backend = pytest.mark.parametrize("backend", [x for x in IMPLEMENTATIONS if x != "reference"])
+SHAPE = (300, 1000)  # rows, width
+if torch.cuda.device_count() > 1:
+
+    @each_op
+    def test_a_device_that_is_not_the_current_one(op):
+        here, there = op.draw(op.shape(*SHAPE)), tuple(x.to("cuda:1") for x in op.draw(op.shape(*SHAPE)))
+        assert torch.cuda.current_device() == 0
+        for want, got in zip(results(op, here, "triton"), results(op, there, "triton"), strict=True):
+            assert got.device == torch.device("cuda:1")
+            assert torch.equal(got.cpu(), want.cpu())
+        assert torch.cuda.current_device() == 0
+
+
+@each_op
+@each_backend
+def test_capture_in_a_cuda_graph(op, backend):
+    """A replay computes anew from what its inputs hold by then: the op neither reads a value on the host nor caches."""
+    inputs = op.draw(op.shape(*SHAPE))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results(op, inputs, backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = results(op, inputs, backend)
+    for seed in (1, 2):
+        for x, new in zip(inputs, op.draw(op.shape(*SHAPE), seed=seed), strict=True):
+            x.copy_(new)
+        for x in captured:
+            x.fill_(float("nan"))
+        graph.replay()
+        for got, want in zip(captured, results(op, inputs, backend), strict=True):
+            assert torch.equal(got, want)
+
+
+@each_op
+@each_backend
+def test_a_stream_of_its_own(op, backend):
+    """Inputs that are still being written on a second stream: the op must wait for them there, and nowhere else."""
+    want = results(op, op.draw(op.shape(*SHAPE)), backend)
+    late = tuple(torch.full_like(x, float("nan")) for x in op.draw(op.shape(*SHAPE)))
+    values = op.draw(op.shape(*SHAPE))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # cycles: some ten milliseconds
+        for x, value in zip(late, values, strict=True):
+            x.copy_(value)
+        got = results(op, late, backend)
+    stream.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_op
+def test_nothing_waits_for_the_gpu(op):
+    inputs = op.draw(op.shape(*SHAPE))
+    results(op, inputs, "triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(op, inputs, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
