@@ -48,7 +48,9 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Every rank's x [n, ...] one after the other: [world_size * n, ...], without a gradient."""
     from torch.distributed import _functional_collectives as funcol
 
-    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, group))
+    # Newer torch calls it all_gather_single, and warns of the name that torch 2.11 knows.
+    gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+    return funcol.wait_tensor(gather(x.contiguous(), 0, group))
 
 
 def all_counts(count: int, device: torch.device, group: ProcessGroup) -> list[int]:

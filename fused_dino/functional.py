@@ -231,14 +231,16 @@ def vicreg_loss(
 
     student, teacher: y and g, [N, D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you
         like. One row is finite (its deviations are 0) and warns; no rows are NaN.
-    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The term of
-        a number 0 is not computed, and is 0.
+    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The number
+        0 leaves its term out: it is not computed, and reported as 0.
     cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
     unbiased: the variance divides by N - 1, as VICReg was published, instead of N. (The covariance always does.)
     route: how the covariance is computed, by the [N, N] or the [D, D] product; auto takes the smaller. The same
-        function; the reference always takes the [D, D] one.
+        function; the reference always takes the [D, D] one. By rows a difference is taken, which loses digits where one
+        column deviates 100 times as much as the others and more: "covariance" is as accurate as eager there.
     group: None: the rows of this process; a ProcessGroup: the rows of all its ranks, which may bring different numbers
-        of rows. Every rank gets the same loss, and a gradient that DDP's mean over the ranks makes the full batch's.
+        of rows. Every rank gets the same loss, and a gradient that DDP's mean over the ranks makes the full batch's;
+        each does its share. Ranks exchange their counts on the host first, unless route is "covariance".
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
     Returns VICRegOutput(loss, invariance, variance, covariance) in float32, float64 if an input is. Raises ValueError

@@ -63,6 +63,18 @@ class MSELoss(Loss):
         return self.compute(student, teacher, weight=weight)
 
 
+# The definitions in use, as options of vicreg_loss. Published VICReg has a variance and a covariance of both branches;
+# with the second one frozen its gradient is that of the student's terms alone, under these weights: the mean of two
+# variances leaves each half its weight, of which solo-learn takes the sum.
+PUBLISHED = {"inv_weight": 25.0, "cov_weight": 1.0, "gamma": 1.0, "eps": 1e-4, "cov_reduction": "sum_over_d"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "recipe": {},  # the defaults
+    "vicreg": {**PUBLISHED, "var_weight": 12.5, "unbiased": True},
+    "lightly": {**PUBLISHED, "var_weight": 12.5, "unbiased": True},
+    "solo": {**PUBLISHED, "var_weight": 25.0, "unbiased": True},
+}
+
+
 class VICRegLoss(Loss):
     """`functional.vicreg_loss`: student, teacher [N, D] -> VICRegOutput(loss, invariance, variance, covariance).
 
@@ -79,6 +91,21 @@ class VICRegLoss(Loss):
         if isinstance(group, str) and group != "auto":
             raise ValueError(f"group is {group!r}; use 'auto', None or a ProcessGroup")
         self.group = group
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> VICRegLoss:
+        """The loss with the constants of a definition in use; options override them.
+
+        name: "recipe" (the defaults), "vicreg" (facebookresearch/vicreg, main_vicreg.py), "lightly" (lightly's
+            VICRegLoss, the same), or "solo" (solo-learn, losses/vicreg.py, whose variance weighs twice as much).
+
+        Those three regularise both branches. Here the teacher is frozen: the student's gradient is theirs, and the loss
+        is theirs less the teacher's own variance and covariance, which are constants. (lightly takes the statistics of
+        each rank alone unless told otherwise: group=None does.) Raises ValueError for other names.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"name is {name!r}; use one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **options})
 
     def forward(self, student: Tensor, teacher: Tensor) -> VICRegOutput:
         return self.compute(student, teacher, group=default_group() if self.group == "auto" else self.group)

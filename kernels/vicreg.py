@@ -87,7 +87,7 @@ def vicreg_merge_kernel(
 
 @triton.jit
 def means_are_large(student, shift, squares, rows, width, GRAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether taking the means off after the product cancels: of all columns by rows, of any one by columns."""
+    """Whether taking the means off after the product cancels: by rows those of all columns, by columns any one."""
     excess = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -330,7 +330,6 @@ def vicreg_bwd_kernel(
                 grad = tl.dot(p, y.to(OPERAND), grad, input_precision=PRECISION, out_dtype=ACC)
             if RAW:
                 grad -= along[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
-            coefficient -= outer * tl.load(squares + column, mask=inside, other=0) / tl.cast(spare, ACC)
         else:
             beside = tl.zeros((TILE,), ACC)  # <mean, the product's columns>
             for start in range(0, width, BLOCK_K):
@@ -347,7 +346,11 @@ def vicreg_bwd_kernel(
                 grad = tl.dot(y.to(OPERAND), p, grad, input_precision=PRECISION, out_dtype=ACC)
             if RAW:
                 grad -= beside[None, :]
-        grad *= outer
+        square = tl.load(squares + column, mask=inside, other=1)
+        if GRAM:
+            coefficient -= outer * square / tl.cast(spare, ACC)
+        # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
+        grad = tl.where((square == 0)[None, :], 0, grad * outer)
     if grad_variance is not None:
         sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
         pull = tl.load(grad_variance).to(ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))

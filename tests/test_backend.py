@@ -21,6 +21,15 @@ def test_every_op_is_listed():
     assert set(CALLS) == {name.partition("(")[0] for name in registry.FLOORS}
 
 
+GROUP = "vicreg_loss(group)"  # VICReg over the rows of a process group
+
+
+def test_a_group_runs_on_torch_everywhere():
+    """test_distributed.py has a group, and calls it."""
+    assert fused_dino.explain_backend(GROUP, X).startswith("torch: ")
+    assert fused_dino.explain_backend(GROUP, X, backend="triton").startswith(f"none: {GROUP} has no Triton kernel yet")
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_what_runs_on_a_cpu_without_a_choice(op, monkeypatch):
     monkeypatch.delenv(registry.VARIABLE, raising=False)

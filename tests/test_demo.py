@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -371,3 +373,21 @@ def test_a_long_album_is_shown_in_part(demo: Callable[..., dict], folder: Path, 
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert page.count("<article") == report.SHOWN
     assert f"The first {report.SHOWN} of {report.SHOWN + 3}" in page
+
+
+def test_two_processes_learn_as_one(tmp_path: Path) -> None:
+    """torchrun's two ranks share each batch: VICReg's statistics are the whole batch's, and one of them reports."""
+    root = Path(__file__).parent.parent
+    demo = ["-m", "fused_dino", "demo", "--loss", "vicreg", "--steps", "3", "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    runs = {"one": demo, "two": [*torchrun, *demo]}
+    losses = {}
+    for name, command in runs.items():
+        done = subprocess.run(
+            [sys.executable, *command, str(tmp_path / name)], cwd=root, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Report: ") == 1
+        losses[name] = json.loads((tmp_path / name / "metrics.json").read_text())["losses"]
+    # Sums over the ranks are taken in another order, in float32.
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)

@@ -1,5 +1,8 @@
 """VICReg over real gloo processes against one process that holds all the rows, in float64."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,16 +10,19 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+import costs
 from conftest import TinyTeacher
-from fused_dino import DinoSupervision, VICRegLoss
+from fused_dino import DinoSupervision, VICRegLoss, distributed
 from fused_dino import functional as FD
+from fused_dino.ops import vicreg_ranks
+from fused_dino.ops.vicreg_plan import make_plan
 
-OPTIONS = [{}, {"cov_reduction": "sum_over_d", "unbiased": True}]
+OPTIONS = [{}, {"cov_reduction": "sum_over_d", "unbiased": True}, {"cov_weight": 0.0}, {"inv_weight": 0.0}]
 
 
-def rows(count, seed):
+def rows(count, seed, width=5):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(count, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    return (torch.randn(count, width, generator=generator, dtype=torch.float64) for _ in range(2))
 
 
 def parts(world):
@@ -34,6 +40,7 @@ def enter(rank, check, world, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         check(rank, world)
+        dist.barrier()  # who leaves while another is still receiving takes it down
     finally:
         dist.destroy_process_group()
 
@@ -41,17 +48,96 @@ def enter(rank, check, world, store):
 def functional_is_one_process(rank, world):
     part = parts(world)[rank]
     total = parts(world)[-1].stop
-    for options in OPTIONS:
-        y, g = (x.requires_grad_() for x in rows(total, 0))
-        whole = FD.vicreg_loss(y, g, **options)
+    # 5 columns are summed by columns, 40 by rows, unless told otherwise.
+    for width, route, options in itertools.product((5, 40), ("auto", "gram", "covariance"), OPTIONS):
+        y, g = (x.requires_grad_() for x in rows(total, 0, width))
+        whole = FD.vicreg_loss(y, g, **options, backend="reference")
         whole.loss.backward()
-        mine = y.detach()[part].requires_grad_(), g.detach()[part].requires_grad_()
-        out = FD.vicreg_loss(*mine, group=dist.group.WORLD, **options)
-        assert_close(tuple(out), tuple(whole), rtol=1e-12, atol=1e-14)
-        out.loss.backward()
-        # Each rank's gradient is world times its share: the mean over ranks gives the full batch's.
-        assert_close(mine[0].grad / world, y.grad[part], rtol=1e-10, atol=1e-13)
-        assert_close(mine[1].grad / world, g.grad[part], rtol=1e-10, atol=1e-13)
+        for backend in ("reference", "torch"):
+            mine = y.detach()[part].requires_grad_(), g.detach()[part].requires_grad_()
+            out = FD.vicreg_loss(*mine, group=dist.group.WORLD, **options, route=route, backend=backend)
+            assert_close(tuple(out), tuple(whole), rtol=1e-12, atol=1e-14)
+            out.loss.backward()
+            # Each rank's gradient is world times its share: the mean over ranks gives the full batch's.
+            assert_close(mine[0].grad / world, y.grad[part], rtol=1e-12, atol=1e-14)
+            assert_close(mine[1].grad / world, g.grad[part], rtol=1e-12, atol=1e-14)
+
+
+def large_means_do_not_cancel(rank, world):
+    """In float32, a mean 1e3 times the deviation: each rank against float64 over the rows as they were rounded."""
+    for width, route in ((12, "covariance"), (40, "gram")):
+        y, g = ((x + 1e3).float() for x in rows(8 * world, 4, width))
+        part = slice(8 * rank, 8 * rank + 8)
+        mine = y[part].requires_grad_()
+        options = {"inv_weight": 0.0, "cov_weight": 10.0}
+        out = FD.vicreg_loss(mine, g[part], group=dist.group.WORLD, route=route, **options)
+        wide = y.detach().double().requires_grad_()
+        true = FD.vicreg_loss(wide, g.double(), backend="reference", **options)
+        assert_close(out.loss.double(), true.loss, rtol=1e-6, atol=0)
+        ours, exact = torch.autograd.grad(out.loss, mine)[0], torch.autograd.grad(true.loss, wide)[0][part]
+        assert (ours.double() / world - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def costs_are_those_calculated(rank, world):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    received = []
+    count_reduce, count_gather = distributed.all_reduce, distributed.all_gather
+
+    def all_reduce(x, group):
+        received.append(costs.summed(x.numel(), world, x.element_size()))
+        return count_reduce(x, group)
+
+    def all_gather(x, group):
+        received.append(costs.gathered(x.numel(), world, x.element_size()))
+        return count_gather(x, group)
+
+    vicreg_ranks.all_reduce = all_reduce
+    distributed.all_gather = all_gather
+    for width, expected in ((8, costs.by_columns), (40, costs.by_rows)):
+        y, g = (x.float() for x in rows(6, rank, width))
+        route, calculated = costs.ours(6, width, world, 4)
+        assert calculated == expected(6, width, world, 4), route
+        received.clear()
+        plan = make_plan(
+            6, width, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
+            unbiased=False, route="auto",
+        )  # fmt: skip
+        with FlopCounterMode(display=False) as counter:
+            vicreg_ranks.vicreg_ranks_torch(y, g, dist.group.WORLD.group_name, "auto", *plan)
+        assert sum(received) == pytest.approx(calculated.received)
+        assert counter.get_total_flops() == calculated.operations
+
+
+def no_counts_are_exchanged_by_columns(rank, world):
+    def refuse(*args):
+        raise AssertionError("the host must not wait")
+
+    vicreg_ranks.all_counts = refuse
+    y, g = rows(3, rank)
+    FD.vicreg_loss(y, g, group=dist.group.WORLD, route="covariance")
+    with pytest.raises(AssertionError, match="must not wait"):
+        FD.vicreg_loss(y, g, group=dist.group.WORLD)
+
+
+def what_is_not_there_is_refused(rank, world):
+    y, g = rows(3, rank)
+    y.requires_grad_()
+    loss = FD.vicreg_loss(y, g, group=dist.group.WORLD).loss
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(loss, y, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no Triton kernel yet"):
+        FD.vicreg_loss(y, g, group=dist.group.WORLD, backend="triton")
+
+
+def in_order(*checks):
+    """Several checks of one set of processes, which take longer to start than a check takes."""
+    return functools.partial(run_all, checks)
+
+
+def run_all(checks, rank, world):
+    for check in checks:
+        check(rank, world)
 
 
 def a_group_of_some_ranks(rank, world):
@@ -85,14 +171,16 @@ def data_parallel_is_the_full_batch(rank, world):
 
 
 def compiles(rank, world):
-    y, g = rows(8, 3)
-    part = slice(4 * rank, 4 * rank + 4)
-    mine = y[part].requires_grad_()
-    loss = VICRegLoss()
-    compiled = torch.compile(lambda y, g: loss(y, g).loss, fullgraph=True, backend="aot_eager")
-    ours, plain = compiled(mine, g[part]), loss(mine, g[part]).loss
-    assert_close(ours, plain, rtol=1e-12, atol=0)
-    assert_close(torch.autograd.grad(ours, mine), torch.autograd.grad(plain, mine), rtol=1e-10, atol=1e-13)
+    for width, route in ((5, "auto"), (40, "auto"), (5, "covariance")):
+        y, g = rows(8, 3, width)
+        part = slice(4 * rank, 4 * rank + 4)
+        mine = y[part].requires_grad_()
+        loss = VICRegLoss(route=route)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda y, g, loss=loss: loss(y, g).loss, fullgraph=True, backend="aot_eager")
+        ours, plain = compiled(mine, g[part]), loss(mine, g[part]).loss
+        assert_close(ours, plain, rtol=1e-12, atol=0)
+        assert_close(torch.autograd.grad(ours, mine), torch.autograd.grad(plain, mine), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -110,3 +198,17 @@ def test_data_parallel_training_is_the_full_batch(tmp_path):
 
 def test_compiled(tmp_path):
     spawn(compiles, 2, tmp_path)
+
+
+def test_what_a_rank_pays_and_when_the_host_waits(tmp_path):
+    checks = (
+        large_means_do_not_cancel,
+        what_is_not_there_is_refused,
+        costs_are_those_calculated,
+        no_counts_are_exchanged_by_columns,
+    )
+    spawn(in_order(*checks), 3, tmp_path)
+
+
+def test_the_page_of_costs_is_the_calculation():
+    assert costs.PAGE.read_text() == costs.page(), "write it anew: python tests/costs.py"

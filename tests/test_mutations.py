@@ -103,6 +103,46 @@ MUTATIONS = {
         "first = tl.floor((i + 0.5 - support(scale, CUBIC, ANTIALIAS)) * inverse - 0.5625).to(tl.int32) + 2",
         "test_ops.py::test_is_as_accurate_as_eager -k preprocess",
     ),
+    "vicreg: a tile counted once": (
+        "tl.where(i == j, square, 2 * square)",
+        "square",
+        "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
+    ),
+    "vicreg: a mirror image": (
+        "tl.trans(value), mask=tl.trans(live) & (i != j)",
+        "tl.trans(value), mask=tl.trans(live) & (i == j)",
+        "test_kernels.py::test_every_element_is_written",
+    ),
+    "vicreg: a split left out": (
+        "for split in range(splits):\n        at = (",
+        "for split in range(1, splits):\n        at = (",
+        "test_ops.py::test_is_as_accurate_as_eager -k 20x1100",
+    ),
+    "vicreg: a merge without its step": (
+        "square += tl.load(squares + at, mask=inside, other=0) + step * (step * (before * here / (before + here)))",
+        "square += tl.load(squares + at, mask=inside, other=0)",
+        "test_ops.py::test_is_as_accurate_as_eager -k 1100x20",
+    ),
+    "vicreg: means that come off after the product whatever they are": (
+        "return tl.sum(excess, 0) > 0",
+        "return tl.sum(excess, 0) > 1e30",
+        "test_vicreg.py::test_numbers_hold_where_little_is_left",
+    ),
+    "vicreg: a mean without the first row taken off": (
+        "return tl.where(live, y - pivot - tl.load(shift + column, mask=live, other=0), 0)",
+        "return tl.where(live, y - (pivot + tl.load(shift + column, mask=live, other=0)), 0)",
+        "test_vicreg.py::test_numbers_hold_where_little_is_left -k float32",
+    ),
+    "vicreg: a hinge at the wrong deviation": (
+        "coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma",
+        "coefficient -= pull / sigma",
+        "test_ops.py::test_is_as_accurate_as_eager -k vicreg",
+    ),
+    "vicreg: a product past its rows": (
+        "live_y = (k < rows)[:, None] & inside[None, :]",
+        "live_y = (k < rows + 1)[:, None] & inside[None, :]",
+        "test_kernels.py::test_nothing_out_of_bounds_is_touched -k vicreg",
+    ),
 }
 
 

@@ -5,10 +5,20 @@ import warnings
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import fused_dino
 import recipe
 from fused_dino import VICRegLoss
 from fused_dino import functional as FD
+from proving import DTYPES, IMPLEMENTATIONS, VICREG, check_accuracy
+
+
+@pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
+def backend(request):
+    with fused_dino.use_backend(request.param):
+        yield request.param
 
 
 def rows(*shape, dtype=torch.float64, seed=0):
@@ -27,6 +37,8 @@ def test_is_the_recipe(shape, options):
     y, g = pair(*shape)
     names = {"inv_weight": "inv_w", "var_weight": "var_w", "cov_weight": "cov_w"}
     expected, terms = recipe.vicreg(y, g, **{names.get(k, k): v for k, v in options.items()})
+    left_out = [options.get(name) == 0 for name in ("inv_weight", "var_weight", "cov_weight")]
+    terms = [torch.zeros_like(x) if out else x for x, out in zip(terms, left_out, strict=True)]
     out = FD.vicreg_loss(y, g, **options)
     if options.get("var_weight") == 0:
         terms = (terms[0], torch.zeros_like(terms[1]), terms[2])  # not computed
@@ -63,6 +75,34 @@ def test_gradients_of_both_inputs(shape, options):
     y, g = (x.requires_grad_() for x in pair(*shape))
     assert torch.autograd.gradcheck(lambda y, g: FD.vicreg_loss(y, g, **options).loss, (y, g))
     assert torch.autograd.gradgradcheck(lambda y, g: FD.vicreg_loss(y, g, **options).loss, (y, g))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+@pytest.mark.parametrize("name", ["a large mean", "constant columns", "exact collapse"])
+def test_numbers_hold_where_little_is_left(name, shape, dtype, backend):
+    """Without the invariance, behind whose size an error could hide; the unit of errors knows deviations alone."""
+    y, g = pair(*shape)
+    y = {
+        "a large mean": y + 1000,
+        "constant columns": torch.where(torch.arange(shape[1]) % 3 == 0, 0.1, y),
+        "exact collapse": (y[:1] + 100).expand(shape),
+    }[name]
+    check_accuracy(VICREG, (y.to(dtype), g.to(dtype)), backend, inv_weight=0.0, cov_weight=10.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("factor", [10, 100])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 256), (255, 256)])
+def test_a_dominating_column(shape, factor, dtype, backend):
+    """By rows the covariance is a difference, which it makes small; by columns it is as accurate as eager."""
+    y, g = pair(*shape)
+    y[:, 3] *= factor
+    inputs = y.to(dtype), g.to(dtype)
+    loss = FD.vicreg_loss(*inputs, route="gram").loss
+    true = FD.vicreg_loss(*(x.double() for x in inputs), backend="reference").loss
+    assert_close(loss.double(), true, rtol=1e-3, atol=0)
+    check_accuracy(VICREG, inputs, backend, route="covariance")
 
 
 def test_only_the_loss_carries_a_gradient():
@@ -162,6 +202,32 @@ def test_layouts_give_the_same_numbers():
     assert_close(FD.vicreg_loss(wide[:, 1::2], g).loss, expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
+def test_nothing_is_larger_than_the_student(shape, backend, monkeypatch):
+    """By rows nothing [D, D] is allocated, neither in the forward nor in the backward."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    made = torch.Tensor.new_empty
+
+    def new_empty(self, *size, **options):  # of launchers, which the dispatcher's modes do not see into
+        out = made(self, *size, **options)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    y, g = pair(*shape)
+    with Watch():
+        torch.autograd.grad(FD.vicreg_loss(y.requires_grad_(), g).loss, y)
+    too_large = max(sizes) > y.numel()
+    assert too_large == (backend == "reference" and shape[0] < shape[1])
+
+
 def test_vmap_and_compile():
     y, g = pair(3, 6, 4)
     expected = torch.stack([FD.vicreg_loss(a, b).loss for a, b in zip(y, g, strict=True)])
@@ -172,6 +238,64 @@ def test_vmap_and_compile():
     out, expected = compiled(y, g), FD.vicreg_loss(y, g)
     assert_close(tuple(out), tuple(expected), rtol=1e-12, atol=0)
     assert_close(torch.autograd.grad(out.loss, y), torch.autograd.grad(expected.loss, y), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("unwanted", ["inv_weight", "var_weight", "cov_weight"])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_a_weight_of_zero_leaves_its_term_out(unwanted, shape):
+    """Not even a NaN that only it would meet comes through; as a tensor's value it is not looked at."""
+    y, g = pair(*shape)
+    terms = dict(zip(("inv_weight", "var_weight", "cov_weight"), ("invariance", "variance", "covariance"), strict=True))
+    full, out = FD.vicreg_loss(y, g), FD.vicreg_loss(y, g, **{unwanted: 0})
+    for weight, term in terms.items():
+        assert_close(getattr(out, term), getattr(full, term) * (weight != unwanted), rtol=0, atol=0)
+    kept = FD.vicreg_loss(y, g, **{unwanted: torch.tensor(0.0)})
+    assert_close(kept.loss, out.loss, rtol=1e-12, atol=0)
+    assert getattr(kept, terms[unwanted]) > 0
+    if unwanted == "inv_weight":
+        assert FD.vicreg_loss(y, g * float("nan"), inv_weight=0).loss.isfinite()
+    nothing = FD.vicreg_loss(y.requires_grad_(), g, inv_weight=0, var_weight=0, cov_weight=0)
+    assert nothing.loss == 0
+    assert torch.equal(torch.autograd.grad(nothing.loss, y)[0], torch.zeros_like(y))
+
+
+def two_sided(y, g, halve):
+    """The loss of facebookresearch/vicreg, main_vicreg.py (halve), and of solo-learn, losses/vicreg.py (not)."""
+
+    def variance(x):
+        return torch.relu(1 - (x.var(0) + 1e-4).sqrt()).mean()
+
+    def covariance(x):
+        c = torch.cov(x.T)
+        return (c - c.diag().diag()).square().sum() / x.shape[1]
+
+    var_loss = (variance(y) + variance(g)) * (0.5 if halve else 1)
+    return 25 * torch.nn.functional.mse_loss(y, g) + 25 * var_loss + covariance(y) + covariance(g)
+
+
+@pytest.mark.parametrize("shape", [(16, 6), (6, 16)])
+@pytest.mark.parametrize("name", ["recipe", "vicreg", "lightly", "solo"])
+def test_presets(name, shape):
+    """The published gradient of the student, and the published loss less the frozen teacher's own two terms."""
+    y, g = (0.5 * x for x in pair(*shape))
+    y.requires_grad_()
+    if name == "lightly":
+        published = pytest.importorskip("lightly.loss.vicreg_loss").VICRegLoss()(y, g)
+    else:
+        published = recipe.vicreg(y, g)[0] if name == "recipe" else two_sided(y, g, halve=name == "vicreg")
+    loss = VICRegLoss.preset(name)(y, g).loss
+    ours, theirs = (torch.autograd.grad(x, y)[0] for x in (loss, published))
+    assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+    if name != "recipe":
+        own = VICRegLoss.preset(name, inv_weight=0)(g, g).loss
+        assert_close(loss + own, published, rtol=1e-12, atol=0)
+
+
+def test_presets_are_overridden_and_their_names_checked():
+    assert VICRegLoss.preset("solo", gamma=2.0).options["gamma"] == 2.0
+    assert VICRegLoss.preset("solo", group=None).group is None
+    with pytest.raises(ValueError, match="^name is 'vic'; use one of recipe, vicreg, lightly, solo"):
+        VICRegLoss.preset("vic")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ and with g_i, g_v, g_c the gradients of the three terms, the gradient of the stu
 
     (4 g_c / (D n)) Z - g_v [sigma_j < gamma] xc / (d m sigma_j) + (2 g_i / (N d)) (y - g)
 
-The gradient of the centring vanishes, since the columns of xc sum to 0. The difference of the route by rows cancels
-where single columns dominate: the columns' route, which leaves the diagonal out, has eager's accuracy there.
+The gradient of the centring vanishes, since the columns of xc sum to 0. By rows the difference cancels where single
+columns dominate; the route by columns, which leaves the diagonal out, has eager's accuracy there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def terms_by_formula(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
 
 
 class VICRegFunction(torch.autograd.Function):
-    """(student [N, D], teacher [N, D], plan, backend) -> (invariance, variance, covariance), then what it saves."""
+    """(student [N, D], teacher [N, D], plan, backend) -> the three terms [], then what it saves."""
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, plan: Plan, backend: str) -> tuple[Tensor, ...]:
@@ -57,18 +57,19 @@ class VICRegFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        student, teacher, means, squares, product = ctx.saved_tensors  # means: taken off the rows already, or not yet
-        grads, wanted = grads[:3], ctx.needs_input_grad[:2]
-        given = [x for x in grads if x is not None]
+        student, teacher, beside, squares, product = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        outer = grads[0], grads[1], grads[2]
+        given = [x for x in outer if x is not None]
         if not given:
             return None, None, None, None
         if torch.is_grad_enabled() or any(map(is_batched, given)):  # create_graph=True, or under vmap
-            terms, vjp, *_ = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)
-            made = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, terms, strict=True)))
+            terms, vjp = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)[:2]
+            made: tuple = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(outer, terms, strict=True)))
         elif ctx.backend == "triton":
-            made = vicreg_bwd(student, teacher, means, squares, product, *grads, *wanted, *ctx.plan)
+            made = vicreg_bwd(student, teacher, beside, squares, product, *outer, *wanted, *ctx.plan)
         else:
-            made = vicreg_bwd_torch(student, teacher, means, squares, product, grads, ctx.plan, *wanted)
+            made = vicreg_bwd_torch(student, teacher, beside, squares, product, *outer, *wanted, ctx.plan)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
         return for_student, for_teacher, None, None  # student, teacher, plan, backend
 

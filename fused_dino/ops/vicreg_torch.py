@@ -11,12 +11,12 @@ from ..reference.dtypes import wide, without_autocast
 from .vicreg_plan import Plan
 
 CPU_ELEMENTS = 2**19  # of a block of rows: what one pass makes of them is still in a core's cache for the next
-CPU_PANEL = 512  # rows of a symmetric product that are computed at a time, from the diagonal on
+CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
     """Blocks of rows; all at once where a compiler fuses, and where a launch costs more than memory."""
-    step = max(1, CPU_ELEMENTS // x.shape[1])
+    step = max(1, CPU_ELEMENTS // max(1, x.shape[1]))
     if torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) <= step:
         yield slice(None)
         return
@@ -60,8 +60,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         if plan.invariance:
             error = zero.clone()
             for rows in blocks(student):
-                difference = (student[rows].to(dtype) - teacher[rows]).flatten()
-                error += difference @ difference
+                error += (student[rows].to(dtype) - teacher[rows]).square_().sum()
             invariance = error / (n * d)
         if not (plan.variance or plan.covariance):
             return invariance, variance, covariance, student.new_empty(0, 0, dtype=dtype), zero.new_empty(0), product
@@ -69,17 +68,17 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         spare = max(n - 1, 1)
         if plan.covariance:
             product = symmetric_product(centred if plan.gram else centred.T).div_(spare)
-        if plan.covariance and not plan.gram:
-            squares = product.diagonal() * spare
-            product.diagonal().zero_()
-        else:
-            squares = zero.new_zeros(d)
-            for rows in blocks(centred):
-                squares += centred[rows].square().sum(0)
+            if not plan.gram:
+                product.diagonal().zero_()
+        squares = zero.new_zeros(d)
+        for rows in blocks(centred):
+            squares += centred[rows].square().sum(0)
         if plan.variance:
             variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
         if plan.covariance:
-            total = torch.linalg.vecdot(product, product).sum()
+            total = zero.clone()
+            for rows in blocks(product):
+                total += product[rows].square().sum()
             if plan.gram:
                 total = total - (squares / spare).square().sum()
             covariance = total / plan.divisor
@@ -92,11 +91,11 @@ def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
 
 def vicreg_bwd_torch(
     student: Tensor, teacher: Tensor, centred: Tensor, squares: Tensor, product: Tensor,
-    grads: tuple[Tensor | None, ...], plan: Plan, for_student: bool, for_teacher: bool,
+    grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
+    for_student: bool, for_teacher: bool, plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, d = student.shape
     dtype = wide(student, teacher)
-    grad_invariance, grad_variance, grad_covariance = grads
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
     spare = max(n - 1, 1)

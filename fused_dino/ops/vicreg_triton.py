@@ -26,7 +26,7 @@ def kind(student: Tensor, dtype: torch.dtype) -> str:
 
 
 def precision() -> str:
-    """Of float32 products: three passes of TF32, or the one that torch's setting allows; AMD has its own float32."""
+    """Of float32 products: three passes of TF32, or one where torch's own setting allows it; AMD multiplies float32."""
     if torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

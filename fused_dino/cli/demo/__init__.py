@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CommandError
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 EXTRA = ("rich", "matplotlib", "PIL", "jinja2")
 PATIENCE = 50.0  # seconds of training, where neither --steps nor --seconds says otherwise
@@ -18,6 +22,23 @@ def run(
     """-> the exit status: 0, or 130 when Ctrl-C ended the training."""
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise CommandError(f'the demo needs {", ".join(missing)}: pip install "fused_dino[demo]"')
+    from .ranks import joined
+
+    with joined() as ranks:
+        return learn_and_report(ranks, teacher, images, loss, steps, seconds, seed, out)
+
+
+def learn_and_report(
+    ranks: Ranks,
+    teacher: str,
+    images: Path | None,
+    loss: str,
+    steps: int | None,
+    seconds: float | None,
+    seed: int,
+    out: Path,
+) -> int:
+    """On every rank; the first alone prints and writes."""
     import torch
     from rich.console import Console
 
@@ -25,9 +46,15 @@ def run(
     from .show import learning, summary
     from .teacher import load_teacher
 
-    console = Console(highlight=False)
+    first = ranks.rank == 0
+    if ranks.world > learn.CROPS_PER_STEP:
+        raise CommandError(
+            f"a step has {learn.CROPS_PER_STEP} crops: give as many processes at most, not {ranks.world}"
+        )
+    console = Console(highlight=False, quiet=not first)
     photos = data.embedded() if images is None else data.from_folder(images)
-    report.prepare(out)
+    if first:
+        report.prepare(out)
     settings = learn.Settings(
         loss=loss,
         steps=steps or STEPS,
@@ -46,11 +73,13 @@ def run(
         soft_wrap=True,
     )
     with learning(console, settings.steps) as on_step:
-        course = learn.train(student, control, photos, settings, on_step)
+        course = learn.train(student, control, photos, settings, on_step, ranks)
     if len(course.losses) < settings.steps:
         cause = "Interrupted" if course.interrupted else f"The {settings.seconds:g} s for training were over"
         done = f"{len(course.losses)} of {settings.steps} steps"
         console.print(f"{cause} after {done}: this is what was learnt so far.", soft_wrap=True)
+    if not first:
+        return 130 if course.interrupted else 0
     with console.status("Testing, and writing the report"):
         story = report.Story(settings, frozen, photos, exam, course, before, exam.sit(student), exam.sit(control))
         report.write(story, out)

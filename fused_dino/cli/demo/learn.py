@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_dino import DinoSupervision, DINOv2Backbone
 
 from .data import Photo, bag_of_words, crop
+from .ranks import Ranks
 from .teacher import IMG_SIZE
 
 LOSSES = ("cosine", "mse", "vicreg")
@@ -55,12 +56,15 @@ class Student(nn.Module):
         self.to(self.device)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE)
 
-    def latent(self, captions: list[str]) -> Tensor:
-        return self.head(bag_of_words(captions, BUCKETS).to(self.device))
+    def words(self, captions: list[str]) -> Tensor:
+        return bag_of_words(captions, BUCKETS).to(self.device)
 
-    def learn(self, captions: list[str], features: dict[str, Tensor]) -> float:
-        """One step of AdamW -> the loss before it, without alpha and warm-up."""
-        losses = self.supervision.loss_dict(self.latent(captions), features=features)
+    def forward(self, words: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.supervision.loss_dict(self.head(words), features=features)
+
+    def learn(self, captions: list[str], features: dict[str, Tensor], parallel: nn.Module | None = None) -> float:
+        """One step of AdamW -> the loss before it, without alpha and warm-up. parallel: this student among ranks."""
+        losses = (parallel or self)(self.words(captions), features)
         self.optimizer.zero_grad()
         losses["loss_dino"].backward()
         self.optimizer.step()
@@ -69,7 +73,7 @@ class Student(nn.Module):
     @torch.no_grad()
     def read(self, captions: list[str]) -> Tensor:
         """Where the captions lie in the teacher's space -> [len(captions), D]."""
-        return self.supervision.projector(self.latent(captions))
+        return self.supervision.projector(self.head(self.words(captions)))
 
 
 @dataclass
@@ -83,23 +87,30 @@ class Course:
 
 
 def train(
-    student: Student, control: Student, photos: list[Photo], settings: Settings, on_step: Callable[[float], None]
+    student: Student,
+    control: Student,
+    photos: list[Photo],
+    settings: Settings,
+    on_step: Callable[[float], None],
+    ranks: Ranks | None = None,
 ) -> Course:
-    """Teaches both on the same crops; `control` reads with each crop a caption of just any photograph.
+    """Teaches both on the same crops, each rank on its share; `control` reads with each a caption of any photograph.
 
     Drawing those anew at every step makes its captions carry nothing about the crop, which is what chance means. A
     fixed exchange, in which no photograph kept its own captions, would teach it to avoid the right answer instead.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     course = Course()
+    ranks = ranks or Ranks()
+    parallel, parallel_control = ranks.parallel(student), ranks.parallel(control)
     start = time.perf_counter()
     try:
         for _ in range(settings.steps):
-            crops, captions, strangers = lesson(photos, generator)
+            crops, captions, strangers = map(ranks.share, lesson(photos, generator))
             features = student.supervision.encode(crops)
-            course.losses.append(student.learn(captions, features))
-            course.control_losses.append(control.learn(strangers, features))
-            course.seconds = time.perf_counter() - start
+            course.losses.append(ranks.mean(student.learn(captions, features, parallel)))
+            course.control_losses.append(ranks.mean(control.learn(strangers, features, parallel_control)))
+            course.seconds = ranks.mean(time.perf_counter() - start)  # so that all stop at the same step
             on_step(course.losses[-1])
             if settings.seconds is not None and course.seconds >= settings.seconds:
                 break

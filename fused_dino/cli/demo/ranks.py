@@ -1,0 +1,50 @@
+"""The demo on several processes, as torchrun starts them: all learn, each on its share of a batch, and one reports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks(NamedTuple):
+    """This process among all."""
+
+    rank: int = 0
+    world: int = 1
+
+    def share(self, items: Any) -> Any:
+        """Of a batch that all ranks drew alike."""
+        return items[self.rank :: self.world]
+
+    def mean(self, value: float) -> float:
+        """Over the ranks, which all have to ask."""
+        if self.world == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(total)
+        return total.item() / self.world
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        return module if self.world == 1 else DistributedDataParallel(module)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of torchrun's process group, or this process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # gloo for CPUs, NCCL beside it for GPUs
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
