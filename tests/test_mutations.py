@@ -36,7 +36,7 @@ MUTATIONS = {
     "cosine: a missing row": (
         "tl.store(loss + row, scale * distance)",
         "tl.store(loss + row, scale * distance, mask=row != 2)",
-        "test_kernels.py::test_every_element_is_written",
+        "test_kernels.py::test_every_element_is_written -k cosine",
     ),
     "cosine: a ticket that is not given back": (
         "tl.store(ticket, 0)",
@@ -111,7 +111,7 @@ MUTATIONS = {
     "vicreg: a mirror image": (
         "tl.trans(value), mask=tl.trans(live) & (i != j)",
         "tl.trans(value), mask=tl.trans(live) & (i == j)",
-        "test_kernels.py::test_every_element_is_written",
+        "test_kernels.py::test_every_element_is_written -k vicreg",
     ),
     "vicreg: a split left out": (
         "for split in range(splits):\n        at = (",
@@ -173,5 +173,5 @@ def test_a_broken_kernel_is_caught(name, tree):
 
 
 def test_the_kernel_as_it_is_passes_them(tree):
-    done = prove(tree, "test_kernels.py::test_every_element_is_written")
+    done = prove(tree, "test_kernels.py::test_every_element_is_written -k float32")
     assert done.returncode == 0, done.stdout + done.stderr

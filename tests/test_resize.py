@@ -119,11 +119,11 @@ def test_gradients(preprocess, interpolation, antialias):
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
 def test_properties(preprocess, interpolation, antialias):
     def run(x):
-        return preprocess(x, (10, 12), interpolation=interpolation, antialias=antialias)
+        return preprocess(x, (5, 7), interpolation=interpolation, antialias=antialias)
 
     constant = torch.tensor([-1.0, 0.25, 1.0], dtype=torch.float64, device=DEVICE).view(1, 3, 1, 1)
-    assert_close(run(constant.expand(1, 3, 21, 17)), run(constant.expand(1, 3, 10, 12)), rtol=1e-9, atol=1e-9)
-    x = pixels(3, 3, 21, 17)
+    assert_close(run(constant.expand(1, 3, 11, 9)), run(constant.expand(1, 3, 5, 7)), rtol=1e-9, atol=1e-9)
+    x = pixels(2, 3, 11, 9)
     assert_close(run(x.flip(3)).flip(3), run(x), rtol=1e-9, atol=1e-9)
     assert torch.equal(run(x.flip(0)).flip(0), run(x))
     changed = x.clone()
@@ -153,16 +153,16 @@ def test_nothing_gives_nothing_and_nan_stays(preprocess):
         assert out.isnan().sum() == 1
 
 
-sides = st.one_of(st.integers(1, 40), st.integers(1, 4), st.just(300))
+sides = st.integers(1, 14) if INTERPRETED else st.one_of(st.integers(1, 40), st.integers(1, 4), st.just(300))
 any_resize = settings(
-    deadline=None, max_examples=15 if INTERPRETED else 100, suppress_health_check=list(HealthCheck), derandomize=True
+    deadline=None, max_examples=12 if INTERPRETED else 100, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 
 @pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 @any_resize
 @given(
-    height=st.integers(1, 40),
+    height=st.integers(1, 14 if INTERPRETED else 40),
     width=sides,
     size=st.tuples(st.integers(1, 12), sides),
     mode=st.sampled_from(MODES),
@@ -207,7 +207,7 @@ def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialia
 @pytest.mark.parametrize("antialias", [False, True])
 def test_what_is_not_read_does_not_count(preprocess, antialias):
     """Beside one output's taps, and beside the stretch of a row that a kernel holds at a time, lie infinities."""
-    x = pixels(1, 3, 4, 1400, dtype=torch.float32)
+    x = pixels(1, 3, 4, 600 if antialias else 1400, dtype=torch.float32)
     given = x.clone()
     plain = x.clone().requires_grad_()
     (read,) = torch.autograd.grad(FD.preprocess(plain, (2, 3), antialias=antialias, backend="reference").sum(), plain)
@@ -243,7 +243,7 @@ def test_linear_ramps_stay_linear(preprocess):
 @pytest.mark.parametrize("patch_size", [None, 2])
 def test_bytes_in_every_mode_and_layout(preprocess, patch_size):
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randint(0, 256, (2, 3, 20, 31), dtype=torch.uint8, generator=generator).to(DEVICE)
+    raw = torch.randint(0, 256, (2, 3, 10, 15), dtype=torch.uint8, generator=generator).to(DEVICE)
     for (interpolation, antialias), dtype in itertools.product(MODES, (torch.float32, torch.bfloat16)):
         options = {"interpolation": interpolation, "antialias": antialias, "out_dtype": dtype, "clamp": True}
         expected = FD.preprocess(raw, (4, 6), **options, patch_size=patch_size, backend="reference")
