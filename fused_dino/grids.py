@@ -1,8 +1,8 @@
 """Tokens from one grid onto another, by two small matrices: averages of regions, and bilinear samples.
 
 `F.adaptive_avg_pool2d` and `F.interpolate` are the same functions, and on CUDA their backward adds with atomics, in an
-order that changes from run to run. A product of matrices has a fixed order. (A NaN or an infinity spreads over its whole
-image here, where a region without it would be spared there: the loss is NaN in both.)
+order that changes from run to run. A product of matrices has a fixed order. (A NaN or an infinity spreads over its
+whole image here, where regions without it would be spared there: the loss is NaN in both.)
 """
 
 from __future__ import annotations

@@ -27,3 +27,11 @@ class Projector(nn.Sequential):
     def nothing(self) -> Tensor:
         """The projection of an empty batch, [0, out_dim] in float32: its sum is 0 and reaches every parameter."""
         return self(next(self.parameters()).new_zeros(0, self.in_dim)).float()
+
+
+def reach(*parameters: Tensor) -> Tensor:
+    """0 in float32 by way of each parameter: an exact zero gradient, also where one holds a NaN."""
+    return sum(
+        (p.flatten()[:0].float().sum() for p in parameters),
+        torch.zeros((), device=parameters[0].device if parameters else None),
+    )

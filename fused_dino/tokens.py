@@ -132,10 +132,36 @@ def make_token_projector(
     return TokenConv(in_dim, out_dim, token_grid, teacher_grid)
 
 
-def check_tokens(tokens: Any, token_dim: int) -> Tensor:
+def project(projector: nn.Module, tokens: Tensor, width: int) -> Tensor:
+    """tokens [B, N, C] in the projector's dtype -> [B, N, width]; ValueError where a module returns anything else."""
+    weight = next((p for p in projector.parameters() if p.is_floating_point()), tokens)
+    projected = projector(tokens.to(weight.dtype))
+    expected = [*tokens.shape[:2], width]
+    if not isinstance(projected, Tensor) or list(projected.shape) != expected:
+        got = list(projected.shape) if isinstance(projected, Tensor) else type(projected).__name__
+        raise ValueError(f"token_projector must make {expected} of tokens {list(tokens.shape)}, got {got}")
+    return projected
+
+
+def check_token_dim(token_dim: Any, projector: Any, token_grid: Any, standardize: bool) -> int | None:
+    if token_dim is None:
+        if projector != "mlp" or token_grid is not None or standardize:
+            raise ValueError("token_dim must be given with token_projector, token_grid or token_standardize, got None")
+        return None
+    if isinstance(token_dim, bool) or not isinstance(token_dim, int) or token_dim < 1:
+        raise ValueError(f"token_dim must be None or a positive int, got {token_dim!r}")
+    return token_dim
+
+
+def check_tokens(tokens: Any, token_dim: int | None) -> None:
+    if tokens is None and token_dim is None:
+        return
+    if token_dim is None:
+        raise ValueError("tokens must be left out: construct with token_dim=C to align tokens [B, N, C]")
     wanted = f"floats of shape [B, N, {token_dim}]"
+    if tokens is None:
+        raise ValueError(f"tokens must be given, {wanted}: the module was constructed with token_dim={token_dim}")
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be {wanted}, got {type(tokens).__name__}")
     if tokens.ndim != 3 or tokens.shape[2] != token_dim or not tokens.is_floating_point():
         raise ValueError(f"tokens must be {wanted}, got {tokens.dtype} of {list(tokens.shape)}")
-    return tokens
