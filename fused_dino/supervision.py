@@ -247,9 +247,10 @@ class DinoSupervision(Taught):
         check_tokens(tokens, self.token_dim)
         if z_text is not None and self.in_dim is None:
             raise ValueError("z_text must be left out: in_dim=None leaves it no projector; construct with its width")
-        if not isinstance(z_text, Tensor) and (z_text is not None or tokens is None):
-            or_tokens = "" if self.token_dim is None else " unless tokens are given"
-            raise TypeError(f"z_text must be a tensor [B, {self.in_dim}]{or_tokens}, got {type(z_text).__name__}")
+        if z_text is None and tokens is None:
+            raise ValueError(f"z_text must be a tensor [B, {self.in_dim}], got None, and no tokens in its place")
+        if z_text is not None and not isinstance(z_text, Tensor):
+            raise TypeError(f"z_text must be a tensor [B, {self.in_dim}], got {type(z_text).__name__}")
         if z_text is not None and (
             z_text.ndim != 2 or z_text.shape[1] != self.in_dim or not z_text.is_floating_point()
         ):

@@ -181,6 +181,7 @@ def test_the_wheel_and_the_sdist(tmp_path):
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"kernels/README.md", "setup.py", "LICENSE", "tests/conftest.py", "benchmarks/harness.py"} <= inside
+    assert "examples/align_tokens.py" in inside
     code = """
 import sys, fused_dino, fused_dino.kernels, torch
 assert "fused_dino.benchmarks" not in sys.modules
