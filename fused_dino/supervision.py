@@ -234,14 +234,8 @@ class DinoSupervision(Taught):
 
     def _zero(self, tokens: bool = True) -> Tensor:
         """0 by way of every parameter, for trainers that want a gradient in each; tokens=False: of all but theirs."""
-        zero = self.schedule.step.new_zeros((), dtype=torch.float32)
-        if self.in_dim is not None:
-            zero = zero + self.projector.nothing().sum()
-        if self.use_patch:
-            zero = zero + self.local_projector.nothing().sum()
-        if self.patch_queries is not None:
-            zero = zero + reach(self.patch_queries)
-        return zero + reach(*self.token_projector.parameters()) if tokens and self.token_dim is not None else zero
+        named = self.named_parameters()
+        return reach(*(p for name, p in named if tokens or not name.startswith("token_projector.")))
 
     def _check(self, z_text: Any, x_img: Tensor | None, tokens: Any) -> None:
         check_tokens(tokens, self.token_dim)

@@ -106,7 +106,7 @@ def test_half_precision_models_count_right(teacher, batch):
 
 
 @pytest.mark.parametrize("stop_step", [None, 3])
-def test_compiled_gradients_are_of_the_same_step_as_their_loss(teacher, batch, stop_step):
+def test_compiled_gradients_are_of_the_same_step_as_their_loss(fresh_compiler, teacher, batch, stop_step):
     """The counter advances within the graph, and the backward must not look at it again."""
     module = make(teacher, warmup_steps=4, stop_step=stop_step, w_global=2.0, use_patch=True, latent_shape=(4, 4, 4))
     twin = copy.deepcopy(module)

@@ -5,9 +5,13 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from conftest import TinyTeacher
@@ -202,7 +206,7 @@ def test_copies_and_checkpoints_carry_it(teacher, batch, projector):
 
 
 @pytest.mark.parametrize("options", [{}, {"token_grid": (3, 3), "token_projector": "conv"}, {"in_dim": None}])
-def test_compiles_as_one_graph(teacher, batch, options):
+def test_compiles_as_one_graph(fresh_compiler, teacher, batch, options):
     module = make(teacher, token_standardize=True, warmup_steps=2, **options)
     twin = copy.deepcopy(module)
     arguments = {"z_text": None if "in_dim" in options else batch[0], "x_img": batch[1], "tokens": hidden(9)}
@@ -213,6 +217,37 @@ def test_compiles_as_one_graph(teacher, batch, options):
     b["loss_dino"].backward()
     for p, q in zip(module.parameters(), twin.parameters(), strict=True):
         assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_wrapped_by_a_trainer_every_parameter_has_a_gradient_in_every_step(teacher, batch, wrap, tmp_path):
+    """Latents and tokens, then tokens alone, then the stopped zero; DDP raises where a parameter is left out."""
+
+    class Model(nn.Module):
+        def __init__(self, dino):
+            super().__init__()
+            self.dino = dino
+
+        def forward(self, **arguments):
+            return self.dino.loss_dict(**arguments)["loss_dino"]
+
+    options = {"use_patch": True, "latent_shape": (4, 4, 4), "patch_target": "attention", "stop_step": 3}
+    plain = Model(make(teacher, warmup_steps=0, **options))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        twin = copy.deepcopy(plain)
+        if wrap == "fsdp2":
+            fully_shard(twin.dino, mesh=mesh)
+        wrapped = DistributedDataParallel(twin) if wrap == "ddp" else fully_shard(twin, mesh=mesh)
+        for z in (batch[0], None, batch[0]):
+            for model in (plain, wrapped):
+                model.zero_grad()
+                model(z_text=z, x_img=batch[1], tokens=hidden()).backward()
+            for p, q in zip(plain.parameters(), twin.parameters(), strict=True):
+                assert_close(getattr(q.grad, "to_local", lambda q=q: q.grad)(), p.grad)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_grid_is_the_given_one_the_teachers_or_a_square():
