@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 LOCAL_HIDDEN_DIM = 256
-RATHER_PATCHES = ("dino_patch", "dino_token")  # with the global token where the teacher gives no patch tokens
+PATCH_LOGS = ("dino_patch", "dino_token")  # of the terms that want the teacher's patch tokens
 
 
 class DinoSupervision(Taught):
@@ -187,7 +187,7 @@ class DinoSupervision(Taught):
         if tokens is not None:
             logs["dino_token"], loss = weighed(self.rows, *self._tokens(tokens, features), self.w_token, alpha)
             losses.append(loss)
-        if features.get("patch") is None and (replaced := [name for name in RATHER_PATCHES if name in logs]):
+        if features.get("patch") is None and (replaced := [name for name in PATCH_LOGS if name in logs]):
             logs.update({f"{name}_is_global": torch.ones_like(logs[name]) for name in replaced})
             self._warn_once()
         return sum(losses[1:], losses[0]), logs
