@@ -198,6 +198,7 @@ def rows_loss(
     options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
     if alpha is not None:
         alpha = check_scalar("alpha", alpha, student.device)
+        alpha = alpha.to(wide(student, teacher)) if isinstance(alpha, Tensor) else alpha
     name = choose(op, student, backend)
     if name == "reference":
         value = getattr(reference_cosine, op)(student, teacher, **options)

@@ -31,6 +31,7 @@ class Loss(nn.Module):
         self.options = options
         rows = torch.zeros(2, 1)
         type(self).op(rows, rows, **FD.rehearsal(options))
+        self.settings: dict[str, Any] = {**(type(self).op.__kwdefaults__ or {}), **options}
 
     def compute(self, student: Tensor, teacher: Tensor, **more: Any) -> Any:
         return type(self).op(student, teacher.detach() if self.detach_teacher else teacher, **self.options, **more)
@@ -116,3 +117,23 @@ def default_group() -> ProcessGroup | None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
+
+
+WEIGHED: dict[type, str] = {CosineLoss: "cosine_loss", MSELoss: "mse_loss"}  # a subclass may have a forward of its own
+
+
+def weighed(
+    loss: Any, student: Tensor, teacher: Tensor, weight: float, alpha: float | Tensor | None
+) -> tuple[Any, Tensor]:
+    """(what the loss returned, weight * alpha * its scalar), the factor in the op where the op is known to take one."""
+    factor = weight if alpha is None else weight * alpha
+    if type(loss) in WEIGHED and loss.settings["reduction"] != "none":
+        settings = {**loss.settings, "alpha": None if alpha is None and weight == 1 else factor}
+        teacher = teacher.detach() if loss.detach_teacher else teacher
+        scaled, value = FD.rows_loss(WEIGHED[type(loss)], student, teacher, **settings)
+        return value, scaled
+    out = loss(student, teacher)
+    value = out.loss if isinstance(out, VICRegOutput) else out
+    if not isinstance(value, Tensor) or value.ndim:
+        raise TypeError(f"loss_type must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
+    return out, value * (factor.to(value) if isinstance(factor, Tensor) else factor)

@@ -1,5 +1,7 @@
 """Room 3: the student's latent to the teacher's width."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +20,14 @@ class Projector(nn.Sequential):
         super().__init__(
             nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim)
         )
-        self.in_dim = in_dim
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def nothing(self) -> Tensor:
-        """The projection of an empty batch, [0, out_dim] in float32: its sum is 0 and reaches every parameter."""
-        return self(next(self.parameters()).new_zeros(0, self.in_dim)).float()
+
+def reach(*parameters: Tensor) -> Tensor:
+    """0 in float32 by way of each parameter: an exact zero gradient, also where one holds a NaN, or is a shard."""
+    local: list[Any] = [getattr(p, "to_local", lambda p=p: p)() for p in parameters]
+    zeros = [p.flatten()[:0].float().sum() for p in local]
+    return torch.stack(zeros).sum() if zeros else torch.zeros(())

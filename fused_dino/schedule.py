@@ -41,23 +41,34 @@ class Schedule(nn.Module):
         """Whether `step` (the counter where None) has reached stop_step, without asking the device.
 
         Compiled code must not read the counter on the host, or it would be compiled anew in every step: there this is
-        False for the counter, and `scale` gives the zero.
+        False for the counter, and `cut` gives the zero.
         """
         if self.stop_step is None or (step is None and torch.compiler.is_compiling()):
             return False
         return (self.count() if step is None else step) >= self.stop_step
 
-    def scale(self, loss: Tensor, step: int | None) -> Tensor:
-        """The weighted loss, in its own dtype and on its own device."""
+    def factor(self, step: int | None) -> float | Tensor:
+        """alpha * min(1, step / warmup_steps): a number; for the counter a scalar on its device, in float64."""
         if self.warmup_steps == 0:
-            loss = loss * self.alpha
-        elif step is not None:
-            loss = loss * (self.alpha * min(1.0, step / self.warmup_steps))
-        else:
-            loss = loss * (self.step.clamp(max=self.warmup_steps).to(loss.dtype) * (self.alpha / self.warmup_steps))
-        if self.stop_step is not None and step is None:
-            loss = torch.where(self.step < self.stop_step, loss, 0)
-        return loss
+            return self.alpha
+        if step is not None:
+            return self.alpha * min(1.0, step / self.warmup_steps)
+        wide = torch.float32 if self.step.device.type == "mps" else torch.float64  # which that device has none of
+        return self._read().clamp(max=self.warmup_steps).to(wide) * (self.alpha / self.warmup_steps)
+
+    def cut(self, loss: Tensor, step: int | None) -> Tensor:
+        """The loss, and from stop_step on an exact zero whatever the loss is, by the counter on its device."""
+        if self.stop_step is None or step is not None:
+            return loss
+        return torch.where(self._read() < self.stop_step, loss, 0)
+
+    def _read(self) -> Tensor:
+        """The counter, through an op that changes nothing and that AOTAutograd does not run again in the backward.
+
+        It runs cheap ones again, and would begin at the buffer, which the end of the forward has advanced: torch 2.14
+        then gives gradients of the next step's weight.
+        """
+        return self.step.cumsum(0)
 
     def count(self) -> int:
         """The counter on the host. The device is asked only when somebody else has written the buffer."""

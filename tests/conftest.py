@@ -42,6 +42,12 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(6, 64, generator=generator), torch.rand(6, 3, 70, 60, generator=generator) * 2 - 1
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """torch.compile counts how often one method was compiled, and refuses the ninth time."""
+    torch._dynamo.reset()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails the run")
 

@@ -310,3 +310,12 @@ def test_the_gradient_of_the_forward_is_given_away_once(loss, backend):
 def test_alpha_that_is_no_number(loss, alpha):
     with pytest.raises(ValueError, match="^alpha must be"):
         loss(*pair(2, 3), alpha=alpha)
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+def test_a_wider_alpha_widens_no_loss(backend):
+    student, alpha = torch.randn(4, 8, device=DEVICE), torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
+    for op in (FD.cosine_loss, FD.mse_loss):
+        loss = op(student, student.flip(0), alpha=alpha, backend=backend)
+        assert loss.dtype == torch.float32
+        assert_close(loss, 0.5 * op(student, student.flip(0), backend=backend))

@@ -28,7 +28,12 @@ ARROWS = {
     "projector": set(),
     "schedule": {"validation"},
     "recipe": set(),
-    "supervision": {"preprocess", "losses", "teacher", "projector", "schedule", "recipe", "validation"},
+    "grids": {"reference"},
+    "patches": {"grids", "reference"},
+    "tokens": {"grids", "reference", "validation"},
+    "rooms": {"preprocess", "losses", "teacher", "validation"},
+    "taught": {"preprocess", "rooms"},
+    "supervision": {"taught", "rooms", "losses", "projector", "patches", "tokens", "schedule", "recipe", "validation"},
     "benchmarks": {"", "functional"},
     "cli": {"", "supervision", "benchmarks"},
     "integrations": {"", "supervision"},
@@ -176,6 +181,7 @@ def test_the_wheel_and_the_sdist(tmp_path):
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"kernels/README.md", "setup.py", "LICENSE", "tests/conftest.py", "benchmarks/harness.py"} <= inside
+    assert "examples/align_tokens.py" in inside
     code = """
 import sys, fused_dino, fused_dino.kernels, torch
 assert "fused_dino.benchmarks" not in sys.modules

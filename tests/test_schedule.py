@@ -1,5 +1,7 @@
 """Warm-up and stop: the counter, what overrides it, and the exact zero."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -101,3 +103,35 @@ def test_half_precision_models_count_right(teacher, batch):
     module = make(teacher, warmup_steps=5000).bfloat16()
     module.schedule.step.fill_(2500)
     assert_close(torch.tensor(ratio(module.loss_dict(*batch))), torch.tensor(0.2 * 2501 / 5000), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("stop_step", [None, 3])
+def test_compiled_gradients_are_of_the_same_step_as_their_loss(fresh_compiler, teacher, batch, stop_step):
+    """The counter advances within the graph, and the backward must not look at it again."""
+    module = make(teacher, warmup_steps=4, stop_step=stop_step, w_global=2.0, use_patch=True, latent_shape=(4, 4, 4))
+    twin = copy.deepcopy(module)
+    compiled = torch.compile(twin.loss_dict, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        for m, run in ((module, module.loss_dict), (twin, compiled)):
+            m.zero_grad()
+            run(*batch)["loss_dino"].backward()
+        for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+            assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", ["cosine", "mse", "vicreg"])
+def test_the_weight_goes_into_the_ops_and_the_logs_stay_without(teacher, batch, loss_type):
+    options = {"loss_type": loss_type, "use_patch": True, "latent_shape": (4, 4, 4), "w_patch": 0.3, "w_global": 2.0}
+    module = make(teacher, alpha=0.5, warmup_steps=4, **options).double()
+    z, x = (v.double() for v in batch)
+    loss, logs = module(z, x)
+    expected = torch.autograd.grad(0.25 * loss, list(module.parameters()))
+    for step in (2, None):
+        module.schedule.step.fill_(1)
+        out = module.loss_dict(z, x, step=step)
+        assert_close(out["loss_dino"], 0.25 * loss, rtol=1e-12, atol=0)
+        assert all(torch.equal(out[name], logs[name]) for name in logs)
+        for ours, theirs in zip(
+            torch.autograd.grad(out["loss_dino"], list(module.parameters())), expected, strict=True
+        ):
+            assert_close(ours, theirs, rtol=1e-10, atol=1e-15)

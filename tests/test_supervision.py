@@ -99,45 +99,6 @@ def test_loss_dict_is_safe_for_trainers_that_add_up_losses(teacher, batch):
             assert value.requires_grad == (name == "loss_dino")
 
 
-def test_regions_see_their_own_part_of_the_image(teacher, batch):
-    z, x = batch
-    region, mean = (
-        make(teacher, use_patch=True, latent_shape=LATENT, patch_target=target) for target in ("region", "mean")
-    )
-    features = region.encode(x)
-    expected = features["patch"].view(6, 2, 2, 2, 2, 24).mean((2, 4)).view(6, 4, 24)
-    assert_close(region._tokens(features), expected)
-    shuffled = {**features, "patch": features["patch"].flip(1)}
-    loss = {name: m(z, features=features)[1]["dino_patch"] for name, m in (("region", region), ("mean", mean))}
-    turned = {name: m(z, features=shuffled)[1]["dino_patch"] for name, m in (("region", region), ("mean", mean))}
-    assert (loss["region"] - turned["region"]).abs() > 1e-4
-    assert_close(loss["mean"], turned["mean"])
-
-
-def test_non_square_images_and_grids(teacher, batch):
-    module = make(
-        teacher, img_size=(56, 28), use_patch=True, latent_shape=(2, 4, 8), patch_grid=(4, 1), patch_target="region"
-    )
-    features = module.encode(batch[1])
-    assert features["patch"].shape == (6, 8, 24)
-    assert_close(module._tokens(features), features["patch"].view(6, 4, 2, 24).mean(2))
-    assert module(*batch)[0].isfinite()
-
-
-def test_a_teacher_without_patches_warns_once_and_says_so_in_the_logs(batch):
-    module = make(TinyTeacher(patches=False), use_patch=True, latent_shape=LATENT)
-    with pytest.warns(UserWarning, match="no patch tokens") as caught:
-        _, logs = module(*batch)
-        module(*batch)
-    assert len(caught) == 1
-    assert logs["dino_patch_is_global"] == 1
-    expected = CosineLoss()(
-        module.local_projector(batch[0].view(6, 4, 2, 2, 2, 2).mean((3, 5)).flatten(2).mT),
-        module.encode(batch[1])["global"].unsqueeze(1).expand(6, 4, 24),
-    )
-    assert_close(logs["dino_patch"], expected.detach())
-
-
 def test_the_image_gets_a_real_gradient_when_asked(teacher, batch):
     z, x = batch
     x.requires_grad_()

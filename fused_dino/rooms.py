@@ -1,0 +1,77 @@
+"""What stands in each room of a supervision: a name that is known here, or any module in its place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .losses import CosineLoss, MSELoss, VICRegLoss
+from .preprocess import Preprocess
+from .teacher import DINOv2Backbone
+from .validation import check_choice
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Features = dict[str, Any]  # {'global': [B, D], 'patch': [B, N, D] or None}
+
+
+def make_teacher(
+    teacher: str | nn.Module, img_size: tuple[int, int], pretrained: bool, dtype: torch.dtype | None
+) -> nn.Module:
+    if isinstance(teacher, str):
+        return DINOv2Backbone(teacher, img_size, pretrained=pretrained, dtype=dtype)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be a variant's name or a module, got {type(teacher).__name__}")
+    if not isinstance(getattr(teacher, "embed_dim", None), int):
+        raise ValueError(f"teacher {type(teacher).__name__} must have an int embed_dim, the width of its features")
+    return teacher if dtype is None else teacher.to(dtype)
+
+
+def make_loss(
+    loss_type: str | nn.Module, stopgrad_image: bool, group: ProcessGroup | str | None, backend: str | None
+) -> nn.Module:
+    if isinstance(loss_type, nn.Module):
+        if not stopgrad_image and getattr(loss_type, "detach_teacher", False):
+            raise ValueError("stopgrad_image=False needs a loss_type with detach_teacher=False")
+        return loss_type
+    options: dict[str, Any] = {"detach_teacher": stopgrad_image, "backend": backend}
+    check_choice("loss_type", loss_type, ("cosine", "mse", "vicreg"))
+    if loss_type == "vicreg":
+        return VICRegLoss(group=group, **options)
+    return CosineLoss(**options) if loss_type == "cosine" else MSELoss(**options)
+
+
+def make_preprocess(
+    preprocess: str | nn.Module, img_size: tuple[int, int], teacher: nn.Module, backend: str | None
+) -> nn.Module:
+    if isinstance(preprocess, nn.Module):
+        return preprocess
+    check_choice("preprocess", preprocess, ("bilinear", "bicubic"))
+    statistics = {name: getattr(teacher, name) for name in ("mean", "std") if hasattr(teacher, name)}
+    return Preprocess(img_size, interpolation=preprocess, backend=backend, **statistics)
+
+
+def check_features(name: str, features: Any) -> Features:
+    if not isinstance(features, dict) or not isinstance(features.get("global"), Tensor):
+        raise TypeError(
+            f"{name} must be {{'global': [B, D], 'patch': [B, N, D] or None}}, got {type(features).__name__}"
+        )
+    return features
+
+
+def check_latent_shape(latent_shape: Sequence[int], in_dim: int) -> tuple[int, ...]:
+    if len(latent_shape) != 3 or not all(isinstance(x, int) and x > 0 for x in latent_shape):
+        raise ValueError(f"latent_shape must be three positive ints (C, h, w), got {latent_shape!r}")
+    if math.prod(latent_shape) != in_dim:
+        sides = [side for side in range(math.isqrt(in_dim), 1, -1) if in_dim % side**2 == 0]
+        fitting = ", ".join(f"({in_dim // side**2}, {side}, {side})" for side in sides) or f"({in_dim}, 1, 1)"
+        raise ValueError(
+            f"latent_shape {tuple(latent_shape)} has {math.prod(latent_shape)} elements and in_dim is {in_dim}; "
+            f"square maps that fit: {fitting}"
+        )
+    return tuple(latent_shape)

@@ -1,0 +1,102 @@
+"""A module with a frozen teacher that its trainer never sees, and what the teacher sees in images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .preprocess import Preprocess
+from .rooms import Features, check_features
+
+
+class Taught(nn.Module):
+    """Holds `teacher` outside of its submodules: in no parameters(), modules() or state_dict(), carried along by .to().
+
+    img_size, preprocess and stopgrad_image are those of DinoSupervision; teacher_grid: (rows, columns) of its tokens.
+    """
+
+    teacher: Any  # no submodule: see __setattr__
+    preprocess: nn.Module
+    img_size: tuple[int, int]
+    teacher_grid: tuple[int, int]
+    stopgrad_image: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":
+            # Past nn.Module's own __setattr__, which would register it as a submodule.
+            self.__dict__[name] = value.requires_grad_(False).eval()
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Taught:
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn)
+        return self
+
+    @torch.no_grad()
+    def encode(self, x_img: Tensor) -> Features:
+        """The teacher's {'global': [B, D], 'patch': [B, N, D] or None}, detached: to cache, or to compute ahead.
+
+        x_img: [B, 3, H, W], floats in -1..1 or uint8 in 0..255, any size, unless `preprocess` says otherwise.
+        """
+        return self._teach(x_img)
+
+    def _teach(self, x_img: Tensor) -> Features:
+        weight = next((p for p in self.teacher.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            x_img = x_img.to(weight.device, non_blocking=True)
+        dtype = None if weight is None else weight.dtype
+        x = self.preprocess(x_img, dtype) if isinstance(self.preprocess, Preprocess) else self.preprocess(x_img)
+        return check_features("teacher's result", self.teacher(x if dtype is None else x.to(dtype)))
+
+    def _features(self, x_img: Tensor | None, features: Features | None) -> Features:
+        if features is not None and x_img is not None:
+            raise ValueError("give x_img or features, not both: features are what encode(x_img) returned")
+        if features is not None:
+            return check_features("features", features)
+        if x_img is None:
+            raise ValueError("give x_img, the images, or features, what encode returned for them; got neither")
+        return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+
+    def _patch_tokens(self, features: Features) -> Tensor | None:
+        """[B, N, D], detached with stopgrad_image; None where the teacher gives none."""
+        tokens = features.get("patch")
+        if tokens is None:
+            return None
+        h, w = self.teacher_grid
+        if tokens.shape[1] != h * w:
+            raise ValueError(
+                f"teacher returned {tokens.shape[1]} patch tokens where img_size={self.img_size} has {h} x {w}: "
+                "give its patch_size, and strip class and register tokens"
+            )
+        return tokens.detach() if self.stopgrad_image else tokens
+
+    def _global_token(self, features: Features) -> Tensor:
+        """[B, 1, D], likewise."""
+        token = features["global"].unsqueeze(1)
+        return token.detach() if self.stopgrad_image else token
+
+    def _find_grid(self, img_size: Any) -> tuple[int, int]:
+        """The teacher's grid, of images of self.img_size; img_size is what the user wrote."""
+        patch: int = getattr(self.teacher, "patch_size", 14)
+        if self.img_size[0] % patch or self.img_size[1] % patch:
+            raise ValueError(f"img_size must be a multiple of the teacher's patch size {patch}, got {img_size!r}")
+        if getattr(self.teacher, "img_size", self.img_size) != self.img_size:
+            raise ValueError(f"img_size is {self.img_size} and the teacher was built for {self.teacher.img_size}")
+        return self.img_size[0] // patch, self.img_size[1] // patch
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the teacher gives no patch tokens: every region and token is aligned with its global token",
+                stacklevel=4,
+            )
