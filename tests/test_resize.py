@@ -192,9 +192,28 @@ def test_any_size_mode_and_layout(backend, height, width, size, mode, dtype, lay
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
+@pytest.mark.parametrize(("given", "size"), [(5, 3), (9, 5), (14, 10), (3, 8)])
+def test_a_pixel_that_is_not_finite_reaches_the_same_outputs_as_in_eager(
+    preprocess, interpolation, antialias, given, size
+):
+    """Each pixel in turn; infinite or NaN alike where rounding decides whether its weight is 0."""
+    options = {"interpolation": interpolation, "antialias": antialias, "mean": (0,) * 3, "std": (1,) * 3}
+    one = torch.eye(given, device=DEVICE).view(given, 1, 1, given).expand(-1, 3, -1, -1)
+    value = torch.tensor([float("inf"), float("nan"), -float("inf")], device=DEVICE).view(1, 3, 1, 1)
+    x = torch.where(one == 1, value, 0)
+    out, plain = (run(x, (1, size), **options) for run in (preprocess, partial(FD.preprocess, backend="reference")))
+    assert torch.equal(out.isfinite(), plain.isfinite())
+    black = FD.preprocess(torch.zeros_like(one), (1, size), **options, backend="reference")
+    weight = FD.preprocess(one, (1, size), **options, backend="reference") - black
+    either = weight.abs() < 4 * torch.finfo(torch.float32).eps
+    assert torch.equal(out[~either].nan_to_num(7.0), plain[~either].nan_to_num(7.0))
+    assert not (either & out.isfinite().logical_not()).all()
+
+
+@pytest.mark.parametrize(("interpolation", "antialias"), MODES)
 @pytest.mark.parametrize("size", [(4, 6), (9, 9), (6, 17), (20, 30)])
 def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialias, size):
-    """Also from taps of weight 0: here no edge of a filter falls so close to a pixel that rounding decides of it."""
+    """Also from taps of weight 0: here rounding decides of none."""
     x = pixels(1, 3, 9, 17, dtype=torch.float32)
     x[0, 0, 0, 0], x[0, 1, 4, 6], x[0, 2, 8, 16] = float("nan"), float("inf"), -float("inf")
     options = {"interpolation": interpolation, "antialias": antialias}
