@@ -118,7 +118,7 @@ MUTATIONS = {
         "for split in range(1, splits):\n        at = (",
         "test_ops.py::test_is_as_accurate_as_eager -k 20x1100",
     ),
-    "vicreg: a merge without its step": (
+    "columns: a merge without its step": (
         "square += tl.load(squares + at, mask=inside, other=0) + step * (step * (before * here / (before + here)))",
         "square += tl.load(squares + at, mask=inside, other=0)",
         "test_ops.py::test_is_as_accurate_as_eager -k 1100x20",

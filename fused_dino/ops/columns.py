@@ -1,0 +1,60 @@
+"""Column statistics on a GPU: how many runs of rows they take, and their launches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+COLUMNS, ROWS = 32, 64  # of a block
+ROWS_A_RUN = 512  # at least: fewer are read sooner than a second launch starts
+PROGRAMS = 1024  # that fill a GPU with loads in flight
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def acc_of(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+class Runs(NamedTuple):
+    """Into which the rows are split, each for programs of its own."""
+
+    count: int
+    rows: int
+
+
+def runs_of(rows: int, width: int) -> Runs:
+    count = min(cdiv(rows, ROWS_A_RUN), cdiv(PROGRAMS, cdiv(width, COLUMNS)))
+    length = cdiv(cdiv(rows, count), ROWS) * ROWS
+    return Runs(cdiv(rows, length), length)
+
+
+def launch_statistics(
+    x: Tensor, other: Tensor | None, factors: Tensor | None, shift: Tensor, squares: Tensor
+) -> Tensor | None:
+    """Fills shift and squares, [D] each -> the sums of (x - other)^2 by runs and columns.
+
+    The means are shift beside the first row, times its factor.
+    """
+    from ..kernels import columns as kernels
+
+    n, d = x.shape
+    runs = runs_of(n, d)
+    errors = None if other is None else shift.new_empty((runs.count, d))
+    means, parts = (shift, squares) if runs.count == 1 else (shift.new_empty((runs.count, d)) for _ in range(2))
+    options: dict[str, Any] = {"ACC": acc_of(shift.dtype), "num_warps": 4, "enable_fp_fusion": True}
+    kernels.column_statistics_kernel[(cdiv(d, COLUMNS), runs.count)](
+        x, other, factors, means, parts, errors, x.stride(0), 0 if other is None else other.stride(0), n, d, runs.rows,
+        BLOCK_N=ROWS, BLOCK_D=COLUMNS, **options,
+    )  # fmt: skip
+    if runs.count > 1:
+        kernels.column_merge_kernel[(cdiv(d, 128),)](
+            means, parts, shift, squares, n, d, runs.rows, runs.count, BLOCK=128, **options
+        )
+    return errors
