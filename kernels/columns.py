@@ -44,6 +44,7 @@ def column_statistics_kernel(
     inside = column < width
     pivot = load_pivot(x, factors, column, inside, ACC)
     mean = tl.zeros((BLOCK_D,), ACC)
+    lost = tl.zeros((BLOCK_D,), ACC)
     square = tl.zeros((BLOCK_D,), ACC)
     error = tl.zeros((BLOCK_D,), ACC)
     first = tl.program_id(1) * rows_a_split
@@ -58,13 +59,15 @@ def column_statistics_kernel(
         block_mean = tl.sum(beside, 0) / here
         away = tl.where(live, beside - block_mean[None, :], 0)
         step = block_mean - mean
-        mean += step * (here / (before + here))
+        moved = mean + step * (here / (before + here))
+        lost += step * (here / (before + here)) - (moved - mean)  # what rounding takes, block after block
+        mean = moved
         # In this order: an overflowing square times the first block's 0 would be NaN.
         square += tl.sum(away * away, 0) + step * (step * (before * here / (before + here)))
         if other is not None:
             g = load_rows(other, None, stride_other, row, column, last, inside, ACC)
             error += tl.sum((y - g) * (y - g), 0)
-    tl.store(means + split * width + column, mean, mask=inside)
+    tl.store(means + split * width + column, mean + lost, mask=inside)
     tl.store(squares + split * width + column, square, mask=inside)
     if other is not None:
         tl.store(errors + split * width + column, error, mask=inside)
@@ -77,17 +80,18 @@ def column_merge_kernel(
     rows, width, rows_a_split, splits,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK columns, and merges the runs of rows in their order.
+    # One program owns BLOCK columns, and merges the runs of rows in their order: in float64, since they are few.
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    mean = tl.zeros((BLOCK,), ACC)
-    square = tl.zeros((BLOCK,), ACC)
+    mean = tl.zeros((BLOCK,), tl.float64)
+    square = tl.zeros((BLOCK,), tl.float64)
     for split in range(splits):
         at = tl.cast(split, tl.int64) * width + column
-        before = tl.cast(split * rows_a_split, ACC)
-        here = tl.cast(tl.minimum(rows - split * rows_a_split, rows_a_split), ACC)
-        step = tl.load(means + at, mask=inside, other=0) - mean
+        before = tl.cast(split * rows_a_split, tl.float64)
+        here = tl.cast(tl.minimum(rows - split * rows_a_split, rows_a_split), tl.float64)
+        step = tl.load(means + at, mask=inside, other=0).to(tl.float64) - mean
         mean += step * (here / (before + here))
-        square += tl.load(squares + at, mask=inside, other=0) + step * (step * (before * here / (before + here)))
-    tl.store(shift + column, mean, mask=inside)
-    tl.store(total + column, square, mask=inside)
+        part = tl.load(squares + at, mask=inside, other=0).to(tl.float64)
+        square += part + step * (step * (before * here / (before + here)))
+    tl.store(shift + column, mean.to(ACC), mask=inside)
+    tl.store(total + column, square.to(ACC), mask=inside)

@@ -25,13 +25,13 @@ def acc_of(dtype: torch.dtype) -> Any:
 class Runs(NamedTuple):
     """Into which the rows are split, each for programs of its own."""
 
-    count: int
-    rows: int
+    number: int
+    length: int  # of each but the last
 
 
 def runs_of(rows: int, width: int) -> Runs:
-    count = min(cdiv(rows, ROWS_A_RUN), cdiv(PROGRAMS, cdiv(width, COLUMNS)))
-    length = cdiv(cdiv(rows, count), ROWS) * ROWS
+    number = min(cdiv(rows, ROWS_A_RUN), cdiv(PROGRAMS, cdiv(width, COLUMNS)))
+    length = cdiv(cdiv(rows, number), ROWS) * ROWS
     return Runs(cdiv(rows, length), length)
 
 
@@ -46,15 +46,16 @@ def launch_statistics(
 
     n, d = x.shape
     runs = runs_of(n, d)
-    errors = None if other is None else shift.new_empty((runs.count, d))
-    means, parts = (shift, squares) if runs.count == 1 else (shift.new_empty((runs.count, d)) for _ in range(2))
+    errors = None if other is None else shift.new_empty((runs.number, d))
+    stride = 0 if other is None else other.stride(0)
+    means, parts = (shift, squares) if runs.number == 1 else (shift.new_empty((runs.number, d)) for _ in range(2))
     options: dict[str, Any] = {"ACC": acc_of(shift.dtype), "num_warps": 4, "enable_fp_fusion": True}
-    kernels.column_statistics_kernel[(cdiv(d, COLUMNS), runs.count)](
-        x, other, factors, means, parts, errors, x.stride(0), 0 if other is None else other.stride(0), n, d, runs.rows,
+    kernels.column_statistics_kernel[(cdiv(d, COLUMNS), runs.number)](
+        x, other, factors, means, parts, errors, x.stride(0), stride, n, d, runs.length,
         BLOCK_N=ROWS, BLOCK_D=COLUMNS, **options,
     )  # fmt: skip
-    if runs.count > 1:
+    if runs.number > 1:
         kernels.column_merge_kernel[(cdiv(d, 128),)](
-            means, parts, shift, squares, n, d, runs.rows, runs.count, BLOCK=128, **options
+            means, parts, shift, squares, n, d, runs.length, runs.number, BLOCK=128, **options
         )
     return errors
