@@ -57,21 +57,22 @@ def standardize_sums_kernel(
     rows, width, rows_a_run,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_D columns of one run of rows.
+    # One program owns BLOCK_D columns of one run of rows. It keeps one sum a column: LLVM crashes on unaligned rows
+    # where every element of a block keeps its own.
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < width
-    total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    product = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    total = tl.zeros((BLOCK_D,), ACC)
+    product = tl.zeros((BLOCK_D,), ACC)
     first = tl.program_id(1) * rows_a_run
     last = tl.minimum(first + rows_a_run, rows)
     for start in range(first, last, BLOCK_N):
         row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         g = load_rows(grad, None, width, row, column, last, inside, ACC)
-        total += g
-        product += g * load_rows(out, None, width, row, column, last, inside, ACC)
+        total += tl.sum(g, 0)
+        product += tl.sum(g * load_rows(out, None, width, row, column, last, inside, ACC), 0)
     at = tl.program_id(1).to(tl.int64) * width + column
-    tl.store(totals + at, tl.sum(total, 0), mask=inside)
-    tl.store(along + at, tl.sum(product, 0), mask=inside)
+    tl.store(totals + at, total, mask=inside)
+    tl.store(along + at, product, mask=inside)
 
 
 @triton.jit
@@ -81,20 +82,20 @@ def standardize_finish_kernel(
     rows, width, runs, spare,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK columns, and adds up the runs of rows in their order.
+    # One program owns BLOCK columns, and adds up the runs of rows in their order: in float64, since they are few.
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    total = tl.zeros((BLOCK,), ACC)
-    product = tl.zeros((BLOCK,), ACC)
+    total = tl.zeros((BLOCK,), tl.float64)
+    product = tl.zeros((BLOCK,), tl.float64)
     for run in range(runs):
         at = tl.cast(run, tl.int64) * width + column
-        total += tl.load(totals + at, mask=inside, other=0)
-        product += tl.load(along + at, mask=inside, other=0)
+        total += tl.load(totals + at, mask=inside, other=0).to(tl.float64)
+        product += tl.load(along + at, mask=inside, other=0).to(tl.float64)
     sigma = deviation(tl.load(squares + column, mask=inside, other=1), spare, 0.0, ACC)
     # The deviation of a constant column has a gradient of 0, as in torch.
-    product = tl.where(sigma == 0, 0, product / (tl.cast(spare, ACC) * sigma))
-    tl.store(mean + column, total / tl.cast(rows, ACC), mask=inside)
-    tl.store(share + column, product, mask=inside)
+    less = tl.where(sigma == 0, 0, product.to(ACC) / (tl.cast(spare, ACC) * sigma))
+    tl.store(mean + column, (total / tl.cast(rows, tl.float64)).to(ACC), mask=inside)
+    tl.store(share + column, less, mask=inside)
 
 
 @triton.jit
