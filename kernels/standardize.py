@@ -29,7 +29,7 @@ def standardize_factors_kernel(
 @triton.jit
 def standardize_fwd_kernel(
     x, factors,  # [N, D], last dimension contiguous; [N] or None
-    shift, squares,  # [D]: the means beside the first row, and the sums of squares about them
+    shift, squares,  # [D]: the means beside the first row, in float64, and the sums of squares about them
     out,  # [N, D] contiguous
     stride, rows, width, spare,
     EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -40,10 +40,9 @@ def standardize_fwd_kernel(
     inside = column < width
     value = load_rows(x, factors, stride, row, column, rows, inside, ACC)
     pivot = load_pivot(x, factors, column, inside, ACC)
-    shift = tl.load(shift + column, mask=inside, other=0)
-    # The mean, and what its rounding takes: next to a mean of 0 a first row is large, and so is what lies beside it.
-    mean = pivot + shift
-    away = (value - mean[None, :]) - (shift - (mean - pivot))[None, :]
+    mean = pivot.to(tl.float64) + tl.load(shift + column, mask=inside, other=0)
+    near = mean.to(ACC)  # and what its rounding takes: a large mean's last digit is a large part of small deviations
+    away = (value - near[None, :]) - (mean - near.to(tl.float64)).to(ACC)[None, :]
     square = tl.load(squares + column, mask=inside, other=1)
     divisor = deviation(square, spare, 0.0, ACC) + tl.full((), EPS, ACC)
     live = (row < rows)[:, None] & inside[None, :]

@@ -40,16 +40,18 @@ def launch_statistics(
 ) -> Tensor | None:
     """Fills shift and squares, [D] each -> the sums of (x - other)^2 by runs and columns.
 
-    The means are shift beside the first row, times its factor.
+    The means are the first row, times its factor, plus shift, which may be float64 to hold more of them.
     """
     from ..kernels import columns as kernels
 
     n, d = x.shape
     runs = runs_of(n, d)
-    errors = None if other is None else shift.new_empty((runs.number, d))
+    errors = None if other is None else squares.new_empty((runs.number, d))
     stride = 0 if other is None else other.stride(0)
-    means, parts = (shift, squares) if runs.number == 1 else (shift.new_empty((runs.number, d)) for _ in range(2))
-    options: dict[str, Any] = {"ACC": acc_of(shift.dtype), "num_warps": 4, "enable_fp_fusion": True}
+    means, parts = shift, squares
+    if runs.number > 1:
+        means, parts = (squares.new_empty((runs.number, d), dtype=t) for t in (torch.float64, squares.dtype))
+    options: dict[str, Any] = {"ACC": acc_of(squares.dtype), "num_warps": 4, "enable_fp_fusion": True}
     kernels.column_statistics_kernel[(cdiv(d, COLUMNS), runs.number)](
         x, other, factors, means, parts, errors, x.stride(0), stride, n, d, runs.length,
         BLOCK_N=ROWS, BLOCK_D=COLUMNS, **options,

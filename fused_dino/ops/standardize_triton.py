@@ -38,7 +38,7 @@ def standardize_fwd_triton(x: Tensor, normalize: bool, eps: float, dtype: torch.
     (x,) = rows_of(x)
     out, factors, squares = standardize_fwd_fake(x, normalize, eps, dtype)
     rows, width = x.shape
-    shift, scale = squares.new_empty(width), factors if normalize else None
+    shift, scale = squares.new_empty(width, dtype=torch.float64), factors if normalize else None
     tile = tile_of(width)
     tiles, options = cdiv(rows, tile["BLOCK_N"]), {**tile, **options_of(dtype)}
     with torch.cuda.device_of(x):
