@@ -55,6 +55,10 @@ ROWS = (
     Row((65536, 1024), f"{TOKENS}, as mixed precision trains them", "bfloat16", on=GPU, quick=True),
 )  # of cosine and mse
 
+WHITENED = Row(
+    (4096, 1024), "columns standardised over all rows first, as rows of length one", options={"whiten": True}
+)
+
 AHEAD = (FORWARD,)  # of a frozen teacher that no gradient passes
 IMAGES = (
     Row((32, 3, 256, 256), "a CPU's batch", options={"size": 224}, directions=AHEAD, on=CPU, quick=True),

@@ -1,8 +1,9 @@
-"""VICReg: column statistics, a symmetric product by tiles, and the gradient as one more product. See ops/vicreg.py."""
+"""VICReg: a symmetric product by tiles, and the gradient as one more product. See ops/vicreg.py."""
 
 import triton
 import triton.language as tl
 
+from .columns import deviation
 from .store import store
 
 
@@ -19,70 +20,6 @@ def load_centred(student, shift, stride, row, column, live, ACC: tl.constexpr):
     y = tl.load(student + row * stride + column, mask=live, other=0).to(ACC)
     pivot = tl.load(student + column, mask=live, other=0).to(ACC)
     return tl.where(live, y - pivot - tl.load(shift + column, mask=live, other=0), 0)
-
-
-@triton.jit
-def vicreg_statistics_kernel(
-    student, teacher,  # [N, D], last dimension contiguous; teacher None without the invariance
-    means, squares,  # [SPLITS, D]: of these rows, about their own mean; means beside the first row of all
-    errors,  # [SPLITS, D]: sums of (y - g)^2
-    stride_student, stride_teacher, rows, width, rows_a_split,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    # One program owns BLOCK_D columns of one run of rows, and merges its blocks' means and squares (Chan et al.): the
-    # sum of squares less the squared sum would cancel.
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1).to(tl.int64)
-    inside = column < width
-    pivot = tl.load(student + column, mask=inside, other=0).to(ACC)
-    mean = tl.zeros((BLOCK_D,), ACC)
-    square = tl.zeros((BLOCK_D,), ACC)
-    error = tl.zeros((BLOCK_D,), ACC)
-    first = tl.program_id(1) * rows_a_split
-    last = tl.minimum(first + rows_a_split, rows)
-    for start in range(first, last, BLOCK_N):
-        row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # int64: row * stride passes 2**31
-        live = (row < last) & inside[None, :]
-        y = tl.load(student + row * stride_student + column[None, :], mask=live, other=0).to(ACC)
-        beside = tl.where(live, y - pivot[None, :], 0)
-        here = tl.minimum(last - start, BLOCK_N).to(ACC)
-        before = (start - first).to(ACC)
-        block_mean = tl.sum(beside, 0) / here
-        away = tl.where(live, beside - block_mean[None, :], 0)
-        step = block_mean - mean
-        mean += step * (here / (before + here))
-        # In this order: an overflowing square times the first block's 0 would be NaN.
-        square += tl.sum(away * away, 0) + step * (step * (before * here / (before + here)))
-        if teacher is not None:
-            g = tl.load(teacher + row * stride_teacher + column[None, :], mask=live, other=0).to(ACC)
-            error += tl.sum((y - g) * (y - g), 0)
-    tl.store(means + split * width + column, mean, mask=inside)
-    tl.store(squares + split * width + column, square, mask=inside)
-    if teacher is not None:
-        tl.store(errors + split * width + column, error, mask=inside)
-
-
-@triton.jit
-def vicreg_merge_kernel(
-    means, squares,  # [splits, D]
-    shift, total,  # [D]
-    rows, width, rows_a_split, splits,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    # One program owns BLOCK columns, and merges the runs of rows in their order.
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    mean = tl.zeros((BLOCK,), ACC)
-    square = tl.zeros((BLOCK,), ACC)
-    for split in range(splits):
-        at = tl.cast(split, tl.int64) * width + column
-        before = tl.cast(split * rows_a_split, ACC)
-        here = tl.cast(tl.minimum(rows - split * rows_a_split, rows_a_split), ACC)
-        step = tl.load(means + at, mask=inside, other=0) - mean
-        mean += step * (here / (before + here))
-        square += tl.load(squares + at, mask=inside, other=0) + step * (step * (before * here / (before + here)))
-    tl.store(shift + column, mean, mask=inside)
-    tl.store(total + column, square, mask=inside)
 
 
 @triton.jit
@@ -234,11 +171,6 @@ def vicreg_reduce_kernel(
         at = (tl.cast(split, tl.int64) * size + row.to(tl.int64)[:, None]) * size + column[None, :]
         acc += tl.load(parts + at, mask=live, other=0)
     finish_tile(acc, product, sums, i, j, row, column, size, spare, GRAM, ACC)
-
-
-@triton.jit
-def deviation(square, over, EPS: tl.constexpr, ACC: tl.constexpr):
-    return tl.sqrt(square / tl.cast(over, ACC) + tl.full((), EPS, ACC))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from fused_dino import functional as FD
-from fused_dino.ops import cosine_triton, resize, taps, vicreg_triton
+from fused_dino.ops import cosine_triton, resize, standardize_triton, taps, vicreg_triton
 from fused_dino.ops.vicreg_plan import make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -139,5 +139,19 @@ def vicreg_cases() -> Iterator[Case]:
     yield from cases("bf16", many, many, ())  # by columns, split
 
 
+def standardize_cases() -> Iterator[Case]:
+    def cases(name: str, x: torch.Tensor, normalize: bool = True) -> Iterator[Case]:
+        how = normalize, 1e-5
+        out, *rest = standardize_triton.standardize_fwd_fake(x, *how, cosine_triton.wide(x))
+        yield Case(name, partial(standardize_triton.standardize_fwd_triton, x, *how, out.dtype))
+        yield Case(f"{name} backward", partial(standardize_triton.standardize_bwd_triton, out, out, x, *rest, *how))
+
+    for name, dtype in DTYPES.items():
+        yield from cases(name, torch.empty(1024, 1024, dtype=dtype))  # more than one run of rows
+    bf16 = torch.empty(16, 1024, dtype=torch.bfloat16)
+    yield from cases("bf16 as they are", bf16, False)
+    yield from cases("unaligned bf16", bf16[:, 1:])
+
+
 # A compilation takes some tenths of a second, so every dtype is compiled for every GPU.
-CASES = [cosine_cases, resize_cases, vicreg_cases]
+CASES = [cosine_cases, resize_cases, standardize_cases, vicreg_cases]

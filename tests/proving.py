@@ -12,14 +12,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from fused_dino.ops import cosine_triton, resize, vicreg_triton
+from fused_dino.ops import cosine_triton, resize, standardize_triton, vicreg_triton
+from fused_dino.ops import standardize as ops_standardize
 from fused_dino.ops.cosine_triton import cosine_rows
 from fused_dino.ops.vicreg_plan import make_plan
-from fused_dino.reference.cosine import reduce
+from fused_dino.reference.cosine import prepare, reduce
+from fused_dino.reference.dtypes import upcast, wide
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -63,6 +66,7 @@ class Op:
     shape(rows, width): of inputs with so many examples, whose last dimension is so wide.
     rowwise: each row of [..., D] has a loss of its own: it takes a reduction and one weight a row.
     poisoned: one NaN or overflow reaches every result, and whether it ends as NaN or infinite is no part of the op.
+    part_of: the public op that it is a step of, where it is none itself.
     floor: what is allowed beside twice eager's error, in units of scale * eps: eager may happen to hit a value exactly.
     """
 
@@ -78,6 +82,7 @@ class Op:
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, width: (rows, width)
     rowwise: bool = False
     poisoned: bool = False
+    part_of: str = ""
     floor: float = 2.0
 
     def draw(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
@@ -319,7 +324,60 @@ VICREG = Op(
     forward_arguments=lambda s, t: (s, t, *vicreg_plan(*s.shape)),
     backward_arguments=vicreg_backward_arguments,
 )
-OPS = (COSINE, MSE, PREPROCESS, VICREG)
+
+
+def standardize(x: Tensor, *, backend: str, normalize: bool = True, eps: float = 1e-5) -> Tensor:
+    """What mse_loss(whiten=True) does to each of its inputs before it compares them."""
+    if backend == "reference":
+        return prepare(*upcast(x), normalize, eps)
+    return ops_standardize.standardize(x, normalize, eps, wide(x), backend)
+
+
+def standardize_scales(
+    x: Tensor, grad_output: Tensor, *, normalize: bool = True, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """With r the rounding of z - mean, |z| and the column's size, over what it is divided by: of y = (z - mean) /
+    (s + eps) that r, and by as much as s is rounded y itself; of its gradient g, mean(g) and the product of
+    (z - mean) / s with the sum of g y, each rounded so. Along a row of length one all of the row comes in."""
+    z = x.double()
+    norm = z.norm(dim=-1, keepdim=True).clamp(1e-12, 1e154) if normalize else torch.ones_like(z[:, :1])
+    z, spare, g = F.normalize(z, dim=-1) if normalize else z, len(z) - 1, grad_output.double().abs()
+    away, sigma = (z - z.mean(0)).abs(), z.std(0)
+    rounding = (z.abs() + z.square().mean(0).sqrt()) / (sigma + eps)
+    value = rounding + away / (sigma + eps) * rounding.square().mean(0).sqrt()
+    size = torch.where(sigma == 0, 0, away / sigma)
+    along = (size * (g * rounding).sum(0) + rounding * (g * size).sum(0)) / spare
+    gradient = ((g + g.mean(0)) * (1 + rounding.square().mean(0).sqrt()) + along) / (sigma + eps)
+    if normalize:
+        gradient = gradient.norm(dim=-1, keepdim=True) / norm
+    return value, gradient
+
+
+AS_THEY_ARE = {"normalize": False}
+
+STANDARDIZE = Op(
+    "standardize",
+    standardize,
+    (
+        Case((5, 37), "no power of two: masked tails"),
+        Case((2, 24), "two rows, the fewest: every column is 1 and -1"),
+        Case((6, 1), "one column: of rows of length one, constant but for the sign"),
+        Case((3, 1300), "wider than any block: the loop over columns"),
+        Case((530, 5), "more than one run of rows"),
+        Case((5, 37), "rows as they are", AS_THEY_ARE),
+        Case((530, 5), "rows as they are, in more than one run", AS_THEY_ARE),
+        Case((6, 20), "an eps that counts", {"eps": 0.5, **AS_THEY_ARE}),
+    ),
+    scales=standardize_scales,
+    forward=standardize_triton.standardize_fwd,
+    backward=standardize_triton.standardize_bwd,
+    forward_arguments=lambda x: (x, True, 1e-5, wide(x)),
+    backward_arguments=lambda x, *made: (torch.ones_like(made[0]), made[0], x, *made[1:], True, 1e-5),
+    inputs=("x",),
+    shape=lambda rows, width: (max(rows, 2), width),
+    part_of="mse_loss",
+)
+OPS = (COSINE, MSE, STANDARDIZE, PREPROCESS, VICREG)
 
 
 def grad_output_of(out: Tensor) -> Tensor:

@@ -26,9 +26,8 @@ interpreted_only = pytest.mark.skipif(
 
 def test_the_kernel_is_what_runs():
     for op in OPS:
-        assert fused_dino.explain_backend(op.name, *op.draw(op.shape(2, 3))[:1], backend="triton").startswith(
-            "triton: "
-        )
+        explained = fused_dino.explain_backend(op.part_of or op.name, op.draw(op.shape(2, 3))[0], backend="triton")
+        assert explained.startswith("triton: ")
 
 
 @interpreted_only
@@ -99,7 +98,7 @@ def test_every_element_is_written(op, dtype, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", spoilt)
     for shape in ((4, 33), (2, 5000), (9, 90), (70, 90) if op.name == "vicreg_loss" else (1, 1)):
         inputs = op.draw(op.shape(*shape), dtype)
-        for options in ({}, op.unreduced):
+        for options in ({}, op.unreduced)[: 1 + op.rowwise]:
             assert not any(x.isnan().any() for x in results(op, inputs, "triton", **options))
 
 

@@ -83,6 +83,61 @@ MUTATIONS = {
         "image = tl.program_id(0) // blocks",
         "test_kernels.py::test_offsets_past_two_to_the_31st -k preprocess",
     ),
+    "standardize: a mask": (
+        "factor = tl.load(factors + row, mask=row < rows, other=0)",
+        "factor = tl.load(factors + row, mask=row < rows + 1, other=0)",
+        "test_kernels.py::test_nothing_out_of_bounds_is_touched -k standardize",
+    ),
+    "standardize: an eps": (
+        "divisor = deviation(square, spare, 0.0, ACC) + tl.full((), EPS, ACC)",
+        "divisor = deviation(square, spare, EPS, ACC)",
+        "test_ops.py::test_is_as_accurate_as_eager -k standardize",
+    ),
+    "standardize: a biased deviation": (
+        "sigma = deviation(tl.load(squares + column, mask=inside, other=1), spare, 0.0, ACC)",
+        "sigma = deviation(tl.load(squares + column, mask=inside, other=1), rows, 0.0, ACC)",
+        "test_ops.py::test_is_as_accurate_as_eager -k standardize",
+    ),
+    "standardize: a run left out": (
+        "for run in range(runs):",
+        "for run in range(1, runs):",
+        "test_ops.py::test_is_as_accurate_as_eager -k 530x5",
+    ),
+    "standardize: a gradient of a constant column": (
+        "tl.where(sigma == 0, 0, product.to(ACC) / (tl.cast(spare, ACC) * sigma))",
+        "product.to(ACC) / (tl.cast(spare, ACC) * sigma)",
+        "test_standardize.py::test_a_constant_column_is_as_in_eager",
+    ),
+    "standardize: a mean that is rounded": (
+        "away = (value - near[None, :]) - (mean - near.to(tl.float64)).to(ACC)[None, :]",
+        "away = value - near[None, :]",
+        "test_standardize.py::test_a_mean_takes_no_digits",
+    ),
+    "standardize: a clamped norm with a share in the gradient": (
+        "along = tl.where(clamped, 0, tl.sum(product, 1))",
+        "along = tl.sum(product, 1)",
+        "test_standardize.py::test_rows_about_the_smallest_norm",
+    ),
+    "standardize: a dtype": (
+        "unit = load_rows(x, factors, stride, row, column, rows, column < width, ACC)",
+        "unit = load_rows(x, factors, stride, row, column, rows, column < width, tl.bfloat16).to(ACC)",
+        "test_ops.py::test_is_as_accurate_as_eager -k standardize",
+    ),
+    "standardize: an offset of 32 bits": (
+        "row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n    if factors",
+        "row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)\n    if factors",
+        "test_kernels.py::test_offsets_past_two_to_the_31st -k standardize",
+    ),
+    "columns: a factor left out": (
+        "pivot *= tl.load(factors)",
+        "pivot *= 1",
+        "test_ops.py::test_is_as_accurate_as_eager -k standardize",
+    ),
+    "columns: a first row far from the mean": (
+        "near = pivot + tl.sum(",
+        "near = pivot + 0 * tl.sum(",
+        "test_standardize.py::test_a_mean_takes_no_digits",
+    ),
     "taps: a border": (
         "tl.minimum(low + k, size_in - 1))",
         "low + k)",
@@ -118,9 +173,9 @@ MUTATIONS = {
         "for split in range(1, splits):\n        at = (",
         "test_ops.py::test_is_as_accurate_as_eager -k 20x1100",
     ),
-    "vicreg: a merge without its step": (
-        "square += tl.load(squares + at, mask=inside, other=0) + step * (step * (before * here / (before + here)))",
-        "square += tl.load(squares + at, mask=inside, other=0)",
+    "columns: a merge without its step": (
+        "square += part + step * (step * (before * here / (before + here)))",
+        "square += part",
         "test_ops.py::test_is_as_accurate_as_eager -k 1100x20",
     ),
     "vicreg: means that come off after the product whatever they are": (

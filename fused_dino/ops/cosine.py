@@ -4,7 +4,7 @@ With s = student / max(|student|, eps), t likewise:
 
     cosine   value = 1 - <s, t>     d value / d student = (<s, t> s - t) / |student|
     mse      value = |s - t|^2      d value / d student = 2 (<s, t> s - t) / |student|
-    raw      value = |s - t|^2 of the rows as they are
+    raw      value = |s - t|^2 of the rows as they are, or as standardize.py makes them
 
 where a norm is clamped it is a constant, and the gradient loses its part along s.
 
@@ -26,6 +26,7 @@ from ..reference.dtypes import wide
 from .cosine_torch import cosine_rows_torch
 from .cosine_triton import cosine_rescale_, cosine_rows
 from .dispatch import batched_rows, is_batched
+from .standardize import standardize
 
 
 def formula(
@@ -163,6 +164,9 @@ def mse_loss(
 ) -> tuple[Tensor, Tensor]:
     if not whiten:
         return rows_loss(student, teacher, kind="mse" if normalize else "raw", eps=NORM_EPS, **options)
-    # The statistics of a column need all rows before the first can be finished.
-    s, t = prepared(student, teacher, normalize, whiten=eps)
+    dtype, width = wide(student, teacher), student.shape[-1]
+    s, t = (
+        standardize(x.reshape(-1, width), normalize, eps, dtype, options["backend"]).reshape(x.shape)
+        for x in (student, teacher)
+    )
     return rows_loss(s, t, kind="raw", eps=NORM_EPS, **options)

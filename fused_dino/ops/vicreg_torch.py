@@ -11,6 +11,7 @@ from ..reference.dtypes import wide, without_autocast
 from .vicreg_plan import Plan
 
 CPU_ELEMENTS = 2**19  # of a block of rows: what one pass makes of them is still in a core's cache for the next
+FIRST = 64  # rows whose mean is near that of all
 CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
 
 
@@ -25,8 +26,10 @@ def blocks(x: Tensor) -> Iterator[slice]:
 
 
 def centre(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x - mean(x) per column. The first row is taken off before: a large mean would round the small deviations."""
+    """x - mean(x) per column. The first rows' mean is taken off before: a large one would round the small deviations,
+    and so would a first row far from it."""
     pivot = x[:1].sum(0, dtype=dtype)
+    pivot += (x[:FIRST] - pivot).mean(0)
     centred = x.new_empty(x.shape, dtype=dtype)
     total = torch.zeros_like(pivot)
     for rows in blocks(x):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
+from .columns import acc_of, cdiv, launch_statistics
 from .dispatch import define, rows_of
 from .vicreg_plan import PLAN, Plan
 
 PROGRAMS = 256  # that fill a GPU
-ROWS_A_SPLIT = 512  # of the statistics: fewer are read sooner than a second launch starts
 HALF = (torch.bfloat16, torch.float16)
 # (tile, depth of a step, warps) of the two products, by the accumulation and the student's dtype.
 TILES = {"float64": (32, 16, 2), "float32": (64, 32, 4), "half": (64, 64, 4)}
@@ -55,16 +55,6 @@ def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def acc_of(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
     """What the forward returns, not filled: the three terms [], shift [D], squares [D], product [N, N] or [D, D].
 
@@ -92,23 +82,8 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
         return out
     dtype = shift.dtype
     acc, spare = acc_of(dtype), max(n - 1, 1)
-    columns = 32
-    splits = min(cdiv(n, ROWS_A_SPLIT), cdiv(PROGRAMS, cdiv(d, columns)))
-    rows_a_split = cdiv(cdiv(n, splits), 64) * 64
-    splits = cdiv(n, rows_a_split)
-    errors = student.new_empty((splits, d), dtype=dtype) if plan.invariance else None
-    means, parts = (shift, squares) if splits == 1 else (student.new_empty((splits, d), dtype=dtype) for _ in range(2))
     with torch.cuda.device_of(student):
-        kernels.vicreg_statistics_kernel[(cdiv(d, columns), splits)](
-            student, teacher if plan.invariance else None, means, parts, errors,
-            student.stride(0), teacher.stride(0), n, d, rows_a_split,
-            BLOCK_N=64, BLOCK_D=columns, ACC=acc, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        if splits > 1:
-            kernels.vicreg_merge_kernel[(cdiv(d, 128),)](
-                means, parts, shift, squares, n, d, rows_a_split, splits,
-                BLOCK=128, ACC=acc, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+        errors = launch_statistics(student, teacher if plan.invariance else None, None, shift, squares)
         sums = launch_product(student, shift, squares, product, plan) if plan.covariance else None
         kernels.vicreg_terms_kernel[(1,)](
             errors, squares, sums, invariance, variance, covariance,

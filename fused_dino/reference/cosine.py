@@ -57,14 +57,16 @@ def mse_loss(
     return reduce((s - t).square(), None if weight is None else weight.unsqueeze(-1), reduction)
 
 
-def prepared(student: Tensor, teacher: Tensor, normalize: bool, whiten: float | None) -> tuple[Tensor, Tensor]:
+def prepared(student: Tensor, teacher: Tensor, normalize: bool, whiten: float | None) -> tuple[Tensor, ...]:
+    """Both, each as prepare makes it."""
+    return tuple(prepare(x, normalize, whiten) for x in upcast(student, teacher))
+
+
+def prepare(x: Tensor, normalize: bool, whiten: float | None) -> Tensor:
     """Rows divided by their norm, and columns standardised with the eps `whiten`, as asked."""
-    s, t = upcast(student, teacher)
     if normalize:
-        s, t = (F.normalize(x, dim=-1, eps=NORM_EPS) for x in (s, t))
-    if whiten is not None:
-        s, t = (standardize(x.reshape(-1, x.shape[-1]), whiten).reshape(x.shape) for x in (s, t))
-    return s, t
+        x = F.normalize(x, dim=-1, eps=NORM_EPS)
+    return x if whiten is None else standardize(x.reshape(-1, x.shape[-1]), whiten).reshape(x.shape)
 
 
 def standardize(x: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,97 @@
+"""Columns standardised over all rows on a GPU: the launchers, and the ops that torch's dispatcher knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.cosine import NORM_EPS
+from .columns import COLUMNS, ROWS, acc_of, cdiv, launch_statistics, runs_of
+from .dispatch import define, rows_of
+
+ELEMENTS, WIDEST = 2048, 512  # of a tile of the passes over rows
+
+
+def options_of(dtype: torch.dtype) -> dict[str, Any]:
+    """enable_fp_fusion explicitly: it rounds once less, and Triton 3.10 changes the default."""
+    return {"ACC": acc_of(dtype), "num_warps": 4, "enable_fp_fusion": True}
+
+
+def tile_of(width: int) -> dict[str, int]:
+    """Whole rows where they are narrow."""
+    block = min(WIDEST, max(16, 1 << (width - 1).bit_length()))
+    return {"BLOCK_N": ELEMENTS // block, "BLOCK_D": block}
+
+
+def standardize_fwd_fake(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What the forward returns, not filled: the result [N, D], what rows were multiplied by [N] or [0], and the
+    columns' sums of squares about their means [D]."""
+    out = x.new_empty(x.shape, dtype=dtype)
+    return out, out.new_empty(x.shape[0] if normalize else 0), out.new_empty(x.shape[1])
+
+
+def standardize_fwd_triton(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import standardize as kernels
+
+    (x,) = rows_of(x)
+    out, factors, squares = standardize_fwd_fake(x, normalize, eps, dtype)
+    rows, width = x.shape
+    shift, scale = squares.new_empty(width, dtype=torch.float64), factors if normalize else None
+    tile = tile_of(width)
+    tiles, options = cdiv(rows, tile["BLOCK_N"]), {**tile, **options_of(dtype)}
+    with torch.cuda.device_of(x):
+        if normalize:
+            kernels.standardize_factors_kernel[(tiles,)](x, factors, x.stride(0), rows, width, EPS=NORM_EPS, **options)
+        launch_statistics(x, None, scale, shift, squares)
+        kernels.standardize_fwd_kernel[(tiles, cdiv(width, tile["BLOCK_D"]))](
+            x, scale, shift, squares, out, x.stride(0), rows, width, rows - 1, EPS=eps, **options
+        )
+    return out, factors, squares
+
+
+def standardize_bwd_fake(
+    grad: Tensor, out: Tensor, x: Tensor, factors: Tensor, squares: Tensor, normalize: bool, eps: float
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def standardize_bwd_triton(
+    grad: Tensor, out: Tensor, x: Tensor, factors: Tensor, squares: Tensor, normalize: bool, eps: float
+) -> Tensor:
+    from ..kernels import standardize as kernels
+
+    grad, (x,) = grad.contiguous(), rows_of(x)
+    grad_x = standardize_bwd_fake(grad, out, x, factors, squares, normalize, eps)
+    rows, width = x.shape
+    runs, tile, options = runs_of(rows, width), tile_of(width), options_of(out.dtype)
+    totals, along = (squares.new_empty((runs.number, width)) for _ in range(2))
+    mean, share = (squares.new_empty(width) for _ in range(2))
+    with torch.cuda.device_of(x):
+        kernels.standardize_sums_kernel[(cdiv(width, COLUMNS), runs.number)](
+            grad, out, totals, along, rows, width, runs.length,
+            BLOCK_N=ROWS, BLOCK_D=COLUMNS, **options,
+        )  # fmt: skip
+        kernels.standardize_finish_kernel[(cdiv(width, 128),)](
+            totals, along, squares, mean, share, rows, width, runs.number, rows - 1, BLOCK=128, **options
+        )
+        kernels.standardize_bwd_kernel[(cdiv(rows, tile["BLOCK_N"]),)](
+            grad, out, x, factors if normalize else None, squares, mean, share, grad_x,
+            x.stride(0), rows, width, rows - 1, EPS=eps, NORM_EPS=NORM_EPS, **tile, **options,
+        )  # fmt: skip
+    return grad_x
+
+
+standardize_fwd = define(
+    "standardize_fwd(Tensor x, bool normalize, float eps, ScalarType dtype) "
+    "-> (Tensor out, Tensor factors, Tensor squares)",
+    standardize_fwd_triton,
+    standardize_fwd_fake,
+)
+standardize_bwd = define(
+    "standardize_bwd(Tensor grad, Tensor out, Tensor x, Tensor factors, Tensor squares, bool normalize, float eps) "
+    "-> Tensor",
+    standardize_bwd_triton,
+    standardize_bwd_fake,
+)
