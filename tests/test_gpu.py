@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from proving import IMPLEMENTATIONS, OPS, results
+from proving import IMPLEMENTATIONS, results
+from table import OPS
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 each_backend = pytest.mark.parametrize("backend", [x for x in IMPLEMENTATIONS if x != "reference"])

@@ -16,7 +16,8 @@ import proving
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton, tickets
 from guard import guarded, survives
-from proving import DEVICE, DTYPES, INTERPRETED, OPS, grad_output_of, results
+from proving import DEVICE, DTYPES, INTERPRETED, grad_output_of, results
+from table import OPS
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 interpreted_only = pytest.mark.skipif(

@@ -13,11 +13,11 @@ from proving import (
     DTYPES,
     IMPLEMENTATIONS,
     INTERPRETED,
-    OPS,
     check_accuracy,
     grad_output_of,
     results,
 )
+from table import OPS
 
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

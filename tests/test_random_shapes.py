@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from proving import DTYPES, IMPLEMENTATIONS, INTERPRETED, OPS, check_accuracy
+from proving import DTYPES, IMPLEMENTATIONS, INTERPRETED, check_accuracy
+from table import OPS
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings

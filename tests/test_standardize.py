@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from proving import DEVICE, DTYPES, IMPLEMENTATIONS, STANDARDIZE, check_accuracy, grad_output_of, results
+from proving import DEVICE, DTYPES, IMPLEMENTATIONS, check_accuracy, grad_output_of, results
+from table import STANDARDIZE
 
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 AS_THEY_ARE = {"normalize": False}

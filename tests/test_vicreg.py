@@ -12,7 +12,8 @@ import fused_dino
 import recipe
 from fused_dino import VICRegLoss
 from fused_dino import functional as FD
-from proving import DTYPES, IMPLEMENTATIONS, VICREG, check_accuracy
+from proving import DTYPES, IMPLEMENTATIONS, check_accuracy
+from table import VICREG
 
 
 @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
