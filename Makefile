@@ -17,8 +17,8 @@ demo: .venv/.demo  ## train a small head on real photographs under a frozen teac
 
 # The second call proves the kernels in Triton's interpreter, which takes a process of its own.
 test: .venv/.dev  ## run all the tests; a skipped one fails
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --no-skips $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --no-skips $(INTERPRETED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --no-skips $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --no-skips $(INTERPRETED)
 
 aot: .venv/.dev  ## compile every kernel for GPUs that are not here, and hold it against its budget
 	$(BIN)/python tests/aot.py

@@ -35,7 +35,7 @@ def cases():
                     yield pytest.param(op, case, dtype, id=f"{op.name}-{case}-{dtype}")
 
 
-@pytest.mark.parametrize(("op", "case", "dtype"), cases())
+@pytest.mark.parametrize(("op", "case", "dtype"), list(cases()))
 def test_is_as_accurate_as_eager(op, case, backend, dtype):
     inputs = op.draw(case.shape, dtype)
     check_accuracy(op, inputs, backend, **case.options)
