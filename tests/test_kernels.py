@@ -5,11 +5,13 @@ Collected where a kernel runs: in the interpreter (TRITON_INTERPRET=1), or on a 
 
 import ctypes
 import itertools
+import operator
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_dino
 import proving
@@ -20,6 +22,7 @@ from proving import DEVICE, DTYPES, INTERPRETED, grad_output_of, results
 from table import OPS
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+rowwise_op = pytest.mark.parametrize("op", [op for op in OPS if op.rowwise], ids=lambda op: op.name)
 interpreted_only = pytest.mark.skipif(
     not INTERPRETED, reason="a GPU has no guard pages: compute-sanitizer serves there"
 )
@@ -147,6 +150,43 @@ def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
             whole = isinstance(value, torch.Tensor) and value.numel() >= first.numel()
             name = str(node.target).removeprefix("aten.").partition(".")[0]
             assert not whole or name in free or node.target is ours or "getitem" in str(node.target), node
+
+
+class Launches(TorchDispatchMode):
+    """What reaches the dispatcher, but for views and what only hands memory out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or "empty" in func.name() or "detach" in func.name()):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@rowwise_op
+def test_two_launches_take_256_rows_forward_and_backward(op):
+    """With the gradient in the forward, whose backward scales it, and in two passes as compiled code takes them."""
+    student, teacher = (x.requires_grad_(i == 0) for i, x in enumerate(op.draw((256, 1024))))
+    grad_output = torch.ones((), device=DEVICE)
+    with Launches() as launches:
+        torch.autograd.grad(op.run(student, teacher, backend="triton"), student, grad_output)
+    assert launches.seen == ["fused_dino::cosine_rows", "fused_dino::cosine_rescale_"]
+    counter = []
+
+    def count(graph, _):
+        counter.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    run = torch.compile(
+        lambda *x: op.run(*x, backend="triton"), fullgraph=True, backend=aot_autograd(fw_compiler=count)
+    )
+    torch.autograd.grad(run(student, teacher), student, grad_output)
+    launched = [
+        target for graph in counter for target in graph if target is not operator.getitem and not target.is_view
+    ]
+    assert launched == [torch.ops.fused_dino.cosine_rows.default] * 2
 
 
 def test_a_ticket_is_left_zero(monkeypatch):

@@ -25,7 +25,7 @@ from ..reference.cosine import NORM_EPS, cosine_distance, prepared
 from ..reference.dtypes import wide
 from .cosine_torch import cosine_rows_torch
 from .cosine_triton import cosine_rescale_, cosine_rows
-from .dispatch import batched_rows, is_batched
+from .dispatch import batched_rows, is_batched, keep_signature
 from .standardize import standardize
 
 
@@ -44,6 +44,7 @@ def formula(
     return (values.sum() if reduction == "sum" else values) / count
 
 
+@keep_signature
 class CosineFunction(torch.autograd.Function):
     """(student [N, D], teacher [N, D], weight [N], alpha [], kind, reduction, count, eps, backend, store)
     -> (loss; it without alpha; the stored gradient), the last for itself."""

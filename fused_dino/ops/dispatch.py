@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -32,6 +33,14 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
 
 def refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
     raise NotImplementedError("this op has no gradient of its own; differentiate the function of fused_dino.functional")
+
+
+def keep_signature(function: type[torch.autograd.Function]) -> Any:
+    """An autograd.Function whose forward keeps its signature: torch binds each call's arguments by it, and would take
+    longer to make it anew than a launch takes."""
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)
+    return function
 
 
 def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..reference import resize as reference
 from ..reference.dtypes import upcast, wide, without_autocast
-from .dispatch import batched_rows, by_rows, define, is_batched
+from .dispatch import batched_rows, by_rows, define, is_batched, keep_signature
 from .taps import antialias_sums, launch_options
 
 CPU_PIXELS = 2**20  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
@@ -246,6 +246,7 @@ resize_bwd = define(
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
+@keep_signature
 class ResizeFunction(torch.autograd.Function):
     """(images [B, 3, H, W], options, backend) -> [B, 3, h, w] or patches."""
 

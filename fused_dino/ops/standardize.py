@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..reference.cosine import prepare
-from .dispatch import is_batched
+from .dispatch import is_batched, keep_signature
 from .standardize_torch import standardize_bwd_torch, standardize_fwd_torch
 from .standardize_triton import standardize_bwd, standardize_fwd
 
@@ -32,6 +32,7 @@ def formula(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> Tenso
     return prepare(x.to(dtype), normalize, eps)
 
 
+@keep_signature
 class StandardizeFunction(torch.autograd.Function):
     """(x [N, D], normalize, eps, dtype, backend) -> (y [N, D] of that dtype; what its rows were multiplied by; the
     columns' sums of squares), the last two for itself."""

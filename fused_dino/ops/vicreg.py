@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..reference.vicreg import vicreg_loss as formula
-from .dispatch import is_batched
+from .dispatch import is_batched, keep_signature
 from .vicreg_plan import Plan, make_plan
 from .vicreg_torch import vicreg_bwd_torch, vicreg_fwd_torch
 from .vicreg_triton import vicreg_bwd, vicreg_fwd
@@ -39,6 +39,7 @@ def terms_by_formula(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
     return tuple(terms)
 
 
+@keep_signature
 class VICRegFunction(torch.autograd.Function):
     """(student [N, D], teacher [N, D], plan, backend) -> the three terms [], then what it saves."""
 

@@ -61,6 +61,7 @@ COSINE = Op(
         Case((7,), "a single vector"),
         Case((3, 1000), "wider than the narrowest block"),
         Case((2, 5000), "wider than the widest block: the loop over columns"),
+        Case((2, 16384), "the widest that is promised"),
         Case((258, 5), "more rows than are taken at a time on a CPU", closed_form=True),
         Case((cosine_triton.MANY_ROWS + 4, 3), "so many rows that a program takes several"),
         Case((6, 20), "summed", {"reduction": "sum"}),
