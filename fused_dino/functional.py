@@ -141,6 +141,7 @@ def cosine_loss(
 
     Returns float32, float64 if an input is. 0 is the same direction, 1 orthogonal, 2 opposite. Raises ValueError
     (TypeError for what is no tensor) naming the argument; NotImplementedError for a backend without this op.
+    Source: the negative cosine similarity of SimSiam (arXiv 2011.10566), plus one.
     """
     options = {"eps": check_number("eps", eps, minimum=0)}
     return rows_loss("cosine_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]
@@ -173,8 +174,9 @@ def mse_loss(
     reduction: "mean" -> [], "sum" -> [], "none" -> [..., D], as in F.mse_loss, which this is with normalize=False.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
-    Returns float32, float64 if an input is. Raises ValueError (TypeError for what is no tensor) naming the argument;
-    NotImplementedError for a backend without this op.
+    Returns float32, float64 if an input is. A mean over no rows is NaN. Raises ValueError (TypeError for what is no
+    tensor) naming the argument; NotImplementedError for a backend without this op.
+    Source: of rows of length one, the loss of BYOL (arXiv 2006.07733).
     """
     options = {"normalize": normalize, "whiten": whiten, "eps": check_number("eps", eps, minimum=0)}
     return rows_loss("mse_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]

@@ -43,7 +43,7 @@ class Loss(nn.Module):
 class CosineLoss(Loss):
     """`functional.cosine_loss`: student, teacher [..., D], weight [...] -> a scalar, or [...] for reduction="none".
 
-    options: reduction, eps, backend.
+    options: reduction, eps, alpha, backend. Raises as the function does.
     """
 
     op = staticmethod(FD.cosine_loss)
@@ -55,7 +55,7 @@ class CosineLoss(Loss):
 class MSELoss(Loss):
     """`functional.mse_loss`: student, teacher [..., D], weight [...] -> a scalar, or [..., D] for reduction="none".
 
-    options: normalize, whiten, reduction, eps, backend.
+    options: normalize, whiten, reduction, eps, alpha, backend. Raises as the function does.
     """
 
     op = staticmethod(FD.mse_loss)
@@ -127,7 +127,13 @@ def weighed(
 ) -> tuple[Any, Tensor]:
     """(what the loss returned, weight * alpha * its scalar), the factor in the op where the op is known to take one."""
     factor = weight if alpha is None else weight * alpha
-    if type(loss) in WEIGHED and loss.settings["reduction"] != "none":
+    watched = isinstance(loss, Loss) and (loss._forward_hooks or loss._forward_pre_hooks)
+    if (
+        type(loss) in WEIGHED
+        and loss.settings["reduction"] != "none"
+        and loss.settings["alpha"] is None
+        and not watched
+    ):
         settings = {**loss.settings, "alpha": None if alpha is None and weight == 1 else factor}
         teacher = teacher.detach() if loss.detach_teacher else teacher
         scaled, value = FD.rows_loss(WEIGHED[type(loss)], student, teacher, **settings)

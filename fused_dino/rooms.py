@@ -56,11 +56,17 @@ def make_preprocess(
     return Preprocess(img_size, interpolation=preprocess, backend=backend, **statistics)
 
 
-def check_features(name: str, features: Any) -> Features:
+def check_features(name: str, features: Any, width: int) -> Features:
+    """name: whose they are; width: D, the teacher's."""
+    wanted = f"{name} must be {{'global': [B, {width}], 'patch': [B, N, {width}] or None}}"
     if not isinstance(features, dict) or not isinstance(features.get("global"), Tensor):
-        raise TypeError(
-            f"{name} must be {{'global': [B, D], 'patch': [B, N, D] or None}}, got {type(features).__name__}"
-        )
+        raise TypeError(f"{wanted}, got {type(features).__name__}")
+    token, patch = features["global"], features.get("patch")
+    if patch is not None and not isinstance(patch, Tensor):
+        raise TypeError(f"{wanted}, got a patch that is a {type(patch).__name__}")
+    shapes = [list(x.shape) for x in (token, patch) if x is not None]
+    if any(shape != [len(token), *shape[1:-1], width] or len(shape) != n for n, shape in enumerate(shapes, 2)):
+        raise ValueError(f"{wanted}, got shapes {shapes}")
     return features
 
 

@@ -16,7 +16,7 @@ from .rooms import Features, check_latent_shape, make_loss, make_preprocess, mak
 from .schedule import Schedule, check_step
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_number, check_size
+from .validation import check_choice, check_number, check_scalar, check_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -165,12 +165,17 @@ class DinoSupervision(Taught):
         logs: dino_global; dino_patch with use_patch; dino_token with token_dim; dino_vic_inv, dino_vic_var and
             dino_vic_cov with VICReg; dino_patch_is_global and dino_token_is_global, 1 each, where the teacher gives no
             patch tokens and its global token stands for them.
+
+        Raises ValueError (TypeError for what is no tensor) naming the argument.
         """
         self._check(z_text, x_img, tokens)
         features = self._features(x_img, features)
-        for name, other in (("z_text", z_text), ("the images", features["global"])):
-            if tokens is not None and other is not None and len(other) != len(tokens):
-                raise ValueError(f"tokens must have the batch size of {name}, {len(other)}, got {list(tokens.shape)}")
+        batch = len(features["global"])
+        for name, given in (("z_text", z_text), ("tokens", tokens)):
+            if given is not None and len(given) != batch:
+                raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(given.shape)}")
+        if alpha is not None:
+            alpha = check_scalar("alpha", alpha, features["global"].device)
         losses, logs = [], {}
         if z_text is None:
             losses.append(self._zero(tokens=False))
@@ -207,6 +212,7 @@ class DinoSupervision(Taught):
         gradient. step: the training step; None counts the calls of this method in training mode with gradients enabled,
         the first being 1, in the buffer `step`. From stop_step on the dict holds loss_dino alone, an exact zero.
         """
+        self._check(z_text, x_img, tokens)  # before the step is counted
         if step is None:
             self.schedule.advance()
         else:

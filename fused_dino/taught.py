@@ -55,13 +55,14 @@ class Taught(nn.Module):
             x_img = x_img.to(weight.device, non_blocking=True)
         dtype = None if weight is None else weight.dtype
         x = self.preprocess(x_img, dtype) if isinstance(self.preprocess, Preprocess) else self.preprocess(x_img)
-        return check_features("teacher's result", self.teacher(x if dtype is None else x.to(dtype)))
+        found = self.teacher(x if dtype is None else x.to(dtype))
+        return check_features("teacher's result", found, self.teacher.embed_dim)
 
     def _features(self, x_img: Tensor | None, features: Features | None) -> Features:
         if features is not None and x_img is not None:
             raise ValueError("give x_img or features, not both: features are what encode(x_img) returned")
         if features is not None:
-            return check_features("features", features)
+            return check_features("features", features, self.teacher.embed_dim)
         if x_img is None:
             raise ValueError("give x_img, the images, or features, what encode returned for them; got neither")
         return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)

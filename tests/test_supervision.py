@@ -217,9 +217,25 @@ def test_bad_calls_are_named(teacher, batch):
         ("give x_img", {"z_text": z}),
         ("give x_img or features, not both", {"z_text": z, "x_img": x, "features": module.encode(x)}),
         ("features must be", {"z_text": z, "features": x}),
+        ("features must be", {"z_text": z, "features": {"global": torch.zeros(6, 25), "patch": None}}),
+        ("features must be", {"z_text": z, "features": {"global": torch.zeros(6, 24), "patch": [1]}}),
+        ("features must be", {"z_text": z, "features": {"global": torch.zeros(6, 24), "patch": torch.zeros(6, 24)}}),
+        (
+            "features must be",
+            {"z_text": z, "features": {"global": torch.zeros(6, 24), "patch": torch.zeros(5, 16, 24)}},
+        ),
+        ("z_text must have the images' batch size 5", {"z_text": z, "features": module.encode(x[:5])}),
+        ("alpha must be", {"z_text": z, "x_img": x, "alpha": "x"}),
+        ("alpha must be", {"z_text": z, "x_img": x, "alpha": float("nan")}),
+        ("alpha must be", {"z_text": z, "x_img": x, "alpha": torch.ones(2)}),
+        ("alpha must be", {"z_text": z, "x_img": x, "alpha": torch.ones((), requires_grad=True)}),
     ):
-        with pytest.raises((ValueError, TypeError), match=f"^{message}"):
-            module(**arguments)
+        for loss_type in ("cosine", "vicreg"):
+            with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+                make(teacher, loss_type=loss_type)(**arguments)
+    with pytest.raises(ValueError, match="^z_text must be floats"):
+        module.loss_dict(z[:, :8], x)
+    assert module.schedule.step == 0, "a call that is refused is no step"
     with pytest.raises(ValueError, match="^step must be"):
         module.loss_dict(z, x, step=-1)
     wrong = {"global": module.encode(x)["global"], "patch": torch.zeros(6, 17, 24)}
@@ -227,6 +243,19 @@ def test_bad_calls_are_named(teacher, batch):
         make(teacher, use_patch=True, latent_shape=LATENT)(z, features=wrong)
     with pytest.raises(TypeError, match="^loss_type must return a scalar"):
         make(teacher, loss_type=CosineLoss(reduction="none"))(z, x)
+
+
+def test_a_loss_module_keeps_its_own_alpha_and_its_hooks(teacher, batch):
+    z, x = batch
+    torch.manual_seed(0)
+    plain = make(teacher)(z, x)[0]
+    torch.manual_seed(0)
+    assert_close(make(teacher, loss_type=CosineLoss(alpha=0.5))(z, x, alpha=3.0)[0], 1.5 * plain)
+    torch.manual_seed(0)
+    module, seen = make(teacher), []
+    module.loss.register_forward_hook(lambda *call: seen.append(call))
+    assert_close(module(z, x)[0], plain)
+    assert len(seen) == 1
 
 
 def test_the_projector_is_the_recipes(teacher):

@@ -164,6 +164,28 @@ def test_exports(teacher, batch):
     assert_close(exported(*batch)[0], module(*batch)[0])
 
 
+@pytest.mark.parametrize("loss_type", ["cosine", "vicreg"])
+def test_a_grad_scaler_steps_as_without(teacher, batch, text, loss_type):
+    """The forward has written the gradient before the scale is known."""
+    plain = Model(teacher, loss_type=loss_type)
+    scaled = copy.deepcopy(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for model in (plain, scaled):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = sum(value for name, value in model(text, batch[1]).items() if "loss" in name)
+            if model is plain:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert_close(p, q)
+
+
 def test_gradient_scaling_and_accumulation(teacher, batch, text):
     """Half the batch twice, scaled, is the whole batch once: nothing is kept between calls."""
     whole = Model(teacher)
