@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from torch.testing import assert_close
 
 from conftest import TinyTeacher
-from fused_dino import CosineLoss, DinoSupervision
+from fused_dino import CosineLoss, DinoSupervision, Preprocess
 from fused_dino.patches import PATCH_TARGETS, attend, most_similar, nearest
 from proving import IMPLEMENTATIONS
 
@@ -52,7 +52,8 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
 @pytest.mark.parametrize("target", PATCH_TARGETS)
 def test_is_its_formula_in_value_and_gradient(teacher, batch, target, shape, backend):
-    module = make(teacher, target, backend=backend, w_global=0.0, w_patch=1.0, **shape).double()
+    options = {"w_global": 0.0, "w_patch": 1.0, "preprocess": Preprocess(shape.get("img_size", 56)), **shape}
+    module = make(teacher, target, backend=backend, **options).double()
     z, x = (v.double() for v in batch)
     z.requires_grad_()
     features = module.encode(x)
