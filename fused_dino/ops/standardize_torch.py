@@ -17,10 +17,7 @@ def standardize_fwd_torch(x: Tensor, normalize: bool, eps: float, dtype: torch.d
     if normalize:
         with without_autocast(x):  # to which vecdot is a matrix product
             (x,) = by_rows(lambda rows: unit(rows.to(dtype), NORM_EPS)[:1], (x.new_empty(x.shape, dtype=dtype),), x)
-    out = centre(x, dtype)
-    squares = out.new_zeros(out.shape[1])
-    for rows in blocks(out):
-        squares += out[rows].square().sum(0)
+    out, squares = centre(x, dtype)
     divisor = (squares / (out.shape[0] - 1)).sqrt() + eps
     for rows in blocks(out):
         out[rows] /= divisor

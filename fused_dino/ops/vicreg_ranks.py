@@ -70,7 +70,7 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
 
 def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
     every = gather_rows(student, counts, ranks)
-    xc = centre(every, error.dtype) if len(every) else every.to(error.dtype)
+    xc = centre(every, error.dtype)[0] if len(every) else every.to(error.dtype)
     first = sum(counts[: ranks.rank()])
     mine = xc[first : first + len(student)]
     squares = xc.square().sum(0)

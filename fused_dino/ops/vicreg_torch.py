@@ -25,9 +25,9 @@ def blocks(x: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def centre(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x - mean(x) per column. The first rows' mean is taken off before: a large one would round the small deviations,
-    and so would a first row far from it."""
+def centre(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x - mean(x) per column, its sums of squares). The first rows' mean is taken off before: a large one would round
+    the small deviations, and so would a first row far from it."""
     pivot = x[:1].sum(0, dtype=dtype)
     pivot += (x[:FIRST] - pivot).mean(0)
     centred = x.new_empty(x.shape, dtype=dtype)
@@ -35,9 +35,11 @@ def centre(x: Tensor, dtype: torch.dtype) -> Tensor:
     for rows in blocks(x):
         total += torch.sub(x[rows], pivot, out=centred[rows]).sum(0)
     total /= len(x)
+    squares = torch.zeros_like(total)
     for rows in blocks(x):
         centred[rows] -= total
-    return centred
+        squares += centred[rows].square().sum(0)
+    return centred, squares
 
 
 def symmetric_product(x: Tensor) -> Tensor:
@@ -49,7 +51,9 @@ def symmetric_product(x: Tensor) -> Tensor:
     for start in range(0, m, CPU_PANEL):
         panel = slice(start, start + CPU_PANEL)
         torch.mm(x[panel], x[start:].T, out=out[panel, start:])
-        out[start + CPU_PANEL :, panel] = out[panel, start + CPU_PANEL :].T
+        for left in range(start + CPU_PANEL, m, CPU_PANEL):  # a transposed copy is quick where both sides are whole
+            beside = slice(left, left + CPU_PANEL)
+            out[beside, panel] = out[panel, beside].contiguous().T.contiguous()
     return out
 
 
@@ -67,15 +71,12 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
             invariance = error / (n * d)
         if not (plan.variance or plan.covariance):
             return invariance, variance, covariance, student.new_empty(0, 0, dtype=dtype), zero.new_empty(0), product
-        centred = centre(student, dtype)
+        centred, squares = centre(student, dtype)
         spare = max(n - 1, 1)
         if plan.covariance:
             product = symmetric_product(centred if plan.gram else centred.T).div_(spare)
             if not plan.gram:
                 product.diagonal().zero_()
-        squares = zero.new_zeros(d)
-        for rows in blocks(centred):
-            squares += centred[rows].square().sum(0)
         if plan.variance:
             variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
         if plan.covariance:
@@ -116,14 +117,15 @@ def vicreg_bwd_torch(
         towards = grad_invariance * (2 / max(n * d, 1))
     made = for_s if for_s.dtype == dtype else for_s.to(dtype)
     for rows in blocks(student):
+        pull = made[rows] if for_student else student.new_empty(student[rows].shape, dtype=dtype)
         if towards is not None:
-            pull = student[rows].to(dtype, copy=True).sub_(teacher[rows]).mul_(towards)
+            pull.copy_(student[rows]).sub_(teacher[rows]).mul_(towards)
         else:
-            pull = torch.zeros_like(student[rows], dtype=dtype)
+            pull.zero_()
         if for_teacher:
             for_t[rows] = -pull
-        if for_student:
-            made[rows] = pull if column is None else pull.addcmul_(centred[rows], column)
+        if for_student and column is not None:
+            pull.addcmul_(centred[rows], column)
     if for_student and matrix is not None:
         with without_autocast(student):
             made.addmm_(*((matrix, centred) if plan.gram else (centred, matrix)))
