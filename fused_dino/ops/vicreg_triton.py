@@ -26,10 +26,13 @@ def kind(student: Tensor, dtype: torch.dtype) -> str:
 
 
 def precision() -> str:
-    """Of float32 products: three passes of TF32, or one where torch's own setting allows it; AMD multiplies float32."""
+    """Of float32 products: three passes of TF32, or one where torch's own setting allows it; AMD multiplies float32.
+
+    fp32_precision is read, which follows every way of setting it; allow_tf32 raises once fp32_precision was set.
+    """
     if torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
