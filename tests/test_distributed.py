@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import costs
 from conftest import TinyTeacher
@@ -79,8 +80,6 @@ def large_means_do_not_cancel(rank, world):
 
 
 def costs_are_those_calculated(rank, world):
-    from torch.utils.flop_counter import FlopCounterMode
-
     received = []
     count_reduce, count_gather = distributed.all_reduce, distributed.all_gather
 
@@ -208,6 +207,18 @@ def test_what_a_rank_pays_and_when_the_host_waits(tmp_path):
         no_counts_are_exchanged_by_columns,
     )
     spawn(in_order(*checks), 3, tmp_path)
+
+
+@pytest.mark.parametrize("width", [3, 40])
+def test_one_rank_pays_what_is_calculated(width):
+    y, g = (x.float().requires_grad_() for x in rows(6, 0, width))
+
+    def in_place(added_to, left, right, **_):
+        return 2 * left[0] * left[1] * right[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        FD.vicreg_loss(y, g, backend="torch").loss.backward()
+    assert counter.get_total_flops() == costs.ours(6, width, 1, 4)[1].operations
 
 
 def test_the_page_of_costs_is_the_calculation():

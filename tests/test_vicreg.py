@@ -4,13 +4,14 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fused_dino
 import recipe
-from fused_dino import VICRegLoss
+from fused_dino import VICRegLoss, distributed
 from fused_dino import functional as FD
 from proving import DTYPES, IMPLEMENTATIONS, check_accuracy
 from table import VICREG
@@ -104,6 +105,30 @@ def test_a_dominating_column(shape, factor, dtype, backend):
     true = FD.vicreg_loss(*(x.double() for x in inputs), backend="reference").loss
     assert_close(loss.double(), true, rtol=1e-3, atol=0)
     check_accuracy(VICREG, inputs, backend, route="covariance")
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+@pytest.mark.parametrize("route", ["auto", "gram", "covariance"])
+def test_a_group_of_one_rank_is_no_group(shape, route, one_rank, monkeypatch):
+    """To the last bit, on every backend, with second derivatives, and nothing is communicated."""
+    monkeypatch.setattr(distributed, "all_reduce", None)
+    monkeypatch.setattr(distributed, "all_gather", None)
+    y, g = (x.requires_grad_() for x in pair(*shape))
+    results = []
+    for group in (None, one_rank):
+        out = FD.vicreg_loss(y, g, route=route, group=group)
+        grads = torch.autograd.grad(out.loss, (y, g), create_graph=True)
+        results.append((*out, *grads, *torch.autograd.grad(grads[0].square().sum(), (y, g))))
+    assert_close(results[1], results[0], rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="one row"):
+        FD.vicreg_loss(*pair(1, 6), group=one_rank)
 
 
 def test_only_the_loss_carries_a_gradient():
