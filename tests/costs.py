@@ -46,6 +46,11 @@ def by_columns(rows: int, width: int, world: int, itemsize: int) -> Cost:
     return Cost(received, 4 * rows * width * width)
 
 
+def by_moments(rows: int, width: int, world: int, itemsize: int) -> Cost:
+    """Without a covariance: the sums of the columns, two scalars, the squares, and what is left of the means."""
+    return Cost(summed(width + 2 + width + width, world, 4), 0)
+
+
 def recipe(rows: int, width: int, world: int, itemsize: int) -> Cost:
     """Student and teacher are gathered, gradients are scattered back, and each rank repeats the loss of all rows."""
     received = 2 * gathered(rows * width, world, itemsize) + gathered(rows * width, world, itemsize)
@@ -87,7 +92,8 @@ symmetry of the product saves up to a quarter more by columns, and is not counte
 The ranks may bring different numbers of rows, or none. The choice has to be the same on all of them, so that "auto"
 and `route="gram"` first exchange the ranks' counts on the host, eight bytes each. With a CPU backend in the group,
 which `init_process_group()` without a backend sets up beside NCCL, no GPU waits for it; with NCCL alone the host waits
-for the device once a call. `route="covariance"` exchanges no counts and never waits.
+for the device once a call. `route="covariance"` exchanges no counts and never waits; nor does `cov_weight=0`, which
+needs neither rows nor products: 3 D numbers are summed, and none beside the invariance where `var_weight` is 0 as well.
 
 256 rows a rank, D = 1024:
 

@@ -19,6 +19,7 @@ from fused_dino.ops import vicreg_ranks
 from fused_dino.ops.vicreg_plan import make_plan
 
 OPTIONS = [{}, {"cov_reduction": "sum_over_d", "unbiased": True}, {"cov_weight": 0.0}, {"inv_weight": 0.0}]
+OPTIONS += [{"var_weight": 0.0, "cov_weight": 0.0}]
 
 
 def rows(count, seed, width=5):
@@ -93,28 +94,37 @@ def costs_are_those_calculated(rank, world):
 
     vicreg_ranks.all_reduce = all_reduce
     distributed.all_gather = all_gather
-    for width, expected in ((8, costs.by_columns), (40, costs.by_rows)):
+
+    def pays(calculated, width, route="auto", var_weight=1, cov_weight=1):
         y, g = (x.float() for x in rows(6, rank, width))
-        route, calculated = costs.ours(6, width, world, 4)
-        assert calculated == expected(6, width, world, 4), route
-        received.clear()
         plan = make_plan(
-            6, width, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
-            unbiased=False, route="auto",
+            6, width, inv_weight=1, var_weight=var_weight, cov_weight=cov_weight, gamma=1.0, eps=1e-4,
+            cov_reduction="mean", unbiased=False, route=route,
         )  # fmt: skip
+        received.clear()
         with FlopCounterMode(display=False) as counter:
-            vicreg_ranks.vicreg_ranks_torch(y, g, dist.group.WORLD.group_name, "auto", *plan)
+            vicreg_ranks.vicreg_ranks_torch(y, g, dist.group.WORLD.group_name, route, *plan)
         assert sum(received) == pytest.approx(calculated.received)
         assert counter.get_total_flops() == calculated.operations
 
+    for width, expected in ((8, costs.by_columns), (40, costs.by_rows)):
+        route, calculated = costs.ours(6, width, world, 4)
+        assert calculated == expected(6, width, world, 4), route
+        pays(calculated, width)
+    for width, route in itertools.product((8, 40), ("auto", "gram", "covariance")):
+        pays(costs.by_moments(6, width, world, 4), width, route, cov_weight=0)
+        pays(costs.Cost(costs.summed(2, world, 4), 0), width, route, var_weight=0, cov_weight=0)
 
-def no_counts_are_exchanged_by_columns(rank, world):
+
+def no_counts_are_exchanged_by_columns_nor_without_products(rank, world):
     def refuse(*args):
         raise AssertionError("the host must not wait")
 
     vicreg_ranks.all_counts = refuse
     y, g = rows(3, rank)
     FD.vicreg_loss(y, g, group=dist.group.WORLD, route="covariance")
+    for route in ("auto", "gram"):
+        FD.vicreg_loss(y, g, group=dist.group.WORLD, route=route, cov_weight=0)
     with pytest.raises(AssertionError, match="must not wait"):
         FD.vicreg_loss(y, g, group=dist.group.WORLD)
 
@@ -204,7 +214,7 @@ def test_what_a_rank_pays_and_when_the_host_waits(tmp_path):
         large_means_do_not_cancel,
         what_is_not_there_is_refused,
         costs_are_those_calculated,
-        no_counts_are_exchanged_by_columns,
+        no_counts_are_exchanged_by_columns_nor_without_products,
     )
     spawn(in_order(*checks), 3, tmp_path)
 
