@@ -231,7 +231,7 @@ def vicreg_loss(
         covariance = sum_{i != j} c_ij^2 / D^2,   c = yc^T yc / max(N - 1, 1),   yc = y - mean(y)
 
     student, teacher: y and g, [N, D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you
-        like. One row is finite (its deviations are 0) and warns; no rows are NaN.
+        like. One row is finite (its deviations are 0) and warns, unless compiled; no rows are NaN.
     inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The number
         0 leaves its term out: it is not computed, and reported as 0.
     cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
@@ -265,7 +265,7 @@ def vicreg_loss(
         "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
         "unbiased": unbiased,
     }
-    if len(student) == 1 and group is None:
+    if len(student) == 1 and group is None and not torch.compiler.is_compiling():
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
     name = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
     if name == "reference":

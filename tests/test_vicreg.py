@@ -172,6 +172,14 @@ def test_one_row_is_finite_and_warns_once():
         assert torch.autograd.grad(out.loss, y)[0].isfinite().all()
 
 
+def test_one_row_compiles_as_one_graph(fresh_compiler):
+    y, g = pair(1, 6)
+    with pytest.warns(UserWarning, match="one row"):
+        expected = FD.vicreg_loss(y, g)
+    compiled = torch.compile(lambda y, g: FD.vicreg_loss(y, g), fullgraph=True, backend="aot_eager")
+    assert_close(tuple(compiled(y, g)), tuple(expected), rtol=1e-12, atol=0)
+
+
 def test_nothing_and_nan():
     empty = torch.empty(0, 4)
     with warnings.catch_warnings():
