@@ -364,5 +364,7 @@ def test_the_module():
     assert torch.autograd.grad(VICRegLoss(detach_teacher=False)(y, g).loss, g)[0].abs().sum() > 0
     with pytest.raises(ValueError, match="^group "):
         VICRegLoss(group="all")
+    with pytest.raises(TypeError, match="^group must be 'auto', None or a torch.distributed.ProcessGroup, got int"):
+        VICRegLoss(group=3)
     with pytest.raises(ValueError, match="^route "):
         VICRegLoss(route="fast")
