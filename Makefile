@@ -3,7 +3,7 @@ BIN := .venv/bin
 ARGS ?=
 NAME ?= cpu-$(shell getconf _NPROCESSORS_ONLN)-cores
 INTERPRETED := tests/test_ops.py tests/test_random_shapes.py tests/test_kernels.py tests/test_resize.py tests/test_standardize.py \
-	tests/test_vicreg.py
+	tests/test_vicreg.py tests/test_vicreg_limits.py
 
 .PHONY: help setup demo test lint aot bench results report gpu dist test-oldest clean
 

@@ -93,20 +93,6 @@ def test_numbers_hold_where_little_is_left(name, shape, dtype, backend):
     check_accuracy(VICREG, (y.to(dtype), g.to(dtype)), backend, inv_weight=0.0, cov_weight=10.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("factor", [10, 100])
-@pytest.mark.parametrize("shape", [(16, 64), (64, 256), (255, 256)])
-def test_a_dominating_column(shape, factor, dtype, backend):
-    """By rows the covariance is a difference, which it makes small; by columns it is as accurate as eager."""
-    y, g = pair(*shape)
-    y[:, 3] *= factor
-    inputs = y.to(dtype), g.to(dtype)
-    loss = FD.vicreg_loss(*inputs, route="gram").loss
-    true = FD.vicreg_loss(*(x.double() for x in inputs), backend="reference").loss
-    assert_close(loss.double(), true, rtol=1e-3, atol=0)
-    check_accuracy(VICREG, inputs, backend, route="covariance")
-
-
 @pytest.fixture
 def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
