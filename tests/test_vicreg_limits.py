@@ -1,5 +1,9 @@
-"""What VICReg's accuracy depends on, as the README tells it: one dominating column, and torch's setting of TF32."""
+"""What VICReg's accuracy depends on, as the README tells it: one dominating column, and torch's setting of TF32.
 
+And what its product allocates.
+"""
+
+import itertools
 import subprocess
 import sys
 
@@ -9,6 +13,8 @@ from torch.testing import assert_close
 
 import fused_dino
 from fused_dino import functional as FD
+from fused_dino.ops.columns import cdiv
+from fused_dino.ops.vicreg_triton import TILES, split
 from proving import DTYPES, IMPLEMENTATIONS, check_accuracy
 from table import VICREG
 
@@ -63,6 +69,17 @@ def test_by_rows_the_covariance_is_lost_as_the_readme_says(shape, factor, least,
     if backend == "reference":
         least, most = 0, 1e-5
     assert least <= max(errors) <= most
+
+
+def test_the_splits_of_a_product_are_together_no_larger_than_the_student():
+    most = 0
+    for tile, step, _ in TILES.values():
+        for size, depth in itertools.product((1, 2, 7, 64, 100, 255, 1024), (1, 2, 63, 256, 4000, 100_000)):
+            splits, depth_a_split = split(size, depth, cdiv(size, tile), step)
+            assert splits == 1 or splits * size * size <= size * depth
+            assert (splits - 1) * depth_a_split < depth <= splits * depth_a_split, "each has rows, and none is left"
+            most = max(most, splits)
+    assert most > 100, "the example must be split"
 
 
 SETTINGS = """
