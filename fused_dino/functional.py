@@ -242,7 +242,7 @@ def vicreg_loss(
     group: None: the rows of this process; a ProcessGroup: the rows of all its ranks, which may bring different numbers
         of rows. Every rank gets the same loss, and a gradient that DDP's mean over the ranks makes the full batch's;
         each does its share. Ranks exchange their counts on the host first, unless route is "covariance" or
-        cov_weight the number 0. A group of one rank is None.
+        cov_weight the number 0; only who knows the counts can warn of one row. A group of one rank is None.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
     Returns VICRegOutput(loss, invariance, variance, covariance) in float32, float64 if an input is. Raises ValueError

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -78,6 +79,48 @@ def large_means_do_not_cancel(rank, world):
         assert_close(out.loss.double(), true.loss, rtol=1e-6, atol=0)
         ours, exact = torch.autograd.grad(out.loss, mine)[0], torch.autograd.grad(true.loss, wide)[0][part]
         assert (ours.double() / world - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def half_precision_is_float32_inside(rank, world):
+    for dtype, (width, route) in itertools.product(
+        (torch.bfloat16, torch.float16), ((5, "auto"), (40, "auto"), (40, "gram"), (12, "covariance"))
+    ):
+        y, g = (x.to(dtype) for x in rows(8 * world, 5, width))
+        part = slice(8 * rank, 8 * rank + 8)
+        mine, wide = y[part].requires_grad_(), y.double().requires_grad_()
+        out = FD.vicreg_loss(mine, g[part], group=dist.group.WORLD, route=route)
+        true = FD.vicreg_loss(wide, g.double(), backend="reference")
+        assert out.loss.dtype == torch.float32
+        assert_close([x.double() for x in out], list(true), rtol=1e-5, atol=1e-7)
+        ours, exact = torch.autograd.grad(out.loss, mine)[0], torch.autograd.grad(true.loss, wide)[0][part] * world
+        assert_close(ours, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def by_columns_a_dominating_column_costs_no_more_than_in_eager(rank, world):
+    for factor, dtype in itertools.product((100, 1_000, 10_000), (torch.float32, torch.bfloat16, torch.float16)):
+        y, g = rows(8 * world, 6, 40)
+        y[:, 3] *= factor
+        y, g = y.to(dtype), g.to(dtype)
+        part = slice(8 * rank, 8 * rank + 8)
+        true = FD.vicreg_loss(y.double(), g.double(), backend="reference")
+        eager = FD.vicreg_loss(y, g, backend="reference")
+        out = FD.vicreg_loss(y[part], g[part], group=dist.group.WORLD, route="covariance")
+        for got, plain, exact in zip(out, eager, true, strict=True):
+            assert (got - exact).abs() <= 2 * (plain - exact).abs() + 1e-6 * exact.abs()
+
+
+def one_row_in_all_is_finite_and_warns_where_it_is_known(rank, world):
+    """By columns no rank knows the others' counts. A gradient that is not finite would reach the others."""
+    for route, unbiased in itertools.product(("auto", "gram", "covariance"), (False, True)):
+        y, g = (x[: int(rank == 1)] for x in rows(1, 7))
+        known = route != "covariance"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = FD.vicreg_loss(y.requires_grad_(), g, group=dist.group.WORLD, route=route, unbiased=unbiased)
+        assert ["one row" in str(w.message) for w in caught if w.category is UserWarning] == [True] * known
+        assert out.covariance == 0
+        assert_close(out.variance.item(), 1 - 1e-2, rtol=1e-9, atol=0)
+        assert torch.autograd.grad(out.loss, y)[0].isfinite().all()
 
 
 def costs_are_those_calculated(rank, world):
@@ -209,9 +252,12 @@ def test_compiled(tmp_path):
     spawn(compiles, 2, tmp_path)
 
 
-def test_what_a_rank_pays_and_when_the_host_waits(tmp_path):
+def test_the_numbers_of_a_rank_what_it_pays_and_when_the_host_waits(tmp_path):
     checks = (
         large_means_do_not_cancel,
+        half_precision_is_float32_inside,
+        by_columns_a_dominating_column_costs_no_more_than_in_eager,
+        one_row_in_all_is_finite_and_warns_where_it_is_known,
         what_is_not_there_is_refused,
         costs_are_those_calculated,
         no_counts_are_exchanged_by_columns_nor_without_products,

@@ -19,6 +19,7 @@ and the mean that DDP or FSDP takes is the full batch's gradient (see SumOverRan
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,10 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
     counts: list[int] = []
     if plan.covariance and route != "covariance":
         counts = all_counts(len(student), student.device, ranks)
+        if sum(counts) == 1:
+            warnings.warn(
+                "vicreg_loss got one row in all: its variance and covariance are 0 by convention", stacklevel=2
+            )
         by_rows = by_rows or rows_travel_lighter(counts, width, student.element_size(), dtype.itemsize)
     with without_autocast(student):
         share = share_by_rows if by_rows else share_by_columns
