@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import costs
+import recipe
 from conftest import TinyTeacher
 from fused_dino import DinoSupervision, VICRegLoss, distributed
 from fused_dino import functional as FD
@@ -131,12 +134,12 @@ def costs_are_those_calculated(rank, world):
         received.append(costs.summed(x.numel(), world, x.element_size()))
         return count_reduce(x, group)
 
-    def all_gather(x, group):
+    def gather(x, group):
         received.append(costs.gathered(x.numel(), world, x.element_size()))
         return count_gather(x, group)
 
     vicreg_ranks.all_reduce = all_reduce
-    distributed.all_gather = all_gather
+    distributed.all_gather = gather
 
     def pays(calculated, width, route="auto", var_weight=1, cov_weight=1):
         y, g = (x.float() for x in rows(6, rank, width))
@@ -157,6 +160,35 @@ def costs_are_those_calculated(rank, world):
     for width, route in itertools.product((8, 40), ("auto", "gram", "covariance")):
         pays(costs.by_moments(6, width, world, 4), width, route, cov_weight=0)
         pays(costs.Cost(costs.summed(2, world, 4), 0), width, route, var_weight=0, cov_weight=0)
+
+
+class Received(TorchDispatchMode):
+    """The bytes that this rank receives in torch's own collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        name = func._schema.name
+        if name == "c10d::allgather_":
+            self.bytes += sum(x.nbytes for x in args[0][0]) * (world - 1) / world
+        elif name == "c10d::scatter_":  # from each rank in turn: how gloo brings gradients back
+            self.bytes += args[0][0].nbytes * (args[3] != rank)
+        else:
+            assert not name.startswith("c10d"), name
+        return func(*args, **(kwargs or {}))
+
+
+def the_recipes_costs_are_those_calculated(rank, world):
+    y, g = (x.float() for x in rows(6, rank, 8))
+    with Received() as received, FlopCounterMode(display=False) as counter:
+        every = [torch.cat(all_gather(x)) for x in (y.requires_grad_(), g)]
+        recipe.vicreg(*every)[0].backward()
+    calculated = costs.recipe(6, 8, world, 4)
+    assert received.bytes == calculated.received
+    assert counter.get_total_flops() == calculated.operations
 
 
 def no_counts_are_exchanged_by_columns_nor_without_products(rank, world):
@@ -260,6 +292,7 @@ def test_the_numbers_of_a_rank_what_it_pays_and_when_the_host_waits(tmp_path):
         one_row_in_all_is_finite_and_warns_where_it_is_known,
         what_is_not_there_is_refused,
         costs_are_those_calculated,
+        the_recipes_costs_are_those_calculated,
         no_counts_are_exchanged_by_columns_nor_without_products,
     )
     spawn(in_order(*checks), 3, tmp_path)
