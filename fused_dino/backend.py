@@ -70,8 +70,8 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
 def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> str:
     """Which implementation `op` would run on `tensor`, and why, as one line that begins with its name.
 
-    op: "preprocess", "cosine_loss", "mse_loss", "vicreg_loss", or "vicreg_loss(group)" for the rows of a process group;
-        ValueError for any other.
+    op: "preprocess", "cosine_loss", "mse_loss", "vicreg_loss", or "vicreg_loss(group)" for the rows of a process group
+        of two ranks and more; ValueError for any other.
 
     Where the choice cannot run, the line begins with "none" and holds the error that the call would raise.
     """

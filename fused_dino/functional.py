@@ -233,7 +233,7 @@ def vicreg_loss(
         covariance = sum_{i != j} c_ij^2 / D^2,   c = yc^T yc / max(N - 1, 1),   yc = y - mean(y)
 
     student, teacher: y and g, [N, D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you
-        like. One row is finite (its deviations are 0) and warns; no rows are NaN.
+        like. One row is finite (its deviations are 0) and warns, unless compiled; no rows are NaN.
     inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The number
         0 leaves its term out: it is not computed, and reported as 0.
     cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
@@ -243,7 +243,8 @@ def vicreg_loss(
         column deviates 100 times as much as the others and more: "covariance" is as accurate as eager there.
     group: None: the rows of this process; a ProcessGroup: the rows of all its ranks, which may bring different numbers
         of rows. Every rank gets the same loss, and a gradient that DDP's mean over the ranks makes the full batch's;
-        each does its share. Ranks exchange their counts on the host first, unless route is "covariance".
+        each does its share. Ranks exchange their counts on the host first, unless route is "covariance" or
+        cov_weight the number 0; only who knows the counts can warn of one row. A group of one rank is None.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
     Returns VICRegOutput(loss, invariance, variance, covariance) in float32, float64 if an input is. Raises ValueError
@@ -255,6 +256,8 @@ def vicreg_loss(
         raise ValueError(f"student must be [N, D], got shape {list(student.shape)}")
     check_choice("route", route, ("auto", "gram", "covariance"))
     check_group(group)
+    if group is not None and group.size() == 1:
+        group = None
     options: dict[str, Any] = {
         "inv_weight": check_scalar("inv_weight", inv_weight, student.device),
         "var_weight": check_scalar("var_weight", var_weight, student.device),
@@ -264,7 +267,7 @@ def vicreg_loss(
         "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
         "unbiased": unbiased,
     }
-    if len(student) == 1 and group is None:
+    if len(student) == 1 and group is None and not torch.compiler.is_compiling():
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
     name = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
     if name == "reference":

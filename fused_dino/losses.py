@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import functional as FD
 from .functional import VICRegOutput
+from .validation import check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,8 +90,7 @@ class VICRegLoss(Loss):
 
     def __init__(self, *, group: ProcessGroup | str | None = "auto", **options: Any) -> None:
         super().__init__(**options)
-        if isinstance(group, str) and group != "auto":
-            raise ValueError(f"group is {group!r}; use 'auto', None or a ProcessGroup")
+        check_group(group, auto=True)
         self.group = group
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
 from .teacher import DINOv2Backbone
-from .validation import check_choice
+from .validation import check_choice, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,6 +35,7 @@ def make_teacher(
 def make_loss(
     loss_type: str | nn.Module, stopgrad_image: bool, group: ProcessGroup | str | None, backend: str | None
 ) -> nn.Module:
+    check_group(group, auto=True)
     if isinstance(loss_type, nn.Module):
         if not stopgrad_image and getattr(loss_type, "detach_teacher", False):
             raise ValueError("stopgrad_image=False needs a loss_type with detach_teacher=False")

@@ -95,7 +95,8 @@ class Taught(nn.Module):
         return self.img_size[0] // patch, self.img_size[1] // patch
 
     def _warn_once(self) -> None:
-        if not self._warned:
+        """Not while compiling: torch.compile takes no warning into a whole graph. The logs say it there too."""
+        if not (self._warned or torch.compiler.is_compiling()):
             self._warned = True
             warnings.warn(
                 "the teacher gives no patch tokens: every region and token is aligned with its global token",

@@ -79,11 +79,15 @@ def check_scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
     return value
 
 
-def check_group(group: Any) -> None:
-    if group is None:
+def check_group(group: Any, auto: bool = False) -> None:
+    """auto: whether the word "auto" will do as well."""
+    if group is None or (auto and isinstance(group, str) and group == "auto"):
         return
+    if auto and isinstance(group, str):
+        raise ValueError(f"group is {group!r}; use 'auto', None or a ProcessGroup")
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(f"group must be None or a torch.distributed.ProcessGroup, got {type(group).__name__}")
+        others = "'auto', None" if auto else "None"
+        raise TypeError(f"group must be {others} or a torch.distributed.ProcessGroup, got {type(group).__name__}")
 
 
 def check_images(images: Any) -> None:

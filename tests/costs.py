@@ -1,6 +1,6 @@
 """What VICReg over many ranks costs each of them, by calculation; `python tests/costs.py` writes docs/distributed.md.
 
-test_distributed.py counts the same in real processes.
+test_distributed.py counts the same, the recipe's too, in real processes.
 """
 
 import sys
@@ -46,6 +46,11 @@ def by_columns(rows: int, width: int, world: int, itemsize: int) -> Cost:
     return Cost(received, 4 * rows * width * width)
 
 
+def by_moments(rows: int, width: int, world: int, itemsize: int) -> Cost:
+    """Without a covariance: the sums of the columns, two scalars, the squares, and what is left of the means."""
+    return Cost(summed(width + 2 + width + width, world, 4), 0)
+
+
 def recipe(rows: int, width: int, world: int, itemsize: int) -> Cost:
     """Student and teacher are gathered, gradients are scattered back, and each rank repeats the loss of all rows."""
     received = 2 * gathered(rows * width, world, itemsize) + gathered(rows * width, world, itemsize)
@@ -78,16 +83,18 @@ def table(width: int, rows_of) -> str:
 def page() -> str:
     return f"""# VICReg over many ranks: what each of them pays
 
-Calculated by `tests/costs.py`, forward and backward, in float32; `tests/test_distributed.py` counts the same in real
-processes. The recipe gathers student and teacher, repeats the whole loss on every rank, and scatters the gradient back.
-Here every rank does its share, by the rows (one gather of the student's) or by the columns (one sum of the [D, D]
-products over the ranks), whichever travels lighter: rows up to N = 2 D in float32, and up to 4 D in 16 bits. The
-symmetry of the product saves up to a quarter more by columns, and is not counted. By rows nothing [D, D] is allocated.
+Calculated by `tests/costs.py`, forward and backward, in float32; `tests/test_distributed.py` counts the same,
+ours and the recipe's, in three real processes. The recipe gathers student and teacher, repeats the whole loss on every
+rank, and scatters the gradient back. Here every rank does its share, by the rows (one gather of the student's) or by
+the columns (one sum of the [D, D] products over the ranks), whichever travels lighter: rows up to N = 2 D in float32,
+and up to 4 D in 16 bits. The symmetry of the product saves up to a quarter more by columns, and is not counted. By rows
+nothing [D, D] is allocated. A group of one rank is no group: it takes the smaller product, and on a GPU the kernels.
 
 The ranks may bring different numbers of rows, or none. The choice has to be the same on all of them, so that "auto"
 and `route="gram"` first exchange the ranks' counts on the host, eight bytes each. With a CPU backend in the group,
 which `init_process_group()` without a backend sets up beside NCCL, no GPU waits for it; with NCCL alone the host waits
-for the device once a call. `route="covariance"` exchanges no counts and never waits.
+for the device once a call. `route="covariance"` exchanges no counts and never waits; nor does `cov_weight=0`, which
+needs neither rows nor products: 3 D numbers are summed, and none beside the invariance where `var_weight` is 0 as well.
 
 256 rows a rank, D = 1024:
 

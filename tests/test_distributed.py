@@ -2,15 +2,20 @@
 
 import functools
 import itertools
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import costs
+import recipe
 from conftest import TinyTeacher
 from fused_dino import DinoSupervision, VICRegLoss, distributed
 from fused_dino import functional as FD
@@ -18,6 +23,7 @@ from fused_dino.ops import vicreg_ranks
 from fused_dino.ops.vicreg_plan import make_plan
 
 OPTIONS = [{}, {"cov_reduction": "sum_over_d", "unbiased": True}, {"cov_weight": 0.0}, {"inv_weight": 0.0}]
+OPTIONS += [{"var_weight": 0.0, "cov_weight": 0.0}]
 
 
 def rows(count, seed, width=5):
@@ -78,9 +84,49 @@ def large_means_do_not_cancel(rank, world):
         assert (ours.double() / world - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
-def costs_are_those_calculated(rank, world):
-    from torch.utils.flop_counter import FlopCounterMode
+def half_precision_is_float32_inside(rank, world):
+    for dtype, (width, route) in itertools.product(
+        (torch.bfloat16, torch.float16), ((5, "auto"), (40, "auto"), (40, "gram"), (12, "covariance"))
+    ):
+        y, g = (x.to(dtype) for x in rows(8 * world, 5, width))
+        part = slice(8 * rank, 8 * rank + 8)
+        mine, wide = y[part].requires_grad_(), y.double().requires_grad_()
+        out = FD.vicreg_loss(mine, g[part], group=dist.group.WORLD, route=route)
+        true = FD.vicreg_loss(wide, g.double(), backend="reference")
+        assert out.loss.dtype == torch.float32
+        assert_close([x.double() for x in out], list(true), rtol=1e-5, atol=1e-7)
+        ours, exact = torch.autograd.grad(out.loss, mine)[0], torch.autograd.grad(true.loss, wide)[0][part] * world
+        assert_close(ours, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
+
+def by_columns_a_dominating_column_costs_no_more_than_in_eager(rank, world):
+    for factor, dtype in itertools.product((100, 1_000, 10_000), (torch.float32, torch.bfloat16, torch.float16)):
+        y, g = rows(8 * world, 6, 40)
+        y[:, 3] *= factor
+        y, g = y.to(dtype), g.to(dtype)
+        part = slice(8 * rank, 8 * rank + 8)
+        true = FD.vicreg_loss(y.double(), g.double(), backend="reference")
+        eager = FD.vicreg_loss(y, g, backend="reference")
+        out = FD.vicreg_loss(y[part], g[part], group=dist.group.WORLD, route="covariance")
+        for got, plain, exact in zip(out, eager, true, strict=True):
+            assert (got - exact).abs() <= 2 * (plain - exact).abs() + 1e-6 * exact.abs()
+
+
+def one_row_in_all_is_finite_and_warns_where_it_is_known(rank, world):
+    """By columns no rank knows the others' counts. A gradient that is not finite would reach the others."""
+    for route, unbiased in itertools.product(("auto", "gram", "covariance"), (False, True)):
+        y, g = (x[: int(rank == 1)] for x in rows(1, 7))
+        known = route != "covariance"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = FD.vicreg_loss(y.requires_grad_(), g, group=dist.group.WORLD, route=route, unbiased=unbiased)
+        assert ["one row" in str(w.message) for w in caught if w.category is UserWarning] == [True] * known
+        assert out.covariance == 0
+        assert_close(out.variance.item(), 1 - 1e-2, rtol=1e-9, atol=0)
+        assert torch.autograd.grad(out.loss, y)[0].isfinite().all()
+
+
+def costs_are_those_calculated(rank, world):
     received = []
     count_reduce, count_gather = distributed.all_reduce, distributed.all_gather
 
@@ -88,34 +134,72 @@ def costs_are_those_calculated(rank, world):
         received.append(costs.summed(x.numel(), world, x.element_size()))
         return count_reduce(x, group)
 
-    def all_gather(x, group):
+    def gather(x, group):
         received.append(costs.gathered(x.numel(), world, x.element_size()))
         return count_gather(x, group)
 
     vicreg_ranks.all_reduce = all_reduce
-    distributed.all_gather = all_gather
-    for width, expected in ((8, costs.by_columns), (40, costs.by_rows)):
+    distributed.all_gather = gather
+
+    def pays(calculated, width, route="auto", var_weight=1, cov_weight=1):
         y, g = (x.float() for x in rows(6, rank, width))
-        route, calculated = costs.ours(6, width, world, 4)
-        assert calculated == expected(6, width, world, 4), route
-        received.clear()
         plan = make_plan(
-            6, width, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
-            unbiased=False, route="auto",
+            6, width, inv_weight=1, var_weight=var_weight, cov_weight=cov_weight, gamma=1.0, eps=1e-4,
+            cov_reduction="mean", unbiased=False, route=route,
         )  # fmt: skip
+        received.clear()
         with FlopCounterMode(display=False) as counter:
-            vicreg_ranks.vicreg_ranks_torch(y, g, dist.group.WORLD.group_name, "auto", *plan)
+            vicreg_ranks.vicreg_ranks_torch(y, g, dist.group.WORLD.group_name, route, *plan)
         assert sum(received) == pytest.approx(calculated.received)
         assert counter.get_total_flops() == calculated.operations
 
+    for width, expected in ((8, costs.by_columns), (40, costs.by_rows)):
+        route, calculated = costs.ours(6, width, world, 4)
+        assert calculated == expected(6, width, world, 4), route
+        pays(calculated, width)
+    for width, route in itertools.product((8, 40), ("auto", "gram", "covariance")):
+        pays(costs.by_moments(6, width, world, 4), width, route, cov_weight=0)
+        pays(costs.Cost(costs.summed(2, world, 4), 0), width, route, var_weight=0, cov_weight=0)
 
-def no_counts_are_exchanged_by_columns(rank, world):
+
+class Received(TorchDispatchMode):
+    """The bytes that this rank receives in torch's own collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        name = func._schema.name
+        if name == "c10d::allgather_":
+            self.bytes += sum(x.nbytes for x in args[0][0]) * (world - 1) / world
+        elif name == "c10d::scatter_":  # from each rank in turn: how gloo brings gradients back
+            self.bytes += args[0][0].nbytes * (args[3] != rank)
+        else:
+            assert not name.startswith("c10d"), name
+        return func(*args, **(kwargs or {}))
+
+
+def the_recipes_costs_are_those_calculated(rank, world):
+    y, g = (x.float() for x in rows(6, rank, 8))
+    with Received() as received, FlopCounterMode(display=False) as counter:
+        every = [torch.cat(all_gather(x)) for x in (y.requires_grad_(), g)]
+        recipe.vicreg(*every)[0].backward()
+    calculated = costs.recipe(6, 8, world, 4)
+    assert received.bytes == calculated.received
+    assert counter.get_total_flops() == calculated.operations
+
+
+def no_counts_are_exchanged_by_columns_nor_without_products(rank, world):
     def refuse(*args):
         raise AssertionError("the host must not wait")
 
     vicreg_ranks.all_counts = refuse
     y, g = rows(3, rank)
     FD.vicreg_loss(y, g, group=dist.group.WORLD, route="covariance")
+    for route in ("auto", "gram"):
+        FD.vicreg_loss(y, g, group=dist.group.WORLD, route=route, cov_weight=0)
     with pytest.raises(AssertionError, match="must not wait"):
         FD.vicreg_loss(y, g, group=dist.group.WORLD)
 
@@ -200,14 +284,30 @@ def test_compiled(tmp_path):
     spawn(compiles, 2, tmp_path)
 
 
-def test_what_a_rank_pays_and_when_the_host_waits(tmp_path):
+def test_the_numbers_of_a_rank_what_it_pays_and_when_the_host_waits(tmp_path):
     checks = (
         large_means_do_not_cancel,
+        half_precision_is_float32_inside,
+        by_columns_a_dominating_column_costs_no_more_than_in_eager,
+        one_row_in_all_is_finite_and_warns_where_it_is_known,
         what_is_not_there_is_refused,
         costs_are_those_calculated,
-        no_counts_are_exchanged_by_columns,
+        the_recipes_costs_are_those_calculated,
+        no_counts_are_exchanged_by_columns_nor_without_products,
     )
     spawn(in_order(*checks), 3, tmp_path)
+
+
+@pytest.mark.parametrize("width", [3, 40])
+def test_one_rank_pays_what_is_calculated(width):
+    y, g = (x.float().requires_grad_() for x in rows(6, 0, width))
+
+    def in_place(added_to, left, right, **_):
+        return 2 * left[0] * left[1] * right[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        FD.vicreg_loss(y, g, backend="torch").loss.backward()
+    assert counter.get_total_flops() == costs.ours(6, width, 1, 4)[1].operations
 
 
 def test_the_page_of_costs_is_the_calculation():

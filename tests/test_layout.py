@@ -22,7 +22,7 @@ ARROWS = {
     "ops": {"kernels", "reference", "distributed"},
     "functional": {"ops", "reference", "backend", "distributed", "validation"},
     "preprocess": {"functional"},
-    "losses": {"functional"},
+    "losses": {"functional", "validation"},
     "weights": set(),
     "teacher": {"weights"},
     "projector": set(),

@@ -162,6 +162,16 @@ def test_a_teacher_without_patches_lends_its_global_token(batch):
     assert_close(logs["dino_token"], expected.detach())
 
 
+def test_a_teacher_without_patches_compiles_as_one_graph(fresh_compiler, batch):
+    """From the first call on, which would warn."""
+    module = make(TinyTeacher(patches=False))
+    compiled = torch.compile(lambda z, x, tokens: module(z, x, tokens=tokens), fullgraph=True, backend="aot_eager")
+    loss, logs = compiled(*batch, hidden())
+    assert logs["dino_token_is_global"] == 1
+    with pytest.warns(UserWarning, match="no patch tokens"):
+        assert_close(loss, module(*batch, tokens=hidden())[0])
+
+
 def test_casts_happen_at_the_boundary_and_autocast_stays_outside(teacher, batch):
     module = make(teacher, in_dim=None, token_grid=(3, 5), token_projector="conv")
     h = hidden(15, dtype=torch.bfloat16).requires_grad_()

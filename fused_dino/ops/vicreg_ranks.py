@@ -8,7 +8,8 @@ Two routes. With W ranks, N rows in all and N_r here:
 The cheaper journey is chosen: the padded rows in the student's dtype, received once, or the sums, which pass twice. It
 has to be the same on every rank, and a rank knows no other's batch: so "auto" and the route by rows exchange the
 ranks' counts first, W integers on the host (see all_counts). `route="covariance"` exchanges nothing: all its shapes are
-known, and counts stay on the device, so that the host never waits and a CUDA graph can hold it.
+known, and counts stay on the device, so that the host never waits and a CUDA graph can hold it. Without a covariance
+no product is needed, nor a choice: 3 d numbers are summed for the variance, and none for the invariance alone.
 
 All this is one dispatcher op, since the shapes between its collectives depend on the other ranks. It computes the
 product's share in the gradient as well, [N_r, d]: the backward communicates nothing. Every rank must bring the same
@@ -18,6 +19,7 @@ and the mean that DDP or FSDP takes is the full batch's gradient (see SumOverRan
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,10 +55,14 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
     error = student.new_zeros((), dtype=dtype)
     if plan.invariance:
         error = (student.to(dtype) - teacher).square().sum()
-    by_rows = route == "gram"
+    by_rows = plan.covariance and route == "gram"
     counts: list[int] = []
-    if route != "covariance":
+    if plan.covariance and route != "covariance":
         counts = all_counts(len(student), student.device, ranks)
+        if sum(counts) == 1:
+            warnings.warn(
+                "vicreg_loss got one row in all: its variance and covariance are 0 by convention", stacklevel=2
+            )
         by_rows = by_rows or rows_travel_lighter(counts, width, student.element_size(), dtype.itemsize)
     with without_autocast(student):
         share = share_by_rows if by_rows else share_by_columns
@@ -75,21 +81,19 @@ def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: Proc
     mine = xc[first : first + len(student)]
     squares = xc.square().sum(0)
     count = torch.full_like(error, len(every))
-    spread = torch.zeros_like(mine)
-    total = torch.zeros_like(error)
-    if plan.covariance:
-        spare = max(len(every) - 1, 1)
-        product = mine @ xc.T / spare
-        total = product.square().sum()
-        spread = product @ xc - mine * (squares / spare)
-    error, total = all_reduce(torch.stack([error, total]), ranks).unbind()
-    if plan.covariance:
-        total = total - (squares / spare).square().sum()
-    return error, count, mine.clone(), squares, total, spread
+    spare = max(len(every) - 1, 1)
+    product = mine @ xc.T / spare
+    spread = product @ xc - mine * (squares / spare)
+    error, total = all_reduce(torch.stack([error, product.square().sum()]), ranks).unbind()
+    return error, count, mine.clone(), squares, total - (squares / spare).square().sum(), spread
 
 
 def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
+    """The covariance's share is left out where it is not wanted, and the variance's with it where neither is."""
     y, width = student.to(error.dtype), student.shape[1]
+    if not (plan.variance or plan.covariance):
+        error, count = all_reduce(torch.stack([error, torch.full_like(error, len(y))]), ranks).unbind()
+        return error, count, torch.zeros_like(y), y.new_zeros(width), torch.zeros_like(error), torch.zeros_like(y)
     sums = all_reduce(torch.cat([y.sum(0), torch.stack([error, torch.full_like(error, len(y))])]), ranks)
     error, count = sums[width:].unbind()
     xc = y - sums[:width] / count

@@ -1,6 +1,7 @@
-"""VICReg's launchers and dispatcher ops. Nothing [D, D] is allocated where N < D, and one such matrix otherwise.
+"""VICReg's launchers and dispatcher ops. The product is allocated once: [N, N] by rows, [D, D] by columns.
 
-The product is split where its tiles are too few to fill a GPU; the splits together are never larger than the student.
+Where its tiles are too few to fill a GPU it is computed in splits, which are matrices of that size beside it until they
+are added up: together they hold at most as many numbers as the student, but in the accumulation's dtype.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ def kind(student: Tensor, dtype: torch.dtype) -> str:
 
 
 def precision() -> str:
-    """Of float32 products: three passes of TF32, or one where torch's own setting allows it; AMD multiplies float32."""
+    """Of float32 products: three passes of TF32, or one where torch's own setting allows it; AMD multiplies float32.
+
+    fp32_precision is read, which follows every way of setting it; allow_tf32 raises once fp32_precision was set.
+    """
     if torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -95,6 +99,13 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
     return out
 
 
+def split(size: int, depth: int, tiles: int, step: int) -> tuple[int, int]:
+    """(splits, the depth of each but the last) of a product [size, size]."""
+    splits = max(1, min(cdiv(PROGRAMS, tiles * (tiles + 1) // 2), depth // size, depth // (4 * step)))
+    depth_a_split = cdiv(cdiv(depth, splits), step) * step
+    return cdiv(depth, depth_a_split), depth_a_split
+
+
 def launch_product(student: Tensor, shift: Tensor, squares: Tensor, product: Tensor, plan: Plan) -> Tensor:
     """Fills the product -> the sums of its tiles' squares."""
     from ..kernels import vicreg as kernels
@@ -104,9 +115,7 @@ def launch_product(student: Tensor, shift: Tensor, squares: Tensor, product: Ten
     options = tile_options(student, shift.dtype)
     tile, step = options["TILE"], options["BLOCK_K"]
     tiles, spare = cdiv(size, tile), max(n - 1, 1)
-    splits = max(1, min(cdiv(PROGRAMS, tiles * (tiles + 1) // 2), depth // size, depth // (4 * step)))
-    depth_a_split = cdiv(cdiv(depth, splits), step) * step
-    splits = cdiv(depth, depth_a_split)
+    splits, depth_a_split = split(size, depth, tiles, step)
     sums = student.new_empty((tiles, tiles), dtype=shift.dtype)
     parts = product if splits == 1 else student.new_empty((splits, size, size), dtype=shift.dtype)
     kernels.vicreg_product_kernel[(tiles, tiles, splits)](

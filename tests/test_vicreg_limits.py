@@ -1,0 +1,109 @@
+"""What VICReg's accuracy depends on, as the README tells it: one dominating column, and torch's setting of TF32.
+
+And what its product allocates.
+"""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import fused_dino
+from fused_dino import functional as FD
+from fused_dino.ops.columns import cdiv
+from fused_dino.ops.vicreg_triton import TILES, split
+from proving import DTYPES, IMPLEMENTATIONS, check_accuracy
+from table import VICREG
+
+SHAPES = [(16, 64), (64, 256), (255, 256)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def backend(request):
+    with fused_dino.use_backend(request.param):
+        yield request.param
+
+
+def dominated(shape, factor, dtype, seed=0):
+    """Student and teacher, one column of the student's deviating `factor` times as much as the others."""
+    generator = torch.Generator().manual_seed(seed)
+    y, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    y[:, 3] *= factor
+    return y.to(dtype), g.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("factor", [10, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_by_rows_a_dominating_column_leaves_the_loss_three_digits(shape, factor, dtype, backend):
+    inputs = dominated(shape, factor, dtype)
+    loss = FD.vicreg_loss(*inputs, route="gram").loss
+    true = FD.vicreg_loss(*(x.double() for x in inputs), backend="reference").loss
+    assert_close(loss.double(), true, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("factor", [10, 100, 1_000, 10_000])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_by_columns_a_dominating_column_costs_no_more_than_in_eager(shape, factor, dtype, backend):
+    check_accuracy(VICREG, dominated(shape, factor, dtype), backend, route="covariance")
+
+
+@pytest.mark.parametrize(
+    ("factor", "least", "most"),
+    [(100, 0, 2e-3), (1_000, 1e-2, 0.3), (10_000, 0.5, float("inf"))],
+    ids=["2e-3", "some per cent", "lost"],
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_by_rows_the_covariance_is_lost_as_the_readme_says(shape, factor, least, most, backend):
+    """The largest error of five draws, in float32; the reference knows no rows."""
+    errors = []
+    for seed in range(5):
+        inputs = dominated(shape, factor, torch.float32, seed)
+        covariance = FD.vicreg_loss(*inputs, route="gram").covariance.double()
+        true = FD.vicreg_loss(*(x.double() for x in inputs), backend="reference").covariance
+        errors.append(((covariance - true) / true).abs().item())
+    if backend == "reference":
+        least, most = 0, 1e-5
+    assert least <= max(errors) <= most
+
+
+def test_the_splits_of_a_product_are_together_no_larger_than_the_student():
+    most = 0
+    for tile, step, _ in TILES.values():
+        for size, depth in itertools.product((1, 2, 7, 64, 100, 255, 1024), (1, 2, 63, 256, 4000, 100_000)):
+            splits, depth_a_split = split(size, depth, cdiv(size, tile), step)
+            assert splits == 1 or splits * size * size <= size * depth
+            assert (splits - 1) * depth_a_split < depth <= splits * depth_a_split, "each has rows, and none is left"
+            most = max(most, splits)
+    assert most > 100, "the example must be split"
+
+
+SETTINGS = """
+import torch
+from fused_dino.ops.vicreg_triton import precision
+
+torch.version.hip = None  # AMD multiplies float32 whatever is set
+matmul = torch.backends.cuda.matmul
+assert precision() == "tf32x3"
+for on in (True, False):
+    expected = "tf32" if on else "tf32x3"
+    matmul.fp32_precision = "tf32" if on else "ieee"
+    assert precision() == expected, "fp32_precision"
+    matmul.allow_tf32 = on
+    assert precision() == expected, "allow_tf32"
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    assert precision() == expected, "set_float32_matmul_precision"
+matmul.fp32_precision = "none"
+torch.backends.fp32_precision = "tf32"
+assert precision() == "tf32", "the setting of all backends"
+"""
+
+
+def test_either_way_of_allowing_tf32_is_followed():
+    """In a process of its own: torch keeps no way back to a state in which nothing was set."""
+    made = subprocess.run([sys.executable, "-c", SETTINGS], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
