@@ -16,7 +16,7 @@ from .rooms import Features, check_latent_shape, make_loss, make_preprocess, mak
 from .schedule import Schedule, check_step
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_number, check_size
+from .validation import check_choice, check_number, check_size, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +58,7 @@ class DinoSupervision(Taught):
         the two grids is resampled bilinearly to the larger, in rows and in columns.
     token_standardize: bring the teacher's tokens to mean 0 and deviation 1 over an image's positions, per channel,
         before they are aligned; 1e-6 is added to the deviation.
-    stopgrad_image: False lets the gradient of the loss pass through the teacher to the image.
+    stopgrad_image: False lets the gradient of the loss pass through the teacher to the image, which must be floats.
     hidden_dim: of the projector. The local projector's is 256, the tokens' 2048.
     pretrained, teacher_dtype: of a teacher given by name; teacher_dtype also casts a module. None keeps the weights'.
     group: whose rows VICReg's statistics are taken over: "auto" (all processes once torch.distributed is initialised),
@@ -251,7 +251,9 @@ class DinoSupervision(Taught):
             raise ValueError(
                 f"z_text must be floats of shape [B, {self.in_dim}], got {z_text.dtype} of {list(z_text.shape)}"
             )
-        if z_text is not None and x_img is not None and len(x_img) != len(z_text):
+        if x_img is not None:
+            check_tensor("x_img", x_img)
+        if z_text is not None and x_img is not None and x_img.shape[:1] != z_text.shape[:1]:
             raise ValueError(f"x_img must have z_text's batch size {len(z_text)}, got shape {list(x_img.shape)}")
 
     def extra_repr(self) -> str:
