@@ -16,7 +16,7 @@ from .rooms import Features, check_latent_shape, make_loss, make_preprocess, mak
 from .schedule import Schedule, check_step
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_number, check_size, check_tensor
+from .validation import check_choice, check_flag, check_number, check_size, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,8 +113,8 @@ class DinoSupervision(Taught):
         self.schedule = Schedule(alpha, warmup_steps, stop_step)
         self.patch_target = check_choice("patch_target", patch_target, PATCH_TARGETS)
         self.patch_grid = check_size(patch_grid, "patch_grid")
-        self.use_patch = use_patch
-        self.stopgrad_image = stopgrad_image
+        self.use_patch = check_flag("use_patch", use_patch)
+        self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.in_dim = in_dim
         self.token_dim = check_token_dim(token_dim, token_projector, token_grid, token_standardize)
         self.loss = make_loss(loss_type, stopgrad_image, group, backend)

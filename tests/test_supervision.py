@@ -188,6 +188,8 @@ def test_casts_happen_at_the_boundary(batch):
         ("warmup_steps must be", {"warmup_steps": -1}),
         ("stop_step must be", {"stop_step": 1.5}),
         ("w_patch must be", {"w_patch": None}),
+        ("use_patch must be True or False", {"use_patch": "no"}),
+        ("stopgrad_image must be True or False", {"stopgrad_image": 0}),
         ("in_dim must be", {"in_dim": 0}),
         ("hidden_dim must be", {"hidden_dim": 2.5}),
         ("backend is 'cuda'", {"backend": "cuda"}),
