@@ -2,8 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 NAME ?= cpu-$(shell getconf _NPROCESSORS_ONLN)-cores
-INTERPRETED := tests/test_ops.py tests/test_random_shapes.py tests/test_kernels.py tests/test_resize.py tests/test_standardize.py \
-	tests/test_vicreg.py
+INTERPRETED := tests/test_ops.py tests/test_random_shapes.py tests/test_kernels.py tests/test_resize.py \
+	tests/test_resize_properties.py tests/test_standardize.py tests/test_vicreg.py
 
 .PHONY: help setup demo test lint aot bench results report gpu dist test-oldest clean
 
