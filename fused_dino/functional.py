@@ -26,6 +26,7 @@ from .reference import vicreg as reference_vicreg
 from .reference.dtypes import wide
 from .validation import (
     check_choice,
+    check_flag,
     check_floating_dtype,
     check_group,
     check_images,
@@ -91,8 +92,8 @@ def preprocess(
         a Conv2d weight [D, 3, p, p], so that a patch embedding is one matrix product.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
-    Raises ValueError (TypeError for what is no tensor or no number) naming the argument; NotImplementedError for a
-    backend without this op. Source: the transforms that DINOv2 was published with (arXiv 2304.07193).
+    Raises ValueError (TypeError for what is no tensor, number or bool) naming the argument; NotImplementedError for
+    a backend without this op. Source: the transforms that DINOv2 was published with (arXiv 2304.07193).
     """
     check_images(images)
     size = check_size(size)
@@ -101,8 +102,8 @@ def preprocess(
         "mean": check_triple("mean", mean),
         "std": check_triple("std", std, positive=True),
         "interpolation": check_choice("interpolation", interpolation, ("bilinear", "bicubic")),
-        "antialias": antialias,
-        "clamp": clamp,
+        "antialias": check_flag("antialias", antialias),
+        "clamp": check_flag("clamp", clamp),
         "out_dtype": check_floating_dtype("out_dtype", out_dtype)
         or (images.dtype if images.is_floating_point() else torch.float32),
         "patch_size": check_patch_size(patch_size, size),

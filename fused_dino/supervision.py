@@ -16,7 +16,7 @@ from .rooms import Features, check_latent_shape, make_loss, make_preprocess, mak
 from .schedule import Schedule, check_step
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_number, check_scalar, check_size
+from .validation import check_choice, check_flag, check_number, check_scalar, check_size, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +58,7 @@ class DinoSupervision(Taught):
         the two grids is resampled bilinearly to the larger, in rows and in columns.
     token_standardize: bring the teacher's tokens to mean 0 and deviation 1 over an image's positions, per channel,
         before they are aligned; 1e-6 is added to the deviation.
-    stopgrad_image: False lets the gradient of the loss pass through the teacher to the image.
+    stopgrad_image: False lets the gradient of the loss pass through the teacher to the image, which must be floats.
     hidden_dim: of the projector. The local projector's is 256, the tokens' 2048.
     pretrained, teacher_dtype: of a teacher given by name; teacher_dtype also casts a module. None keeps the weights'.
     group: whose rows VICReg's statistics are taken over: "auto" (all processes once torch.distributed is initialised),
@@ -113,8 +113,8 @@ class DinoSupervision(Taught):
         self.schedule = Schedule(alpha, warmup_steps, stop_step)
         self.patch_target = check_choice("patch_target", patch_target, PATCH_TARGETS)
         self.patch_grid = check_size(patch_grid, "patch_grid")
-        self.use_patch = use_patch
-        self.stopgrad_image = stopgrad_image
+        self.use_patch = check_flag("use_patch", use_patch)
+        self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.in_dim = in_dim
         self.token_dim = check_token_dim(token_dim, token_projector, token_grid, token_standardize)
         self.loss = make_loss(loss_type, stopgrad_image, group, backend)
@@ -257,7 +257,9 @@ class DinoSupervision(Taught):
             raise ValueError(
                 f"z_text must be floats of shape [B, {self.in_dim}], got {z_text.dtype} of {list(z_text.shape)}"
             )
-        if z_text is not None and x_img is not None and len(x_img) != len(z_text):
+        if x_img is not None:
+            check_tensor("x_img", x_img)
+        if z_text is not None and x_img is not None and x_img.shape[:1] != z_text.shape[:1]:
             raise ValueError(f"x_img must have z_text's batch size {len(z_text)}, got shape {list(x_img.shape)}")
 
     def extra_repr(self) -> str:

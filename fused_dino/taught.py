@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .preprocess import Preprocess
 from .rooms import Features, check_features
+from .validation import check_tensor
 
 
 class Taught(nn.Module):
@@ -50,6 +51,7 @@ class Taught(nn.Module):
         return self._teach(x_img)
 
     def _teach(self, x_img: Tensor) -> Features:
+        check_tensor("x_img", x_img)
         weight = next((p for p in self.teacher.parameters() if p.is_floating_point()), None)
         if weight is not None:
             x_img = x_img.to(weight.device, non_blocking=True)
@@ -65,7 +67,11 @@ class Taught(nn.Module):
             return check_features("features", features, self.teacher.embed_dim)
         if x_img is None:
             raise ValueError("give x_img, the images, or features, what encode returned for them; got neither")
-        return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+        if self.stopgrad_image:
+            return self.encode(x_img)
+        if not x_img.is_floating_point():
+            raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
+        return self._teach(x_img)
 
     def _patch_tokens(self, features: Features) -> Tensor | None:
         """[B, N, D], detached with stopgrad_image; None where the teacher gives none."""

@@ -60,6 +60,12 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
     if not is_number(value) or value < minimum:
         bound = "" if minimum == -math.inf else f" of at least {minimum:g}"

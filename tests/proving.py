@@ -142,12 +142,15 @@ def check_accuracy(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: 
             assert_close(got[~finite], plain[~finite], equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
         if not finite.any():
             continue
-        true, unit = true[finite], scale.expand(true.shape)[finite]
-        limits = torch.finfo(got.dtype)
-        # The result's own rounding, to which a subnormal's last step is large.
-        rounding = limits.eps * (true.abs().clamp(min=limits.smallest_normal) / unit).max().item()
-        error = ((got[finite].double() - true).abs() / unit).max().item()
-        plain = plain[finite]
-        eagers = torch.where(plain.isfinite(), (plain.double() - true).abs() / unit, 0).max().item()
-        allowed = 2 * eagers + wide + rounding
-        assert error <= allowed, f"{name}: error {error:.3g} of its scale; eager's {eagers:.3g}, allowed {allowed:.3g}"
+        check_error(name, got[finite], plain[finite], true[finite], scale.expand(true.shape)[finite], wide)
+
+
+def check_error(name: str, got: Tensor, plain: Tensor, true: Tensor, unit: Tensor, floor: float) -> None:
+    """Of finite `got`, in units of `unit`: at most twice eager's, `plain`, plus the floor and one rounding."""
+    limits = torch.finfo(got.dtype)
+    # The result's own rounding, to which a subnormal's last step is large.
+    rounding = limits.eps * (true.abs().clamp(min=limits.smallest_normal) / unit).max().item()
+    error = ((got.double() - true).abs() / unit).max().item()
+    eagers = torch.where(plain.isfinite(), (plain.double() - true).abs() / unit, 0).max().item()
+    allowed = 2 * eagers + floor + rounding
+    assert error <= allowed, f"{name}: error {error:.3g} of its scale; eager's {eagers:.3g}, allowed {allowed:.3g}"

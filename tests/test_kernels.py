@@ -11,6 +11,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_dino
@@ -19,7 +20,7 @@ from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton, tickets
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, grad_output_of, results
-from table import OPS
+from table import OPS, PREPROCESS
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 rowwise_op = pytest.mark.parametrize("op", [op for op in OPS if op.rowwise], ids=lambda op: op.name)
@@ -34,6 +35,22 @@ def test_the_kernel_is_what_runs():
         assert explained.startswith("triton: ")
 
 
+def results_between_pages(op, inputs, side, monkeypatch, **options):
+    """With all that is allocated on the way, and grad_output, flush against pages too; for a child process."""
+    made = torch.Tensor.new_empty
+
+    def guarded_empty(self, *size, **options):
+        out = made(self, *size, **options)
+        return guarded(out, side) if out.numel() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded_empty)
+    monkeypatch.setattr(proving, "grad_output_of", lambda out: guarded(grad_output_of(out), side))
+    if inputs[0].is_floating_point():
+        results(op, inputs, "triton", **options)
+    else:
+        op.run(*inputs, backend="triton", **options)
+
+
 @interpreted_only
 @each_op
 @pytest.mark.parametrize("side", ["before", "after"])
@@ -41,16 +58,38 @@ def test_the_kernel_is_what_runs():
 def test_nothing_out_of_bounds_is_touched(op, side, shape, monkeypatch):
     """Inputs, saved tensors, gradients and results alike lie flush against pages that kill whoever touches them."""
     inputs = tuple(guarded(x, side) for x in op.draw(op.shape(*shape)))
-    made = torch.Tensor.new_empty
+    assert survives(lambda: results_between_pages(op, inputs, side, monkeypatch))
 
-    def guarded_empty(self, *size, **options):
-        out = made(self, *size, **options)
-        return guarded(out, side) if out.numel() else out
+
+def pixels_last(x):
+    """The dense [B, H, W, 3] of an image x [B, 3, H, W], as which bytes are decoded."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+@interpreted_only
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize(
+    ("options", "layout", "dtype"),
+    [
+        ({}, "channels last", torch.float32),
+        ({}, "channels last", torch.uint8),
+        ({"clamp": True, "patch_size": 2}, "contiguous", torch.uint8),
+        ({"clamp": True, "patch_size": 2, "antialias": True}, "channels last", torch.float32),
+        ({"interpolation": "bicubic", "clamp": True}, "channels last", torch.bfloat16),
+        ({"interpolation": "bicubic", "antialias": True}, "contiguous", torch.float32),
+        ({"interpolation": "bicubic", "antialias": True}, "channels last", torch.uint8),
+    ],
+    ids=str,
+)
+def test_no_option_or_layout_of_pixels_reaches_out_of_bounds(options, layout, dtype, side, monkeypatch):
+    cases = [((1, 3, 5, 7), (2, 4)), ((1, 3, 2, 3), (4, 6))]
+    cases += [] if options else [((1, 3, 1, 1030), (1, 3))]  # of several segments
 
     def run():
-        monkeypatch.setattr(torch.Tensor, "new_empty", guarded_empty)
-        monkeypatch.setattr(proving, "grad_output_of", lambda out: guarded(grad_output_of(out), side))
-        results(op, inputs, "triton")
+        for shape, size in cases:
+            x = (PREPROCESS.draw(shape)[0] * 60 + 128).to(dtype)
+            x = guarded(x, side) if layout == "contiguous" else guarded(pixels_last(x), side).permute(0, 3, 1, 2)
+            results_between_pages(PREPROCESS, (x,), side, monkeypatch, size=size, **options)
 
     assert survives(run)
 
@@ -82,6 +121,25 @@ def test_offsets_past_two_to_the_31st(op, which):
     def run():
         for got, want in zip(results(op, inputs, "triton"), expected, strict=True):
             assert torch.equal(got, want)
+
+    if INTERPRETED:
+        assert survives(run), "a wrong address, or a wrong number"
+    else:
+        run()
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["images", "rows"])
+def test_offsets_of_bytes_past_two_to_the_31st(axis):
+    """Of channels-last images: their starts, or those of their rows, lie 2**30 bytes apart."""
+    near = pixels_last((PREPROCESS.draw((3, 3, 3, 5))[0] * 60 + 128).to(torch.uint8))
+    stride = list(near.stride())
+    stride[axis] = 2**30 + 16
+    wide = torch.empty(2 * stride[axis] + near.numel(), dtype=torch.uint8, device=DEVICE)
+    far = wide.as_strided(near.shape, stride).copy_(near)
+
+    def run():
+        out, expected = (FD.preprocess(x.permute(0, 3, 1, 2), (4, 6), backend="triton") for x in (far, near))
+        assert torch.equal(out, expected)
 
     if INTERPRETED:
         assert survives(run), "a wrong address, or a wrong number"
@@ -205,9 +263,25 @@ def test_a_ticket_is_left_zero(monkeypatch):
     assert all(x == 0 for x in given)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_bytes_are_read_in_place(layout, monkeypatch):
-    raw = torch.zeros(2, 3, 9, 9, dtype=torch.uint8, device=DEVICE).contiguous(memory_format=layout)
-    for name in ("to", "contiguous", "clone", "float", "copy_"):
+def lyings(x):
+    """The same images, as they may lie in memory."""
+    dense = pixels_last(x)
+    yield "contiguous", x
+    yield "rows of wider images", torch.cat([x, x], 3)[..., : x.shape[3]]
+    yield "channels last", dense.permute(0, 3, 1, 2)
+    yield "channels last, rows of wider images", torch.cat([dense, dense], 2)[:, :, : x.shape[3]].permute(0, 3, 1, 2)
+    yield "channels last, three of six", torch.cat([dense, dense], 3)[..., :3].permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+def test_pixels_are_read_in_place(dtype, monkeypatch):
+    x = (PREPROCESS.draw((2, 3, 9, 9))[0] * 60 + 128).to(dtype)
+    expected = FD.preprocess(x, (4, 6), backend="triton", patch_size=2)
+    images, made = dict(lyings(x)), {}
+    for name in ("to", "contiguous", "clone", "float", "bfloat16", "double", "reshape", "copy_"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: pytest.fail("a copy of the images"))
-    assert FD.preprocess(raw, (4, 6), backend="triton", patch_size=2).shape == (2, 6, 12)
+    for name, lying in images.items():
+        made[name] = FD.preprocess(lying, (4, 6), backend="triton", patch_size=2)
+    monkeypatch.undo()
+    for name, out in made.items():
+        assert_close(out, expected, msg=name)

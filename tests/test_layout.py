@@ -32,7 +32,7 @@ ARROWS = {
     "patches": {"grids", "reference"},
     "tokens": {"grids", "reference", "validation"},
     "rooms": {"preprocess", "losses", "teacher", "validation"},
-    "taught": {"preprocess", "rooms"},
+    "taught": {"preprocess", "rooms", "validation"},
     "supervision": {"taught", "rooms", "losses", "projector", "patches", "tokens", "schedule", "recipe", "validation"},
     "benchmarks": {"", "functional"},
     "cli": {"", "supervision", "benchmarks"},

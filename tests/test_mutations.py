@@ -85,6 +85,26 @@ MUTATIONS = {
         "image = tl.program_id(0) // blocks",
         "test_kernels.py::test_offsets_past_two_to_the_31st -k preprocess",
     ),
+    "resize: a mask of interleaved pixels": (
+        "live = (lane < SEGMENT * PIXEL) & (start * PIXEL + lane < width * PIXEL)",
+        "live = (lane < SEGMENT * PIXEL) & (start * PIXEL + lane < width * PIXEL + PIXEL - 1)",
+        "test_kernels.py::test_no_option_or_layout_of_pixels_reaches_out_of_bounds -k channels",
+    ),
+    "resize: an offset of interleaved rows of 32 bits": (
+        "tl.cast(row, tl.int64) * stride_y + start * 3 + lane",
+        "row * stride_y + start * 3 + lane",
+        "test_kernels.py::test_offsets_of_bytes_past_two_to_the_31st",
+    ),
+    "resize: a value of bytes": (
+        "return pixel * tl.full((), SCALE, ACC)",
+        "return pixel * tl.full((), SCALE * (1 + 1e-6), ACC)",
+        "test_resize_properties.py::test_bytes_are_as_accurate_as_in_eager",
+    ),
+    "taps: a centre that leans": (
+        "center = scale * (o + 0.5)",
+        "center = scale * (o + 0.5001)",
+        "test_resize_properties.py::test_flips_commute_and_images_and_channels_are_independent",
+    ),
     "standardize: a mask": (
         "factor = tl.load(factors + row, mask=row < rows, other=0)",
         "factor = tl.load(factors + row, mask=row < rows + 1, other=0)",

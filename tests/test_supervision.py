@@ -115,6 +115,15 @@ def test_the_image_gets_a_real_gradient_when_asked(teacher, batch):
         assert_close((grad * direction).sum(), slope.detach(), rtol=1e-5, atol=1e-10)
 
 
+def test_bytes_are_refused_where_the_image_gets_a_gradient(teacher, batch):
+    z, x = batch
+    raw = ((x + 1) * 127.5).to(torch.uint8)
+    module = make(teacher, stopgrad_image=False)
+    with pytest.raises(ValueError, match="^x_img must be floats where stopgrad_image=False"):
+        module(z, raw)
+    assert module(z, features=module.encode(raw))[0].isfinite(), "what was computed ahead has no gradient to lose"
+
+
 def test_rooms_take_objects_in_place_of_names(teacher, batch):
     z, x = batch
     module = make(teacher, loss_type=VICRegLoss(gamma=2.0), preprocess=Preprocess(SIZE, antialias=True))
@@ -179,6 +188,8 @@ def test_casts_happen_at_the_boundary(batch):
         ("warmup_steps must be", {"warmup_steps": -1}),
         ("stop_step must be", {"stop_step": 1.5}),
         ("w_patch must be", {"w_patch": None}),
+        ("use_patch must be True or False", {"use_patch": "no"}),
+        ("stopgrad_image must be True or False", {"stopgrad_image": 0}),
         ("in_dim must be", {"in_dim": 0}),
         ("hidden_dim must be", {"hidden_dim": 2.5}),
         ("backend is 'cuda'", {"backend": "cuda"}),
@@ -216,6 +227,9 @@ def test_bad_calls_are_named(teacher, batch):
         ("z_text must be floats", {"z_text": z.long(), "x_img": x}),
         ("z_text must be a tensor", {"z_text": None, "x_img": x}),
         ("x_img must have z_text's batch size 6", {"z_text": z, "x_img": x[:4]}),
+        ("x_img must have z_text's batch size 6", {"z_text": z, "x_img": x[0, 0, 0, 0]}),
+        ("x_img must be a torch.Tensor, got int", {"z_text": z, "x_img": 3}),
+        ("x_img must be a torch.Tensor, got list", {"z_text": z, "x_img": list(x)}),
         ("images must be", {"z_text": z, "x_img": x[:, :1]}),
         ("give x_img", {"z_text": z}),
         ("give x_img or features, not both", {"z_text": z, "x_img": x, "features": module.encode(x)}),
@@ -239,6 +253,8 @@ def test_bad_calls_are_named(teacher, batch):
     with pytest.raises(ValueError, match="^z_text must be floats"):
         module.loss_dict(z[:, :8], x)
     assert module.schedule.step == 0, "a call that is refused is no step"
+    with pytest.raises(TypeError, match="^x_img must be a torch.Tensor, got list"):
+        module.encode(list(x))
     with pytest.raises(ValueError, match="^step must be"):
         module.loss_dict(z, x, step=-1)
     wrong = {"global": module.encode(x)["global"], "patch": torch.zeros(6, 17, 24)}

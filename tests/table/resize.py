@@ -1,5 +1,6 @@
 """preprocess, onto 4 x 6 pixels unless a case says otherwise."""
 
+import itertools
 import math
 from typing import Any
 
@@ -8,7 +9,15 @@ from torch import Tensor
 
 from fused_dino import functional as FD
 from fused_dino.ops import resize
-from proving import Case, Op
+from proving import DEVICE, Case, Op
+
+MODES = list(itertools.product(("bilinear", "bicubic"), (False, True)))
+
+
+def pixels(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """An image of independent pixels in -1..1, on the device under test."""
+    drawn = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    return drawn.to(DEVICE, dtype)
 
 
 def preprocess(images: Tensor, *, backend: str, size: tuple[int, int] = (4, 6), **options: Any) -> Tensor:
