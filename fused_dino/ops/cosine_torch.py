@@ -1,74 +1,98 @@
-"""Cosine and squared error between rows in plain torch: the closed form of value and gradients, in one pass."""
+"""Cosine and squared error between rows in plain torch: the closed form of value and gradients, block by block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import upcast, without_autocast
+from ..reference.dtypes import upcast
 from .cosine_triton import cosine_rows_fake
-from .dispatch import by_rows
+from .dispatch import CPU_ROWS
 
 
-def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def unit(x: Tensor, eps: float, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Rows over their norms, 1 / norm, and which norms are clamped. Products are taken of these: the square of a large
     norm leaves the range."""
-    norm = torch.linalg.vecdot(x, x).sqrt().unsqueeze(-1)
+    norm = torch.mul(x, x, out=into).sum(-1, keepdim=True).sqrt()
     inverse = 1 / norm.clamp(min=eps)
-    return x * inverse, inverse, norm < eps
+    return torch.mul(x, inverse, out=into), inverse, norm < eps
 
 
 def some_rows(
-    student: Tensor, teacher: Tensor, scale: Tensor, *,
+    student: Tensor, teacher: Tensor, scale: Tensor, into: list[Tensor | None], spare: list[Tensor | None], *,
     kind: str, elements: bool, eps: float, loss: bool, for_student: bool, for_teacher: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What is wanted of some rows: their values, the gradients of student and of teacher.
 
-    scale: the gradient of each row's value, [n, 1], or of each element's, [n, D].
+    scale: the gradient of each row's value, [n, 1], or of each element's, [n, D]. into: for each result, the memory
+    to make it in, or None; spare: memory for three [n, D], likewise.
     """
     s, t = upcast(student, teacher)
     s_unit = t_unit = None
     cos = s.new_empty(0)  # of which rows as they are have no use
     if kind != "raw":
-        (s, *s_unit), (t, *t_unit) = unit(s, eps), unit(t, eps)
-        cos = torch.linalg.vecdot(s, t).unsqueeze(-1)
+        (s, *s_unit), (t, *t_unit) = unit(s, eps, spare[0]), unit(t, eps, spare[1])
+        cos = torch.mul(s, t, out=spare[2]).sum(-1, keepdim=True)
     made = []
     if loss and kind == "cosine":
         made.append(1 - cos.squeeze(-1))
     elif loss:
-        error = s - t
-        made.append(error.square_() if elements else torch.linalg.vecdot(error, error))
+        error = torch.sub(s, t, out=spare[2]).square_()
+        made.append(error if elements else error.sum(-1))
     gradient = partial(gradient_of_elements if elements else gradient_of_rows, cos=cos, kind=kind)
     if for_student:
-        made.append(gradient(s, t, scale, s_unit))
+        made.append(gradient(s, t, scale, s_unit, into[len(made)]))
     if for_teacher:
-        made.append(gradient(t, s, scale, t_unit))
+        made.append(gradient(t, s, scale, t_unit, into[len(made)]))
     return tuple(made)
 
 
 def gradient_of_rows(
-    x: Tensor, y: Tensor, scale: Tensor, unit: list[Tensor] | None, *, cos: Tensor, kind: str
+    x: Tensor, y: Tensor, scale: Tensor, unit: list[Tensor] | None, into: Tensor | None, *, cos: Tensor, kind: str
 ) -> Tensor:
     """The gradient of what became x; the two inputs are alike."""
     if kind != "cosine":
         scale = 2 * scale
     if unit is None:
-        return (x - y).mul_(scale)
+        return torch.sub(x, y, out=into).mul_(scale)
     inverse, clamped = unit
-    return (x * torch.where(clamped, float(kind != "cosine"), cos)).sub_(y).mul_(scale * inverse)
+    along = torch.where(clamped, float(kind != "cosine"), cos)
+    return torch.mul(x, along, out=into).sub_(y).mul_(scale * inverse)
 
 
 def gradient_of_elements(
-    x: Tensor, y: Tensor, scale: Tensor, unit: list[Tensor] | None, *, cos: Tensor, kind: str
+    x: Tensor, y: Tensor, scale: Tensor, unit: list[Tensor] | None, into: Tensor | None, *, cos: Tensor, kind: str
 ) -> Tensor:
-    u = (x - y).mul_(2 * scale)
+    u = torch.sub(x, y, out=into).mul_(2 * scale)
     if unit is None:
         return u
     inverse, clamped = unit
-    along = torch.where(clamped, 0, torch.linalg.vecdot(u, x).unsqueeze(-1))
-    return (u - x * along).mul_(inverse)
+    along = torch.where(clamped, 0, (u * x).sum(-1, keepdim=True))
+    return u.sub_(x * along).mul_(inverse)
+
+
+def in_blocks(run: Callable, outputs: list[Tensor], student: Tensor, teacher: Tensor, scale: Tensor) -> list[Tensor]:
+    """run(...), as some_rows, into `outputs`: on a CPU in blocks of rows, which use the same memory again and again:
+    fresh memory costs more than a pass. Whole where a compiler fuses, and where a launch costs more than memory.
+    """
+    if torch.compiler.is_compiling() or student.device.type != "cpu":
+        made = run(student, teacher, scale, [None] * len(outputs), [None] * 3)
+        return [x.to(out.dtype) for x, out in zip(made, outputs, strict=True)]
+    rows, width = student.shape
+    step = -(-rows // max(1, round(rows / CPU_ROWS)))
+    spare = [scale.new_empty(step, width) for _ in range(3)]
+    for start in range(0, rows, max(step, 1)):
+        part = slice(start, start + step)
+        size = min(step, rows - start)
+        into = [out[part] if out.dtype == scale.dtype and out.ndim == 2 else None for out in outputs]
+        made = run(student[part], teacher[part], scale[part], into, [x[:size] for x in spare])
+        for out, x, target in zip(outputs, made, into, strict=True):
+            if x is not target:
+                out[part] = x
+    return outputs
 
 
 def cosine_rows_torch(
@@ -92,8 +116,7 @@ def cosine_rows_torch(
     filled = [grad for grad, want in zip(grads, wanted, strict=True) if want]
     if grad_output is None:
         filled.insert(0, loss.new_empty(student.shape if elements else student.shape[:1]))
-    with without_autocast(student):  # to which vecdot is a matrix product
-        made = list(by_rows(run, tuple(filled), student, teacher, scale))
+    made = in_blocks(run, filled, student, teacher, scale)
     if grad_output is None:
         values = made.pop(0)
         if reduction != "sum":
