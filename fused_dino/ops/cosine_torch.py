@@ -81,13 +81,15 @@ def in_blocks(run: Callable, outputs: list[Tensor], student: Tensor, teacher: Te
     if torch.compiler.is_compiling() or student.device.type != "cpu":
         made = run(student, teacher, scale, [None] * len(outputs), [None] * 3)
         return [x.to(out.dtype) for x, out in zip(made, outputs, strict=True)]
-    rows, width = student.shape
+    rows = len(student)
     step = -(-rows // max(1, round(rows / CPU_ROWS)))
-    spare = [scale.new_empty(step, width) for _ in range(3)]
+    # Where rows do not lie one after another, an element's neighbours in memory are those of its column.
+    spare = [torch.empty_like(x[:step], dtype=scale.dtype) for x in (student, teacher, student)]
+    direct = student.stride(1) == teacher.stride(1) == 1
     for start in range(0, rows, max(step, 1)):
         part = slice(start, start + step)
         size = min(step, rows - start)
-        into = [out[part] if out.dtype == scale.dtype and out.ndim == 2 else None for out in outputs]
+        into = [out[part] if direct and out.dtype == scale.dtype and out.ndim == 2 else None for out in outputs]
         made = run(student[part], teacher[part], scale[part], into, [x[:size] for x in spare])
         for out, x, target in zip(outputs, made, into, strict=True):
             if x is not target:
