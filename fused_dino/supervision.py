@@ -175,7 +175,7 @@ class DinoSupervision(Taught):
             if given is not None and len(given) != batch:
                 raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(given.shape)}")
         if alpha is not None:
-            alpha = check_scalar("alpha", alpha, features["global"].device)
+            alpha = check_scalar("alpha", alpha, self.schedule.step.device)
         losses, logs = [], {}
         if z_text is None:
             losses.append(self._zero(tokens=False))

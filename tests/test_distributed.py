@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -245,13 +248,16 @@ def data_parallel_is_the_full_batch(rank, world):
             64, teacher=TinyTeacher(), hidden_dim=16, img_size=56, loss_type="vicreg", group=group
         ).double()
 
-    alone, shared = module(None), DistributedDataParallel(module("auto"))
+    alone, part = module(None), slice(4 * rank, 4 * rank + 4)
     alone(z, x)[0].backward()
-    part = slice(4 * rank, 4 * rank + 4)
-    loss, _ = shared(z[part], x[part])
-    loss.backward()
-    for p, q in zip(alone.parameters(), shared.module.parameters(), strict=True):
-        assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
+    mesh = init_device_mesh("cpu", (world,))
+    for shared in (DistributedDataParallel(module("auto")), fully_shard(module("auto"), mesh=mesh)):
+        loss, _ = shared(z[part], x[part])
+        loss.backward()
+        for p, q in zip(alone.parameters(), shared.parameters(), strict=True):
+            grad = q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad
+            assert_close(grad, p.grad, rtol=1e-10, atol=1e-13)
+        assert isinstance(q, DTensor) != isinstance(shared, DistributedDataParallel), "FSDP2 shards"
 
 
 def compiles(rank, world):
