@@ -46,8 +46,9 @@ dist: .venv/.dev  ## build the sdist and the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
+# Without the budgets, which are those of the newest Triton.
 test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch, timm and einops that are supported
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto --ignore tests/test_aot.py $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -q -n auto $(INTERPRETED)
 
 clean:  ## remove what the other targets made
