@@ -7,19 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import acc_of, cdiv
+
 COLUMNS, ROWS = 32, 64  # of a block
 ROWS_A_RUN = 512  # at least: fewer are read sooner than a second launch starts
 PROGRAMS = 1024  # that fill a GPU with loads in flight
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def acc_of(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 class Runs(NamedTuple):

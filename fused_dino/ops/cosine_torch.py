@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference.dtypes import upcast
 from .cosine_triton import cosine_rows_fake
-from .dispatch import CPU_ROWS
+from .dispatch import blocks
 
 
 def unit(x: Tensor, eps: float, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,22 +75,18 @@ def gradient_of_elements(
 
 
 def in_blocks(run: Callable, outputs: list[Tensor], student: Tensor, teacher: Tensor, scale: Tensor) -> list[Tensor]:
-    """run(...), as some_rows, into `outputs`: on a CPU in blocks of rows, which use the same memory again and again:
-    fresh memory costs more than a pass. Whole where a compiler fuses, and where a launch costs more than memory.
-    """
+    """run(...), as some_rows, into `outputs`, in blocks that use the same memory again and again: on a CPU fresh memory
+    costs more than a pass."""
     if torch.compiler.is_compiling() or student.device.type != "cpu":
         made = run(student, teacher, scale, [None] * len(outputs), [None] * 3)
         return [x.to(out.dtype) for x, out in zip(made, outputs, strict=True)]
-    rows = len(student)
-    step = -(-rows // max(1, round(rows / CPU_ROWS)))
+    parts = list(blocks(student))
     # Where rows do not lie one after another, an element's neighbours in memory are those of its column.
-    spare = [torch.empty_like(x[:step], dtype=scale.dtype) for x in (student, teacher, student)]
+    spare = [torch.empty_like(x[parts[0]], dtype=scale.dtype) for x in (student, teacher, student)] if parts else []
     direct = student.stride(1) == teacher.stride(1) == 1
-    for start in range(0, rows, max(step, 1)):
-        part = slice(start, start + step)
-        size = min(step, rows - start)
+    for part in parts:
         into = [out[part] if direct and out.dtype == scale.dtype and out.ndim == 2 else None for out in outputs]
-        made = run(student[part], teacher[part], scale[part], into, [x[:size] for x in spare])
+        made = run(student[part], teacher[part], scale[part], into, [x[: len(student[part])] for x in spare])
         for out, x, target in zip(outputs, made, into, strict=True):
             if x is not target:
                 out[part] = x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
-from .dispatch import define, rows_of
+from .dispatch import acc_of, cdiv, define, rows_of
 from .tickets import ticket
 
 # Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
@@ -32,12 +32,6 @@ def cosine_rows_fake(
     return loss, value, for_s, for_t
 
 
-def accumulator(x: Tensor) -> Any:
-    import triton.language as tl
-
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def launch_options(loss: Tensor, rows: int, width: int, eps: float) -> dict[str, Any]:
     """eps is compiled in: as an argument Triton would round it to float32, for float64 too.
 
@@ -45,7 +39,7 @@ def launch_options(loss: Tensor, rows: int, width: int, eps: float) -> dict[str,
     """
     block = next((block for block in CONFIGURATIONS if block >= width), max(CONFIGURATIONS))
     constants = {"WIDTH": width, "EPS": eps, "ROWS": ROWS_OF_MANY if rows > MANY_ROWS else 1, "BLOCK": block}
-    return {**constants, "ACC": accumulator(loss), "num_warps": CONFIGURATIONS[block], "enable_fp_fusion": True}
+    return {**constants, "ACC": acc_of(loss.dtype), "num_warps": CONFIGURATIONS[block], "enable_fp_fusion": True}
 
 
 def cosine_rows_triton(
@@ -64,7 +58,7 @@ def cosine_rows_triton(
             x.fill_(0.0 if count else float("nan"))  # a sum over nothing, and a mean
         return loss, value, for_s, for_t
     options = launch_options(loss, rows, width, eps)
-    programs = -(-rows // options["ROWS"])
+    programs = cdiv(rows, options["ROWS"])
     summed = grad_output is None and reduction == "sum"
     strides = (0, 0) if grad_output is None else (*grad_output.stride(), 0)[:2]
     with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
@@ -85,10 +79,10 @@ def cosine_rescale_triton(grad: Tensor, grad_output: Tensor) -> None:
 
     if not grad.numel():
         return
-    programs = min(-(-grad.numel() // RESCALE_BLOCK), 1024)
+    programs = min(cdiv(grad.numel(), RESCALE_BLOCK), 1024)
     with torch.cuda.device_of(grad):
         cosine_rescale_kernel[(programs,)](
-            grad, grad_output, grad.numel(), BLOCK=RESCALE_BLOCK, ACC=accumulator(grad), num_warps=8
+            grad, grad_output, grad.numel(), BLOCK=RESCALE_BLOCK, ACC=acc_of(grad.dtype), num_warps=8
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -67,16 +67,37 @@ def is_batched(x: Tensor) -> bool:
         return True
 
 
-def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor, block: int = CPU_ROWS) -> tuple:
-    """function(*rows), on a CPU in blocks of `block` rows written into `outputs`.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
-    `function` makes each row of its results from the same row of its arguments. Whole where one block holds them, where
-    a compiler fuses, and where a launch costs more than memory.
+
+def acc_of(dtype: torch.dtype) -> Any:
+    """What a kernel computes in, for results of `dtype`."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def blocks(x: Tensor, size: int = CPU_ROWS) -> Iterator[slice]:
+    """Even blocks of some `size` rows of x, on a CPU; all rows at once where a compiler fuses, and where a launch costs
+    more than memory."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        yield slice(None)
+        return
+    step = max(1, cdiv(len(x), max(1, (len(x) + size // 2) // size)))
+    for start in range(0, len(x), step):
+        yield slice(start, start + step)
+
+
+def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor, block: int = CPU_ROWS) -> tuple:
+    """function(*rows), in blocks written into `outputs`.
+
+    `function` makes each row of its results from the same row of its arguments.
     """
-    if torch.compiler.is_compiling() or rows[0].device.type != "cpu" or len(rows[0]) <= block:
+    parts = list(blocks(rows[0], block))
+    if len(parts) == 1:
         return tuple(x.to(out.dtype) for x, out in zip(function(*rows), outputs, strict=True))
-    for start in range(0, len(rows[0]), block):
-        part = slice(start, start + block)
+    for part in parts:
         for out, made in zip(outputs, function(*(x[part] for x in rows)), strict=True):
             out[part] = made
     return outputs

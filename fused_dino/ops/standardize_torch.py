@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..reference.cosine import NORM_EPS
 from ..reference.dtypes import without_autocast
+from .columns_torch import centre, passes
 from .cosine_torch import unit
 from .dispatch import by_rows
-from .vicreg_torch import blocks, centre
 
 
 def standardize_fwd_torch(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +19,7 @@ def standardize_fwd_torch(x: Tensor, normalize: bool, eps: float, dtype: torch.d
             (x,) = by_rows(lambda rows: unit(rows.to(dtype), NORM_EPS)[:1], (x.new_empty(x.shape, dtype=dtype),), x)
     out, squares = centre(x, dtype)
     divisor = (squares / (out.shape[0] - 1)).sqrt() + eps
-    for rows in blocks(out):
+    for rows in passes(out):
         out[rows] /= divisor
     return out, out.new_empty(0), squares
 
@@ -28,7 +28,7 @@ def standardize_bwd_torch(
     grad: Tensor, out: Tensor, x: Tensor, factors: Tensor, squares: Tensor, normalize: bool, eps: float
 ) -> Tensor:
     mean, along = torch.zeros_like(squares), torch.zeros_like(squares)
-    for rows in blocks(grad):
+    for rows in passes(grad):
         mean += grad[rows].sum(0)
         along += (grad[rows] * out[rows]).sum(0)
     count = out.shape[0]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..reference.cosine import NORM_EPS
-from .columns import COLUMNS, ROWS, acc_of, cdiv, launch_statistics, runs_of
-from .dispatch import define, rows_of
+from .columns import COLUMNS, ROWS, launch_statistics, runs_of
+from .dispatch import acc_of, cdiv, define, rows_of
 
 ELEMENTS, WIDEST = 2048, 512  # of a tile of the passes over rows
 

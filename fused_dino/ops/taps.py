@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
+from .dispatch import acc_of, cdiv
 
 BLOCKS = (32, 64, 128, 256)  # columns that a program may own
 LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
@@ -48,7 +49,7 @@ class Axis(NamedTuple):
             return min(source, math.ceil(block * source / target) + self.taps(backward) + 16)
 
         fitting = [block for block in BLOCKS if read(block) <= LONGEST_SEGMENT] or BLOCKS[:1]
-        block = min(fitting, key=lambda block: -(-target // block) * (block + 48))  # 48: what a block costs beside
+        block = min(fitting, key=lambda block: cdiv(target, block) * (block + 48))  # 48: what a block costs beside
         segment = 1 << (min(read(block), LONGEST_SEGMENT) - 1).bit_length()
         return {"BLOCK": block, "SEGMENT": max(segment, BLOCKS[0])}
 
@@ -60,8 +61,6 @@ def launch_options(
 
     What is a constant of the model is compiled in: as an argument Triton would round it to float32, for float64 too.
     """
-    import triton.language as tl
-
     H, W = images.shape[2:]
     h, w = size
     y, x = (Axis(*pair, interpolation, antialias) for pair in ((H, h), (W, w)))
@@ -72,27 +71,35 @@ def launch_options(
         "CUBIC": interpolation == "bicubic",
         "ANTIALIAS": antialias,
         "PATCH": patch_size,
-        "ACC": tl.float64 if wide(images) == torch.float64 else tl.float32,
+        "ACC": acc_of(wide(images)),
         "num_warps": 4 if wide(images) == torch.float64 else 2,  # one would gather by shuffles, not in shared memory
         "enable_fp_fusion": True,
         **tiles,
     }
     arguments = (H, W, h, w, rows, H / h, W / w, y.taps(backward), x.taps(backward))
-    return arguments, options, (len(images) * -(-height // rows), -(-width // tiles["BLOCK"]))
+    return arguments, options, (len(images) * cdiv(height, rows), cdiv(width, tiles["BLOCK"]))
 
 
 def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
     """1 / the sum of the weights of each row and column of the output, [h + w]."""
-    import triton.language as tl
-
     from ..kernels.resize import antialias_sums_kernel
 
     H, W = images.shape[2:]
     h, w = size
     taps = max(Axis(*pair, interpolation, True).taps(False) for pair in ((H, h), (W, w)))
     sums = images.new_empty(h + w, dtype=wide(images))
-    wide_type = tl.float64 if sums.dtype == torch.float64 else tl.float32
-    antialias_sums_kernel[(-(-max(h, w) // 128), 2)](
-        sums, H, W, h, w, H / h, W / w, taps, CUBIC=interpolation == "bicubic", BLOCK=128, ACC=wide_type, num_warps=2
+    antialias_sums_kernel[(cdiv(max(h, w), 128), 2)](
+        sums,
+        H,
+        W,
+        h,
+        w,
+        H / h,
+        W / w,
+        taps,
+        CUBIC=interpolation == "bicubic",
+        BLOCK=128,
+        ACC=acc_of(sums.dtype),
+        num_warps=2,
     )
     return sums

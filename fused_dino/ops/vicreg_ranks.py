@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ..distributed import all_counts, all_reduce, gather_rows, group_of
 from ..reference.dtypes import wide, without_autocast
+from .columns_torch import centre
 from .dispatch import define
 from .vicreg_plan import PLAN, Plan, make_plan
-from .vicreg_torch import centre, symmetric_product
+from .vicreg_torch import symmetric_product
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

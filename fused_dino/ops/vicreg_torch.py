@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide, without_autocast
+from .columns_torch import centre, passes
 from .vicreg_plan import Plan
 
-CPU_ELEMENTS = 2**19  # of a block of rows: what one pass makes of them is still in a core's cache for the next
-FIRST = 64  # rows whose mean is near that of all
 CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
-
-
-def blocks(x: Tensor) -> Iterator[slice]:
-    """Blocks of rows; all at once where a compiler fuses, and where a launch costs more than memory."""
-    step = max(1, CPU_ELEMENTS // max(1, x.shape[1]))
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) <= step:
-        yield slice(None)
-        return
-    for start in range(0, len(x), step):
-        yield slice(start, start + step)
-
-
-def centre(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x - mean(x) per column, its sums of squares). The first rows' mean is taken off before: a large one would round
-    the small deviations, and so would a first row far from it."""
-    pivot = x[:1].sum(0, dtype=dtype)
-    pivot += (x[:FIRST] - pivot).mean(0)
-    centred = x.new_empty(x.shape, dtype=dtype)
-    total = torch.zeros_like(pivot)
-    for rows in blocks(x):
-        total += torch.sub(x[rows], pivot, out=centred[rows]).sum(0)
-    total /= len(x)
-    squares = torch.zeros_like(total)
-    for rows in blocks(x):
-        centred[rows] -= total
-        squares += centred[rows].square().sum(0)
-    return centred, squares
 
 
 def symmetric_product(x: Tensor) -> Tensor:
@@ -66,7 +36,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
     with without_autocast(student):
         if plan.invariance:
             error = zero.clone()
-            for rows in blocks(student):
+            for rows in passes(student):
                 error += (student[rows].to(dtype) - teacher[rows]).square_().sum()
             invariance = error / (n * d)
         if not (plan.variance or plan.covariance):
@@ -81,7 +51,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
             variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
         if plan.covariance:
             total = zero.clone()
-            for rows in blocks(product):
+            for rows in passes(product):
                 total += product[rows].square().sum()
             if plan.gram:
                 total = total - (squares / spare).square().sum()
@@ -116,7 +86,7 @@ def vicreg_bwd_torch(
     if plan.invariance and grad_invariance is not None:
         towards = grad_invariance * (2 / max(n * d, 1))
     made = for_s if for_s.dtype == dtype else for_s.to(dtype)
-    for rows in blocks(student):
+    for rows in passes(student):
         pull = made[rows] if for_student else student.new_empty(student[rows].shape, dtype=dtype)
         if towards is not None:
             pull.copy_(student[rows]).sub_(teacher[rows]).mul_(towards)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
-from .columns import acc_of, cdiv, launch_statistics
-from .dispatch import define, rows_of
+from .columns import launch_statistics
+from .dispatch import acc_of, cdiv, define, rows_of
 from .vicreg_plan import PLAN, Plan
 
 PROGRAMS = 256  # that fill a GPU
