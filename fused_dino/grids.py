@@ -57,10 +57,11 @@ def average(size: int, onto: int, device: torch.device | None = None) -> Tensor:
 def bilinear(size: int, onto: int, device: torch.device | None = None) -> Tensor:
     """Weights of linear interpolation along one axis with align_corners=False, int64 [onto, size], likewise.
 
-    Sample i lies at (i + 1/2) * size / onto - 1/2, not below 0, and all weights are multiples of 1 / (2 * onto).
+    Sample i lies at (i + 1/2) * size / onto - 1/2, and all weights are multiples of 1 / (2 * onto). Beyond a border its
+    position alone has one, which the division by the sum makes whole.
     """
     position, i = torch.arange(size, device=device), torch.arange(onto, device=device).unsqueeze(1)
-    place = ((2 * i + 1) * size - onto).clamp(min=0, max=2 * onto * (size - 1))
+    place = (2 * i + 1) * size - onto
     return (2 * onto - (place - 2 * onto * position).abs()).clamp(min=0)
 
 

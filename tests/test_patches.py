@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from conftest import TinyTeacher
 from fused_dino import CosineLoss, DinoSupervision, Preprocess
 from fused_dino.patches import PATCH_TARGETS, attend, most_similar, nearest
-from proving import IMPLEMENTATIONS
+from proving import DEVICE, IMPLEMENTATIONS
 
 LATENT = (4, 4, 4)
 
@@ -53,8 +53,8 @@ SHAPES = [
 @pytest.mark.parametrize("target", PATCH_TARGETS)
 def test_is_its_formula_in_value_and_gradient(teacher, batch, target, shape, backend):
     options = {"w_global": 0.0, "w_patch": 1.0, "preprocess": Preprocess(shape.get("img_size", 56)), **shape}
-    module = make(teacher, target, backend=backend, **options).double()
-    z, x = (v.double() for v in batch)
+    module = make(teacher, target, backend=backend, **options).to(DEVICE, torch.float64)
+    z, x = (v.to(DEVICE, torch.float64) for v in batch)
     z.requires_grad_()
     features = module.encode(x)
     loss, logs = module(z, features=features)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from conftest import TinyTeacher
 from fused_dino import DinoSupervision, Preprocess
 from fused_dino.tokens import find_grid, standardize
-from proving import IMPLEMENTATIONS
+from proving import DEVICE, IMPLEMENTATIONS
 
 C = 10
 
@@ -58,8 +58,9 @@ CASES = [  # img_size, the tokens' grid as an argument, their grid, the grid whe
 @pytest.mark.parametrize(("size", "argument", "grid", "meeting"), CASES, ids=range(len(CASES)))
 def test_is_the_formula_in_value_and_gradient(teacher, batch, size, argument, grid, meeting, projector, backend):
     options = {"token_grid": argument, "token_projector": projector, "preprocess": Preprocess(size)}
-    module = make(teacher, in_dim=None, img_size=size, backend=backend, **options).double()
-    x, h = batch[1][:2].double(), hidden(grid[0] * grid[1], 2, torch.float64).requires_grad_()
+    module = make(teacher, in_dim=None, img_size=size, backend=backend, **options).to(DEVICE, torch.float64)
+    x, h = (v.to(DEVICE, torch.float64) for v in (batch[1][:2], hidden(grid[0] * grid[1], 2)))
+    h.requires_grad_()
     target = module.encode(x)["patch"]
     loss, logs = module(x_img=x, tokens=h)
     p = module.token_projector

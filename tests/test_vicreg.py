@@ -13,7 +13,7 @@ import fused_dino
 import recipe
 from fused_dino import VICRegLoss, distributed
 from fused_dino import functional as FD
-from proving import DTYPES, IMPLEMENTATIONS, check_accuracy
+from proving import DEVICE, DTYPES, IMPLEMENTATIONS, check_accuracy
 from table import VICREG
 
 
@@ -24,7 +24,8 @@ def backend(request):
 
 
 def rows(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(DEVICE, dtype)
 
 
 def pair(*shape, **options):
@@ -51,7 +52,7 @@ def test_is_vicreg_as_published():
     """arXiv 2105.04906, equations 1, 3 and 4, written with loops."""
     y, g = pair(7, 4)
     n, d = y.shape
-    c = torch.zeros(d, d, dtype=y.dtype)
+    c = torch.zeros(d, d, dtype=y.dtype, device=DEVICE)
     for row in y - y.mean(0):
         c += torch.outer(row, row) / (n - 1)
     variance = sum(max(0, 1 - float(c[j, j] + 1e-4) ** 0.5) for j in range(d)) / d
@@ -87,7 +88,7 @@ def test_numbers_hold_where_little_is_left(name, shape, dtype, backend):
     y, g = pair(*shape)
     y = {
         "a large mean": y + 1000,
-        "constant columns": torch.where(torch.arange(shape[1]) % 3 == 0, 0.1, y),
+        "constant columns": torch.where(torch.arange(shape[1], device=DEVICE) % 3 == 0, 0.1, y),
         "exact collapse": (y[:1] + 100).expand(shape),
     }[name]
     check_accuracy(VICREG, (y.to(dtype), g.to(dtype)), backend, inv_weight=0.0, cov_weight=10.0)
@@ -136,7 +137,7 @@ def test_properties():
     out = FD.vicreg_loss(y, g)
     shifted = FD.vicreg_loss(y + 100, g + 100)
     assert_close(tuple(shifted), tuple(out), rtol=1e-10, atol=1e-12)
-    order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     assert_close(tuple(FD.vicreg_loss(y[:, order], g[:, order])), tuple(out), rtol=1e-12, atol=1e-12)
     assert FD.vicreg_loss(y, y).invariance == 0
     collapsed = FD.vicreg_loss(y[:1].expand(20, 7), g)
@@ -167,7 +168,7 @@ def test_one_row_compiles_as_one_graph(fresh_compiler):
 
 
 def test_nothing_and_nan():
-    empty = torch.empty(0, 4)
+    empty = torch.empty(0, 4, device=DEVICE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert FD.vicreg_loss(empty, empty).loss.isnan()
@@ -193,14 +194,14 @@ def test_half_precision_is_float32_inside():
 def test_weights_may_be_device_scalars():
     y, g = pair(9, 5)
     weights = {"inv_weight": 2.0, "var_weight": 3.0, "cov_weight": 4.0}
-    tensors = {name: torch.tensor(value) for name, value in weights.items()}
+    tensors = {name: torch.tensor(value, device=DEVICE) for name, value in weights.items()}
     assert_close(FD.vicreg_loss(y, g, **tensors).loss, FD.vicreg_loss(y, g, **weights).loss, rtol=1e-12, atol=0)
 
 
 def test_autocast_changes_nothing():
     y, g = pair(32, 24, dtype=torch.float32)
     expected = FD.vicreg_loss(y, g)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert (y.T @ y).dtype == torch.bfloat16, "the example must be under autocast"
         out = FD.vicreg_loss(y, g)
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
@@ -217,7 +218,7 @@ def test_layouts_give_the_same_numbers():
     y, g = pair(6, 10)
     expected = FD.vicreg_loss(y, g).loss
     assert_close(FD.vicreg_loss(y.T.contiguous().T, g).loss, expected, rtol=1e-13, atol=0)
-    wide = torch.zeros(6, 21, dtype=y.dtype)
+    wide = torch.zeros(6, 21, dtype=y.dtype, device=DEVICE)
     wide[:, 1::2] = y
     assert_close(FD.vicreg_loss(wide[:, 1::2], g).loss, expected, rtol=1e-13, atol=0)
 
@@ -269,7 +270,7 @@ def test_a_weight_of_zero_leaves_its_term_out(unwanted, shape):
     full, out = FD.vicreg_loss(y, g), FD.vicreg_loss(y, g, **{unwanted: 0})
     for weight, term in terms.items():
         assert_close(getattr(out, term), getattr(full, term) * (weight != unwanted), rtol=0, atol=0)
-    kept = FD.vicreg_loss(y, g, **{unwanted: torch.tensor(0.0)})
+    kept = FD.vicreg_loss(y, g, **{unwanted: torch.tensor(0.0, device=DEVICE)})
     assert_close(kept.loss, out.loss, rtol=1e-12, atol=0)
     assert getattr(kept, terms[unwanted]) > 0
     if unwanted == "inv_weight":

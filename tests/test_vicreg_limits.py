@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 import fused_dino
 from fused_dino import functional as FD
-from fused_dino.ops.columns import cdiv
+from fused_dino.ops.dispatch import cdiv
 from fused_dino.ops.vicreg_triton import TILES, split
-from proving import DTYPES, IMPLEMENTATIONS, check_accuracy
+from proving import DEVICE, DTYPES, IMPLEMENTATIONS, check_accuracy
 from table import VICREG
 
 SHAPES = [(16, 64), (64, 256), (255, 256)]
@@ -32,7 +32,7 @@ def dominated(shape, factor, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     y, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     y[:, 3] *= factor
-    return y.to(dtype), g.to(dtype)
+    return y.to(DEVICE, dtype), g.to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -89,17 +89,7 @@ def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> T
     taps = max(Axis(*pair, interpolation, True).taps(False) for pair in ((H, h), (W, w)))
     sums = images.new_empty(h + w, dtype=wide(images))
     antialias_sums_kernel[(cdiv(max(h, w), 128), 2)](
-        sums,
-        H,
-        W,
-        h,
-        w,
-        H / h,
-        W / w,
-        taps,
-        CUBIC=interpolation == "bicubic",
-        BLOCK=128,
-        ACC=acc_of(sums.dtype),
-        num_warps=2,
-    )
+        sums, H, W, h, w, H / h, W / w, taps,
+        CUBIC=interpolation == "bicubic", BLOCK=128, ACC=acc_of(sums.dtype), num_warps=2,
+    )  # fmt: skip
     return sums
