@@ -14,7 +14,7 @@ from torch import Tensor
 
 Clock = Callable[[], float]
 Sample = dict[str, float]  # figure -> seconds a call
-SAMPLE = 2e-3  # seconds that one sample takes at least: clocks and schedulers are coarser than a short call
+SAMPLE = 5e-2  # seconds that one sample takes at least: a call here and there pays for pages that malloc had given back
 LEAST, MOST = 5, 60  # rounds
 
 
@@ -51,7 +51,11 @@ def spread(values: Sequence[float]) -> float:
 def host_sampler(
     call: Callable[[], Any], wait: Callable[[], Any] = lambda: None, clock: Clock = time.perf_counter
 ) -> Callable[[], Sample]:
-    """-> a function () -> the wall time of one call, the mean of as many as SAMPLE takes. Warms up on the way."""
+    """-> a function () -> the wall time of one call, the mean of as many as SAMPLE takes.
+
+    A call that is not timed comes before them: whoever was sampled last left other data in the caches, and other memory
+    in malloc's hands, which a loop over this call alone would not meet.
+    """
 
     def once(repeat: int) -> float:
         wait()
@@ -63,7 +67,12 @@ def host_sampler(
 
     call()
     repeat = max(1, round(SAMPLE / max(min(once(1), once(1)), 1e-7)))
-    return lambda: {"wall": once(repeat)}
+
+    def sample() -> Sample:
+        call()
+        return {"wall": once(repeat)}
+
+    return sample
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------

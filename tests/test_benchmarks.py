@@ -78,6 +78,19 @@ class TestMeasuring:
         spans.append(now[0] - start)
         assert spans[0] >= measure.SAMPLE * 0.75
 
+    def test_what_another_provider_left_behind_is_not_timed(self):
+        now, last = [0.0], [""]
+
+        def call(name):
+            now[0] += 0.01 if last[0] == name else 0.07
+            last[0] = name
+
+        samplers = {
+            name: measure.host_sampler(lambda name=name: call(name), clock=lambda: now[0]) for name in ("first", "second")
+        }
+        rounds = measure.interleave(samplers, seconds=0)
+        assert [sample["wall"] for samples in rounds.values() for sample in samples] == pytest.approx([0.01] * 10)
+
     def test_statistics(self):
         assert measure.middle([3, 1, 2]) == 2
         assert measure.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)

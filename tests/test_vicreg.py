@@ -249,6 +249,18 @@ def test_nothing_is_larger_than_the_student(shape, backend, monkeypatch):
     assert too_large == (backend == "reference" and shape[0] < shape[1])
 
 
+@pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
+def test_no_copy_of_the_student_waits_for_the_backward(shape, backend):
+    """Beside the inputs there are the product and a few numbers a column."""
+    y, g = pair(*shape)
+    y.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        FD.vicreg_loss(y, g)
+    beside = sum(x.numel() for x in kept if x is not y and x is not g)
+    assert (beside > min(shape) ** 2 + 4 * shape[1]) == (backend == "reference")
+
+
 def test_vmap_and_compile():
     y, g = pair(3, 6, 4)
     expected = torch.stack([FD.vicreg_loss(a, b).loss for a, b in zip(y, g, strict=True)])

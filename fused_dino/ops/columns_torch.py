@@ -14,22 +14,30 @@ FIRST = 64  # rows whose mean is near that of all
 
 
 def passes(x: Tensor) -> Iterator[slice]:
-    """Blocks of rows for sums over all of them."""
+    """Blocks of rows for sums and products over all of them."""
     return blocks(x, max(1, CPU_ELEMENTS // max(1, x.shape[1])))
 
 
+def mean(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of each column, [2, D]: near it, and what is missing, for off() to take one after the other. A large mean in one
+    number would round the small deviations, and so would a first row far from it."""
+    near = x[:1].sum(0, dtype=dtype)
+    near += (x[:FIRST] - near).mean(0)
+    total = torch.zeros_like(near)
+    for rows in passes(x):
+        total += (x[rows] - near).sum(0)
+    return torch.stack([near, total / len(x)])
+
+
+def off(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
+    """x - mean."""
+    return torch.sub(x, mean[0], out=out).sub_(mean[1])
+
+
 def centre(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x - mean(x) per column, its sums of squares). The first rows' mean is taken off before: a large one would round
-    the small deviations, and so would a first row far from it."""
-    pivot = x[:1].sum(0, dtype=dtype)
-    pivot += (x[:FIRST] - pivot).mean(0)
-    centred = x.new_empty(x.shape, dtype=dtype)
-    total = torch.zeros_like(pivot)
+    """(x - mean(x) per column, its sums of squares)."""
+    means = mean(x, dtype)
+    centred, squares = x.new_empty(x.shape, dtype=dtype), torch.zeros_like(means[0])
     for rows in passes(x):
-        total += torch.sub(x[rows], pivot, out=centred[rows]).sum(0)
-    total /= len(x)
-    squares = torch.zeros_like(total)
-    for rows in passes(x):
-        centred[rows] -= total
-        squares += centred[rows].square().sum(0)
+        squares += off(x[rows], means, centred[rows]).square().sum(0)
     return centred, squares

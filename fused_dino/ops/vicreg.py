@@ -58,7 +58,7 @@ class VICRegFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        student, teacher, beside, squares, product = ctx.saved_tensors
+        student, teacher, shift, squares, product = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         outer = grads[0], grads[1], grads[2]
         given = [x for x in outer if x is not None]
@@ -68,9 +68,9 @@ class VICRegFunction(torch.autograd.Function):
             terms, vjp = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)[:2]
             made: tuple = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(outer, terms, strict=True)))
         elif ctx.backend == "triton":
-            made = vicreg_bwd(student, teacher, beside, squares, product, *outer, *wanted, *ctx.plan)
+            made = vicreg_bwd(student, teacher, shift, squares, product, *outer, *wanted, *ctx.plan)
         else:
-            made = vicreg_bwd_torch(student, teacher, beside, squares, product, *outer, *wanted, ctx.plan)
+            made = vicreg_bwd_torch(student, teacher, shift, squares, product, *outer, *wanted, ctx.plan)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
         return for_student, for_teacher, None, None  # student, teacher, plan, backend
 

@@ -1,62 +1,96 @@
-"""VICReg's closed form in plain torch: the CPU fallback. The formulas stand in ops/vicreg.py."""
+"""VICReg's closed form in plain torch: the CPU fallback. The formulas stand in ops/vicreg.py.
+
+Rows or columns are centred block by block along the inner axis of the product, anew for the gradient: no centred copy
+of the student is ever made.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide, without_autocast
-from .columns_torch import centre, passes
+from .columns_torch import mean, off, passes
 from .vicreg_plan import Plan
 
 CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
 
+Block = tuple[slice, slice]  # of [N, D]
 
-def symmetric_product(x: Tensor) -> Tensor:
-    """x x^T; on a CPU panel by panel from the diagonal on, and mirrored, where that saves more than it costs."""
-    m = len(x)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or m < 2 * CPU_PANEL:
-        return x @ x.T
-    out = x.new_empty(m, m)
-    for start in range(0, m, CPU_PANEL):
-        panel = slice(start, start + CPU_PANEL)
-        torch.mm(x[panel], x[start:].T, out=out[panel, start:])
-        for left in range(start + CPU_PANEL, m, CPU_PANEL):  # a transposed copy is quick where both sides are whole
-            beside = slice(left, left + CPU_PANEL)
+
+def inner_blocks(x: Tensor, gram: bool) -> Iterator[Block]:
+    """Of all rows and some columns for the product of rows, of some rows and all columns for that of columns."""
+    for part in passes(x.T if gram else x):
+        yield (slice(None), part) if gram else (part, slice(None))
+
+
+def panels(m: int, like: Tensor) -> list[slice]:
+    """Of a symmetric [m, m]; all of it where halving it saves less than it costs."""
+    if torch.compiler.is_compiling() or like.device.type != "cpu" or m < 2 * CPU_PANEL:
+        return [slice(0, m)]
+    return [slice(start, start + CPU_PANEL) for start in range(0, m, CPU_PANEL)]
+
+
+def add_square_(out: Tensor, x: Tensor) -> None:
+    """out += x x^T, of which only the panels from the diagonal on are computed; see mirror_."""
+    for panel in panels(len(x), x):
+        upper = out[panel, panel.start :]
+        torch.addmm(upper, x[panel], x[panel.start :].T, out=upper)
+
+
+def mirror_(out: Tensor) -> Tensor:
+    """The panels below the diagonal from those above it: a transposed copy is quick where both sides are whole."""
+    whole = panels(len(out), out)
+    for i, panel in enumerate(whole):
+        for beside in whole[i + 1 :]:
             out[beside, panel] = out[panel, beside].contiguous().T.contiguous()
     return out
 
 
+def symmetric_product(x: Tensor) -> Tensor:
+    """x x^T."""
+    out = x.new_zeros(len(x), len(x))
+    add_square_(out, x)
+    return mirror_(out)
+
+
 def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """invariance, variance, covariance, centred [N, D], squares [D], product [N, N] or [D, D]; empty where unwanted."""
+    """invariance, variance, covariance, shift [2, D], squares [D], product [N, N] or [D, D]; empty where unwanted."""
     n, d = student.shape
     dtype = wide(student, teacher)
-    zero = student.new_zeros((), dtype=dtype)
-    invariance, variance, covariance, product = zero, zero.clone(), zero.clone(), student.new_empty(0, 0, dtype=dtype)
+    spare, columns = max(n - 1, 1), plan.variance or plan.covariance
+    size = (n if plan.gram else d) if plan.covariance else 0
+    error, variance, covariance = (student.new_zeros((), dtype=dtype) for _ in range(3))
+    product = student.new_zeros(size, size, dtype=dtype)
     with without_autocast(student):
-        if plan.invariance:
-            error = zero.clone()
-            for rows in passes(student):
-                error += (student[rows].to(dtype) - teacher[rows]).square_().sum()
-            invariance = error / (n * d)
-        if not (plan.variance or plan.covariance):
-            return invariance, variance, covariance, student.new_empty(0, 0, dtype=dtype), zero.new_empty(0), product
-        centred, squares = centre(student, dtype)
-        spare = max(n - 1, 1)
-        if plan.covariance:
-            product = symmetric_product(centred if plan.gram else centred.T).div_(spare)
-            if not plan.gram:
-                product.diagonal().zero_()
+        shift = student.new_empty(2, d if columns else 0, dtype=dtype)
+        squares = torch.zeros_like(shift[0])
+        if columns and not plan.gram:
+            shift = mean(student, dtype)
+        for part in inner_blocks(student, plan.gram):
+            block, some = student[part].to(dtype), part[1]
+            if plan.invariance:
+                error += (block - teacher[part]).square_().sum()
+            if columns:
+                if plan.gram:  # whole columns, whose mean is had while they are in the cache
+                    shift[:, some] = mean(block, dtype)
+                block = off(block, shift[:, some])
+                squares[some] += block.square().sum(0)
+            if plan.covariance:
+                add_square_(product, block if plan.gram else block.T)
         if plan.variance:
             variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
         if plan.covariance:
-            total = zero.clone()
+            mirror_(product).div_(spare)
+            if not plan.gram:
+                product.diagonal().zero_()
             for rows in passes(product):
-                total += product[rows].square().sum()
+                covariance += product[rows].square().sum()
             if plan.gram:
-                total = total - (squares / spare).square().sum()
-            covariance = total / plan.divisor
-    return invariance, variance, covariance, centred, squares, product
+                covariance -= (squares / spare).square().sum()
+    return error / (n * d), variance, covariance / plan.divisor, shift, squares, product
 
 
 def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
@@ -64,7 +98,7 @@ def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
 
 
 def vicreg_bwd_torch(
-    student: Tensor, teacher: Tensor, centred: Tensor, squares: Tensor, product: Tensor,
+    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor,
     grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
     for_student: bool, for_teacher: bool, plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -85,18 +119,25 @@ def vicreg_bwd_torch(
             column = (0 if column is None else column) - squares * (scale / spare)
     if plan.invariance and grad_invariance is not None:
         towards = grad_invariance * (2 / max(n * d, 1))
-    made = for_s if for_s.dtype == dtype else for_s.to(dtype)
-    for rows in passes(student):
-        pull = made[rows] if for_student else student.new_empty(student[rows].shape, dtype=dtype)
-        if towards is not None:
-            pull.copy_(student[rows]).sub_(teacher[rows]).mul_(towards)
+    in_place = for_student and for_s.dtype == dtype
+    for part in inner_blocks(student, plan.gram):
+        block = student[part].to(dtype)
+        grad = for_s[part] if in_place else torch.empty_like(block)
+        if towards is None:
+            grad.zero_()
         else:
-            pull.zero_()
+            torch.sub(block, teacher[part], out=grad).mul_(towards)
         if for_teacher:
-            for_t[rows] = -pull
-        if for_student and column is not None:
-            pull.addcmul_(centred[rows], column)
-    if for_student and matrix is not None:
-        with without_autocast(student):
-            made.addmm_(*((matrix, centred) if plan.gram else (centred, matrix)))
-    return made.to(for_s.dtype), for_t
+            for_t[part] = -grad
+        if not for_student:
+            continue
+        if column is not None or matrix is not None:
+            block = off(block, shift[:, part[1]])
+        if column is not None:
+            grad.addcmul_(block, column[part[1]])
+        if matrix is not None:
+            with without_autocast(student):
+                grad.addmm_(*((matrix, block) if plan.gram else (block, matrix)))
+        if not in_place:
+            for_s[part] = grad
+    return for_s, for_t
