@@ -86,7 +86,8 @@ class TestMeasuring:
             last[0] = name
 
         samplers = {
-            name: measure.host_sampler(lambda name=name: call(name), clock=lambda: now[0]) for name in ("first", "second")
+            name: measure.host_sampler(lambda name=name: call(name), clock=lambda: now[0])
+            for name in ("first", "second")
         }
         rounds = measure.interleave(samplers, seconds=0)
         assert [sample["wall"] for samples in rounds.values() for sample in samples] == pytest.approx([0.01] * 10)
