@@ -179,7 +179,11 @@ def mse_loss(
     tensor) naming the argument; NotImplementedError for a backend without this op.
     Source: of rows of length one, the loss of BYOL (arXiv 2006.07733).
     """
-    options = {"normalize": normalize, "whiten": whiten, "eps": check_number("eps", eps, minimum=0)}
+    options: dict[str, Any] = {
+        "normalize": check_flag("normalize", normalize),
+        "whiten": check_flag("whiten", whiten),
+        "eps": check_number("eps", eps, minimum=0),
+    }
     return rows_loss("mse_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]
 
 
@@ -266,7 +270,7 @@ def vicreg_loss(
         "gamma": check_number("gamma", gamma),
         "eps": check_number("eps", eps, minimum=0),
         "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
-        "unbiased": unbiased,
+        "unbiased": check_flag("unbiased", unbiased),
     }
     if len(student) == 1 and group is None and not torch.compiler.is_compiling():
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)

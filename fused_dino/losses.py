@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import functional as FD
 from .functional import VICRegOutput
-from .validation import check_group
+from .validation import check_flag, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,7 +28,7 @@ class Loss(nn.Module):
 
     def __init__(self, *, detach_teacher: bool = True, **options: Any) -> None:
         super().__init__()
-        self.detach_teacher = detach_teacher
+        self.detach_teacher = check_flag("detach_teacher", detach_teacher)
         self.options = options
         rows = torch.zeros(2, 1)
         type(self).op(rows, rows, **FD.rehearsal(options))

@@ -116,6 +116,7 @@ class DinoSupervision(Taught):
         self.use_patch = check_flag("use_patch", use_patch)
         self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.in_dim = in_dim
+        check_flag("token_standardize", token_standardize)
         self.token_dim = check_token_dim(token_dim, token_projector, token_grid, token_standardize)
         self.loss = make_loss(loss_type, stopgrad_image, group, backend)
         if in_dim is None and (token_dim is None or use_patch):

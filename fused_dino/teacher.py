@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .validation import check_flag
 from .weights import PATCH_SIZE, canonical, load_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -86,6 +87,8 @@ class DINOv2Backbone(nn.Module):
         super().__init__()
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        check_flag("use_timm_fallback", use_timm_fallback)
+        check_flag("pretrained", pretrained)
         if model is None:
             self.variant = canonical(variant)
             self.img_size = check_img_size(img_size, PATCH_SIZE)

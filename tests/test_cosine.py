@@ -118,6 +118,12 @@ def test_bad_arguments_are_named(loss, name, arguments):
         loss(**{"student": S, "teacher": T, **arguments})
 
 
+@pytest.mark.parametrize("name", ["normalize", "whiten"])
+def test_flags_are_true_or_false(name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got 1"):
+        FD.mse_loss(S, T, **{name: 1})
+
+
 @pytest.mark.parametrize("shape", [(1, 8), (0, 8), (8,)])
 def test_whitening_needs_two_rows(shape):
     with pytest.raises(ValueError, match="^whiten needs at least two rows"):

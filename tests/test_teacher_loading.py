@@ -93,6 +93,12 @@ def test_arguments_that_contradict_each_other_are_refused(options, message):
         DINOv2Backbone("vits14", **options)
 
 
+@pytest.mark.parametrize("name", ["pretrained", "use_timm_fallback"])
+def test_flags_are_true_or_false(name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'yes'"):
+        DINOv2Backbone("vits14", **{"pretrained": False, name: "yes"})
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "bfloat16"])
 def test_dtypes_that_are_not_floating_are_refused(dtype):
     with pytest.raises(TypeError, match="dtype must be"):

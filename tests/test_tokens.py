@@ -277,6 +277,7 @@ def test_a_grid_is_the_given_one_the_teachers_or_a_square():
         ("token_projector must be", {"token_projector": 3}),
         ("token_grid must be", {"token_grid": 4}),
         ("token_grid must be", {"token_grid": (4, 0)}),
+        ("token_standardize must be True or False", {"token_standardize": 1}),
         ("w_token must be", {"w_token": "half"}),
         ("in_dim must be", {"in_dim": None, "token_dim": None}),
         ("in_dim must be", {"in_dim": None, "use_patch": True}),

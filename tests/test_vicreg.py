@@ -344,6 +344,7 @@ def test_presets_are_overridden_and_their_names_checked():
         ("gamma", {"gamma": float("inf")}),
         ("eps", {"eps": -1e-4}),
         ("cov_reduction", {"cov_reduction": "sum"}),
+        ("unbiased", {"unbiased": "no"}),
         ("route", {"route": "fast"}),
         ("group", {"group": "auto"}),
         ("backend", {"backend": ""}),
@@ -367,3 +368,5 @@ def test_the_module():
         VICRegLoss(group=3)
     with pytest.raises(ValueError, match="^route "):
         VICRegLoss(route="fast")
+    with pytest.raises(TypeError, match="^detach_teacher must be True or False, got 0"):
+        VICRegLoss(detach_teacher=0)
