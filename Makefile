@@ -3,7 +3,8 @@ BIN := .venv/bin
 ARGS ?=
 NAME ?= cpu-$(shell getconf _NPROCESSORS_ONLN)-cores
 INTERPRETED := $(addprefix tests/,test_ops.py test_random_shapes.py test_kernels.py test_cosine_properties.py \
-	test_resize.py test_resize_properties.py test_standardize.py test_vicreg.py test_vicreg_limits.py \
+	test_resize.py test_resize_properties.py test_standardize.py \
+	test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py \
 	test_patches.py::test_is_its_formula_in_value_and_gradient test_tokens.py::test_is_the_formula_in_value_and_gradient)
 
 .PHONY: help setup demo test lint aot bench results report gpu dist test-oldest clean

@@ -1,11 +1,14 @@
 """What every test may use: a small frozen teacher, random inputs, and --no-skips."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from proving import DEVICE, INTERPRETED
+import fused_dino
+from proving import DEVICE, IMPLEMENTATIONS, INTERPRETED
 
 # A kernel runs in the interpreter, in a process of its own, or on a GPU.
 collect_ignore = ["test_kernels.py"] if not INTERPRETED and DEVICE == "cpu" else []
@@ -40,6 +43,13 @@ def batch() -> tuple[Tensor, Tensor]:
     """Latents [6, 64] and images [6, 3, 70, 60] in -1..1."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(6, 64, generator=generator), torch.rand(6, 3, 70, 60, generator=generator) * 2 - 1
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation in turn, in use."""
+    with fused_dino.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

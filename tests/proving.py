@@ -29,6 +29,17 @@ else:
     IMPLEMENTATIONS = ("reference", "torch", "triton") if DEVICE == "cuda" else ("reference", "torch")
 
 
+def rows(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Standard normal; the same numbers in every dtype and on every device."""
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(DEVICE, dtype)
+
+
+def pair(*shape: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """A student and a teacher."""
+    return rows(*shape, **options), rows(*shape, seed=1, **options)
+
+
 @dataclass(frozen=True)
 class Case:
     """A size of an op's inputs, its options, and why it is here.

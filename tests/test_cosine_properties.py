@@ -5,29 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-import fused_dino
 import recipe
 from fused_dino import functional as FD
-from proving import DEVICE, DTYPES, IMPLEMENTATIONS
+from proving import DEVICE, DTYPES, pair, rows
 
 LOSSES = [FD.cosine_loss, FD.mse_loss]
 OPTIONS = {FD.cosine_loss: {"eps": 1e-12}, FD.mse_loss: {"normalize": True, "whiten": False, "eps": 1e-5}}
 SHAPES = [(5,), (1, 1), (7, 33), (2, 3, 16)]
 
 
-@pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
-def backend(request):
-    with fused_dino.use_backend(request.param):
-        yield request.param
-
-
-def rows(*shape, dtype=torch.float64, seed=0):
-    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(DEVICE, dtype)
-
-
-def pair(*shape, **options):
-    return rows(*shape, **options), rows(*shape, seed=1, **options)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

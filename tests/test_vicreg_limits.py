@@ -11,20 +11,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import fused_dino
 from fused_dino import functional as FD
 from fused_dino.ops.dispatch import cdiv
 from fused_dino.ops.vicreg_triton import TILES, split
-from proving import DEVICE, DTYPES, IMPLEMENTATIONS, check_accuracy
+from proving import DEVICE, DTYPES, check_accuracy
 from table import VICREG
 
 SHAPES = [(16, 64), (64, 256), (255, 256)]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def backend(request):
-    with fused_dino.use_backend(request.param):
-        yield request.param
 
 
 def dominated(shape, factor, dtype, seed=0):
