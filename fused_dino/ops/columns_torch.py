@@ -20,7 +20,7 @@ def passes(x: Tensor) -> Iterator[slice]:
 
 def mean(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Of each column, [2, D]: near it, and what is missing, for off() to take one after the other. A large mean in one
-    number would round the small deviations, and so would a first row far from it."""
+    number would round the small deviations, and so would a first row far from it. A constant column's is exact."""
     near = x[:1].sum(0, dtype=dtype)
     near += (x[:FIRST] - near).mean(0)
     total = torch.zeros_like(near)

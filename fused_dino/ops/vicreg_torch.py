@@ -1,7 +1,7 @@
 """VICReg's closed form in plain torch: the CPU fallback. The formulas stand in ops/vicreg.py.
 
 Rows or columns are centred block by block along the inner axis of the product, anew for the gradient: no centred copy
-of the student is ever made.
+of the student is ever made. Autocast leaves products in place, and into `out`, as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import wide, without_autocast
+from ..reference.dtypes import wide
 from .columns_torch import mean, off, passes
 from .vicreg_plan import Plan
 
@@ -64,32 +64,31 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
     size = (n if plan.gram else d) if plan.covariance else 0
     error, variance, covariance = (student.new_zeros((), dtype=dtype) for _ in range(3))
     product = student.new_zeros(size, size, dtype=dtype)
-    with without_autocast(student):
-        shift = student.new_empty(2, d if columns else 0, dtype=dtype)
-        squares = torch.zeros_like(shift[0])
-        if columns and not plan.gram:
-            shift = mean(student, dtype)
-        for part in inner_blocks(student, plan.gram):
-            block, some = student[part].to(dtype), part[1]
-            if plan.invariance:
-                error += (block - teacher[part]).square_().sum()
-            if columns:
-                if plan.gram:  # whole columns, whose mean is had while they are in the cache
-                    shift[:, some] = mean(block, dtype)
-                block = off(block, shift[:, some])
-                squares[some] += block.square().sum(0)
-            if plan.covariance:
-                add_square_(product, block if plan.gram else block.T)
-        if plan.variance:
-            variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
+    shift = student.new_empty(2, d if columns else 0, dtype=dtype)
+    squares = torch.zeros_like(shift[0])
+    if columns and not plan.gram:
+        shift = mean(student, dtype)
+    for part in inner_blocks(student, plan.gram):
+        block, some = student[part].to(dtype), part[1]
+        if plan.invariance:
+            error += (block - teacher[part]).square_().sum()
+        if columns:
+            if plan.gram:  # whole columns, whose mean is had while they are in the cache
+                shift[:, some] = mean(block, dtype)
+            block = off(block, shift[:, some])
+            squares[some] += block.square().sum(0)
         if plan.covariance:
-            mirror_(product).div_(spare)
-            if not plan.gram:
-                product.diagonal().zero_()
-            for rows in passes(product):
-                covariance += product[rows].square().sum()
-            if plan.gram:
-                covariance -= (squares / spare).square().sum()
+            add_square_(product, block if plan.gram else block.T)
+    if plan.variance:
+        variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
+    if plan.covariance:
+        mirror_(product).div_(spare)
+        if not plan.gram:
+            product.diagonal().zero_()
+        for rows in passes(product):
+            covariance += product[rows].square().sum()
+        if plan.gram:
+            covariance -= (squares / spare).square().sum()
     return error / (n * d), variance, covariance / plan.divisor, shift, squares, product
 
 
@@ -136,8 +135,7 @@ def vicreg_bwd_torch(
         if column is not None:
             grad.addcmul_(block, column[part[1]])
         if matrix is not None:
-            with without_autocast(student):
-                grad.addmm_(*((matrix, block) if plan.gram else (block, matrix)))
+            grad.addmm_(*((matrix, block) if plan.gram else (block, matrix)))
         if not in_place:
             for_s[part] = grad
     return for_s, for_t
