@@ -41,7 +41,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
     name: "auto" (triton on a GPU, torch elsewhere), "reference" (eager formulas: the specification), "torch" (closed
     forms in plain PyTorch) or "triton". The choice is one per process, not per thread. Unknown names raise ValueError
-    at once; a backend that cannot run an op raises where the op is called.
+    where the block begins; a backend that cannot run an op raises where the op is called.
     """
     global _selected
     previous, _selected = _selected, check_backend(name)
@@ -72,10 +72,12 @@ def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> 
 
     op: "preprocess", "cosine_loss", "mse_loss", "vicreg_loss", or "vicreg_loss(group)" for the rows of a process group
         of two ranks and more; ValueError for any other.
+    tensor: what the op would run on; TypeError for what is none.
+    backend: as in the op's call; None: see use_backend.
 
     Where the choice cannot run, the line begins with "none" and holds the error that the call would raise.
     """
-    if op not in FLOORS:
+    if not isinstance(op, str) or op not in FLOORS:
         raise ValueError(f"op is {op!r}; use one of {', '.join(FLOORS)}")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor is a {type(tensor).__name__}; give the tensor that the op would run on")

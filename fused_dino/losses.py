@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import functional as FD
 from .functional import VICRegOutput
-from .validation import check_flag, check_group
+from .validation import check_choice, check_flag, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,7 +21,8 @@ class Loss(nn.Module):
     """An op of `functional` with its options fixed.
 
     detach_teacher: the teacher gets no gradient, as in the usual recipe. False lets it pass.
-    options: the keyword arguments of the op. A wrong one raises here, not in training.
+    options: the keyword arguments of the op. A wrong one raises here, not in training. A tensor among them moves with
+        the module, and is in no state_dict().
     """
 
     op: Callable[..., Any]
@@ -29,39 +30,52 @@ class Loss(nn.Module):
     def __init__(self, *, detach_teacher: bool = True, **options: Any) -> None:
         super().__init__()
         self.detach_teacher = check_flag("detach_teacher", detach_teacher)
+        if "weight" in options:
+            raise TypeError(f"weight belongs to a call, {type(self).__name__}(...)(student, teacher, weight=...)")
         self.options = options
-        rows = torch.zeros(2, 1)
+        tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            self.register_buffer(name, value, persistent=False)
+        rows = torch.zeros(2, 1, device=next(iter(tensors.values()), torch.zeros(())).device)
         type(self).op(rows, rows, **FD.rehearsal(options))
         self.settings: dict[str, Any] = {**(type(self).op.__kwdefaults__ or {}), **options}
 
     def compute(self, student: Tensor, teacher: Tensor, **more: Any) -> Any:
-        return type(self).op(student, teacher.detach() if self.detach_teacher else teacher, **self.options, **more)
+        if self.detach_teacher and isinstance(teacher, Tensor):
+            teacher = teacher.detach()
+        options = {name: self._buffers.get(name, value) for name, value in self.options.items()}
+        return type(self).op(student, teacher, **options, **more)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
 class CosineLoss(Loss):
-    """`functional.cosine_loss`: student, teacher [..., D], weight [...] -> a scalar, or [...] for reduction="none".
+    """`functional.cosine_loss` as a module: 1 - <s / |s|, t / |t|> of rows, a scalar, or [...] for reduction="none".
 
-    options: reduction, eps, alpha, backend. Raises as the function does.
+    detach_teacher: True: the teacher gets no gradient, as in the usual recipe. False lets it pass.
+    options: reduction, eps, alpha, backend, as in the function, whose dtypes and errors are this module's.
     """
 
     op = staticmethod(FD.cosine_loss)
 
     def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+        """student, teacher [..., D], weight [...] -> as the function."""
         return self.compute(student, teacher, weight=weight)
 
 
 class MSELoss(Loss):
-    """`functional.mse_loss`: student, teacher [..., D], weight [...] -> a scalar, or [..., D] for reduction="none".
+    """`functional.mse_loss` as a module: (s / |s| - t / |t|)^2 of rows, a scalar, or [..., D] for reduction="none".
 
-    options: normalize, whiten, reduction, eps, alpha, backend. Raises as the function does.
+    detach_teacher: True: the teacher gets no gradient, as in the usual recipe. False lets it pass.
+    options: normalize, whiten, reduction, eps, alpha, backend, as in the function, whose dtypes and errors are this
+        module's.
     """
 
     op = staticmethod(FD.mse_loss)
 
     def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+        """student, teacher [..., D], weight [...] -> as the function."""
         return self.compute(student, teacher, weight=weight)
 
 
@@ -78,12 +92,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class VICRegLoss(Loss):
-    """`functional.vicreg_loss`: student, teacher [N, D] -> VICRegOutput(loss, invariance, variance, covariance).
+    """`functional.vicreg_loss` as a module: weighted invariance, variance and covariance of rows.
 
+    detach_teacher: True: the teacher gets no gradient, as in the usual recipe. False lets it pass.
     group: "auto" is the default process group once torch.distributed is initialised and this process's rows alone
         before; None is always this process's rows; a ProcessGroup names the data-parallel ranks where tensor or context
         parallelism makes them fewer than all.
-    options: inv_weight, var_weight, cov_weight, gamma, eps, cov_reduction, unbiased, route, backend.
+    options: inv_weight, var_weight, cov_weight, gamma, eps, cov_reduction, unbiased, route, backend, as in the
+        function, whose dtypes and errors are this module's.
     """
 
     op = staticmethod(FD.vicreg_loss)
@@ -104,11 +120,10 @@ class VICRegLoss(Loss):
         is theirs less the teacher's own variance and covariance, which are constants. (lightly takes the statistics of
         each rank alone unless told otherwise: group=None does.) Raises ValueError for other names.
         """
-        if name not in PRESETS:
-            raise ValueError(f"name is {name!r}; use one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **options})
+        return cls(**{**PRESETS[check_choice("name", name, tuple(PRESETS))], **options})
 
     def forward(self, student: Tensor, teacher: Tensor) -> VICRegOutput:
+        """student, teacher [N, D] -> VICRegOutput(loss, invariance, variance, covariance), scalars."""
         return self.compute(student, teacher, group=default_group() if self.group == "auto" else self.group)
 
 

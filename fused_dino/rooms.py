@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
-from .teacher import DINOv2Backbone
-from .validation import check_choice, check_group
+from .teacher import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone, read_statistic
+from .validation import check_choice, check_flag, check_floating_dtype, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,13 +23,15 @@ Features = dict[str, Any]  # {'global': [B, D], 'patch': [B, N, D] or None}
 def make_teacher(
     teacher: str | nn.Module, img_size: tuple[int, int], pretrained: bool, dtype: torch.dtype | None
 ) -> nn.Module:
+    check_flag("pretrained", pretrained)
+    check_floating_dtype("teacher_dtype", dtype)
     if isinstance(teacher, str):
         return DINOv2Backbone(teacher, img_size, pretrained=pretrained, dtype=dtype)
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher must be a variant's name or a module, got {type(teacher).__name__}")
     if not isinstance(getattr(teacher, "embed_dim", None), int):
         raise ValueError(f"teacher {type(teacher).__name__} must have an int embed_dim, the width of its features")
-    return teacher if dtype is None else teacher.to(dtype)
+    return teacher if dtype is None else teacher.to(dtype=dtype)
 
 
 def make_loss(
@@ -53,12 +55,12 @@ def make_preprocess(
     if isinstance(preprocess, nn.Module):
         return preprocess
     check_choice("preprocess", preprocess, ("bilinear", "bicubic"))
-    statistics = {name: getattr(teacher, name) for name in ("mean", "std") if hasattr(teacher, name)}
-    return Preprocess(img_size, interpolation=preprocess, backend=backend, **statistics)
+    mean, std = read_statistic(teacher, "mean", IMAGENET_MEAN), read_statistic(teacher, "std", IMAGENET_STD)
+    return Preprocess(img_size, interpolation=preprocess, backend=backend, mean=mean, std=std)
 
 
-def check_features(name: str, features: Any, width: int) -> Features:
-    """name: whose they are; width: D, the teacher's."""
+def check_features(name: str, features: Any, width: int, batch: int | None = None) -> Features:
+    """name: whose they are; width: D, the teacher's; batch: B, where it is known."""
     wanted = f"{name} must be {{'global': [B, {width}], 'patch': [B, N, {width}] or None}}"
     if not isinstance(features, dict) or not isinstance(features.get("global"), Tensor):
         raise TypeError(f"{wanted}, got {type(features).__name__}")
@@ -68,17 +70,23 @@ def check_features(name: str, features: Any, width: int) -> Features:
     shapes = [list(x.shape) for x in (token, patch) if x is not None]
     if any(shape != [len(token), *shape[1:-1], width] or len(shape) != n for n, shape in enumerate(shapes, 2)):
         raise ValueError(f"{wanted}, got shapes {shapes}")
+    if batch is not None and len(token) != batch:
+        raise ValueError(f"{wanted} with B = {batch}, got shapes {shapes}")
+    if not all(x.is_floating_point() for x in (token, patch) if x is not None):
+        raise ValueError(f"{wanted} of floats, got {token.dtype}{'' if patch is None else f' and {patch.dtype}'}")
     return features
 
 
-def check_latent_shape(latent_shape: Sequence[int], in_dim: int) -> tuple[int, ...]:
-    if len(latent_shape) != 3 or not all(isinstance(x, int) and x > 0 for x in latent_shape):
+def check_latent_shape(latent_shape: Any, in_dim: int | None) -> tuple[int, ...]:
+    """in_dim: None, or the width that a map of that shape must have."""
+    shape = tuple(latent_shape) if isinstance(latent_shape, Sequence) else ()
+    if len(shape) != 3 or not all(type(x) is int and x > 0 for x in shape):
         raise ValueError(f"latent_shape must be three positive ints (C, h, w), got {latent_shape!r}")
-    if math.prod(latent_shape) != in_dim:
+    if in_dim is not None and math.prod(shape) != in_dim:
         sides = [side for side in range(math.isqrt(in_dim), 1, -1) if in_dim % side**2 == 0]
         fitting = ", ".join(f"({in_dim // side**2}, {side}, {side})" for side in sides) or f"({in_dim}, 1, 1)"
         raise ValueError(
-            f"latent_shape {tuple(latent_shape)} has {math.prod(latent_shape)} elements and in_dim is {in_dim}; "
+            f"latent_shape {shape} has {math.prod(shape)} elements and in_dim is {in_dim}; "
             f"square maps that fit: {fitting}"
         )
-    return tuple(latent_shape)
+    return shape

@@ -16,7 +16,7 @@ from .rooms import Features, check_latent_shape, make_loss, make_preprocess, mak
 from .schedule import Schedule, check_step
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_flag, check_number, check_scalar, check_size, check_tensor
+from .validation import check_choice, check_flag, check_number, check_scalar, check_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,8 +121,7 @@ class DinoSupervision(Taught):
         self.loss = make_loss(loss_type, stopgrad_image, group, backend)
         if in_dim is None and (token_dim is None or use_patch):
             raise ValueError("in_dim must be z_text's width, or None with token_dim given and use_patch=False")
-        shape = check_latent_shape(latent_shape, in_dim) if use_patch and in_dim else tuple(latent_shape)
-        self.latent_shape = shape
+        self.latent_shape = shape = check_latent_shape(latent_shape, in_dim if use_patch else None)
 
         self.teacher = make_teacher(teacher, self.img_size, pretrained, teacher_dtype)
         self.preprocess = make_preprocess(preprocess, self.img_size, self.teacher, backend)
@@ -169,20 +168,16 @@ class DinoSupervision(Taught):
 
         Raises ValueError (TypeError for what is no tensor) naming the argument.
         """
-        self._check(z_text, x_img, tokens)
+        self._check(z_text, x_img, features, tokens)
         features = self._features(x_img, features)
-        batch = len(features["global"])
-        for name, given in (("z_text", z_text), ("tokens", tokens)):
-            if given is not None and len(given) != batch:
-                raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(given.shape)}")
         if alpha is not None:
             alpha = check_scalar("alpha", alpha, self.schedule.step.device)
         losses, logs = [], {}
         if z_text is None:
             losses.append(self._zero(tokens=False))
         else:
-            z_text = z_text.to(self.projector.dtype)
-            out, loss = weighed(self.loss, self.projector(z_text), features["global"], self.w_global, alpha)
+            z_text, target = z_text.to(self.projector.dtype), self._global_token(features)
+            out, loss = weighed(self.loss, self.projector(z_text), target, self.w_global, alpha)
             losses.append(loss)
             logs["dino_global"] = (out.loss if isinstance(out, VICRegOutput) else out).detach()
             if isinstance(out, VICRegOutput):
@@ -213,7 +208,7 @@ class DinoSupervision(Taught):
         gradient. step: the training step; None counts the calls of this method in training mode with gradients enabled,
         the first being 1, in the buffer `step`. From stop_step on the dict holds loss_dino alone, an exact zero.
         """
-        self._check(z_text, x_img, tokens)  # before the step is counted
+        self._check(z_text, x_img, features, tokens)  # before the step is counted
         if step is None:
             self.schedule.advance()
         else:
@@ -230,21 +225,21 @@ class DinoSupervision(Taught):
             return student, self.patches.targets(tokens, student, self.patch_queries)
         if self.patch_queries is not None:
             student = student + reach(self.patch_queries).to(student.dtype)
-        return student, self._global_token(features).expand(-1, self.patches.count, -1)
+        return student, self._global_token(features).unsqueeze(1).expand(-1, self.patches.count, -1)
 
     def _tokens(self, tokens: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """Student and teacher of the token loss, [B, L, D] each."""
         student, target = project(self.token_projector, tokens, self.teacher.embed_dim), self._patch_tokens(features)
         if target is not None:
             return self.token_grids(student, target)
-        return student, self._global_token(features).expand(-1, tokens.shape[1], -1)
+        return student, self._global_token(features).unsqueeze(1).expand(-1, tokens.shape[1], -1)
 
     def _zero(self, tokens: bool = True) -> Tensor:
         """0 by way of every parameter, for trainers that want a gradient in each; tokens=False: of all but theirs."""
         named = self.named_parameters()
         return reach(*(p for name, p in named if tokens or not name.startswith("token_projector.")))
 
-    def _check(self, z_text: Any, x_img: Tensor | None, tokens: Any) -> None:
+    def _check(self, z_text: Any, x_img: Any, features: Any, tokens: Any) -> None:
         check_tokens(tokens, self.token_dim)
         if z_text is not None and self.in_dim is None:
             raise ValueError("z_text must be left out: in_dim=None leaves it no projector; construct with its width")
@@ -258,10 +253,10 @@ class DinoSupervision(Taught):
             raise ValueError(
                 f"z_text must be floats of shape [B, {self.in_dim}], got {z_text.dtype} of {list(z_text.shape)}"
             )
-        if x_img is not None:
-            check_tensor("x_img", x_img)
-        if z_text is not None and x_img is not None and x_img.shape[:1] != z_text.shape[:1]:
-            raise ValueError(f"x_img must have z_text's batch size {len(z_text)}, got shape {list(x_img.shape)}")
+        batch = self._check_images(x_img, features)
+        for name, given in (("z_text", z_text), ("tokens", tokens)):
+            if given is not None and len(given) != batch:
+                raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(given.shape)}")
 
     def extra_repr(self) -> str:
         return f"teacher={type(self.teacher).__name__} (frozen, not a submodule), w_global={self.w_global}"

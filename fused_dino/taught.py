@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .preprocess import Preprocess
 from .rooms import Features, check_features
-from .validation import check_tensor
+from .teacher import read_patch_size
+from .validation import check_images, check_size, check_tensor
 
 
 class Taught(nn.Module):
@@ -52,26 +53,37 @@ class Taught(nn.Module):
 
     def _teach(self, x_img: Tensor) -> Features:
         check_tensor("x_img", x_img)
+        if self.teacher.training:  # whoever holds it as a submodule, too, may have put it there
+            self.teacher.eval()
         weight = next((p for p in self.teacher.parameters() if p.is_floating_point()), None)
         if weight is not None:
             x_img = x_img.to(weight.device, non_blocking=True)
         dtype = None if weight is None else weight.dtype
         x = self.preprocess(x_img, dtype) if isinstance(self.preprocess, Preprocess) else self.preprocess(x_img)
+        check_tensor("preprocess's result", x)
         found = self.teacher(x if dtype is None else x.to(dtype))
-        return check_features("teacher's result", found, self.teacher.embed_dim)
+        return check_features("teacher's result", found, self.teacher.embed_dim, len(x))
 
-    def _features(self, x_img: Tensor | None, features: Features | None) -> Features:
+    def _check_images(self, x_img: Any, features: Any) -> int:
+        """The batch size of what is given, one of the two."""
         if features is not None and x_img is not None:
             raise ValueError("give x_img or features, not both: features are what encode(x_img) returned")
         if features is not None:
-            return check_features("features", features, self.teacher.embed_dim)
+            return len(check_features("features", features, self.teacher.embed_dim)["global"])
         if x_img is None:
             raise ValueError("give x_img, the images, or features, what encode returned for them; got neither")
-        if self.stopgrad_image:
-            return self.encode(x_img)
-        if not x_img.is_floating_point():
+        if isinstance(self.preprocess, Preprocess):
+            check_images(x_img, "x_img")
+        check_tensor("x_img", x_img)
+        if not self.stopgrad_image and not x_img.is_floating_point():
             raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
-        return self._teach(x_img)
+        return len(x_img)
+
+    def _features(self, x_img: Tensor | None, features: Features | None) -> Features:
+        if x_img is None:
+            assert features is not None
+            return features
+        return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
 
     def _patch_tokens(self, features: Features) -> Tensor | None:
         """[B, N, D], detached with stopgrad_image; None where the teacher gives none."""
@@ -87,17 +99,18 @@ class Taught(nn.Module):
         return tokens.detach() if self.stopgrad_image else tokens
 
     def _global_token(self, features: Features) -> Tensor:
-        """[B, 1, D], likewise."""
-        token = features["global"].unsqueeze(1)
+        """[B, D], likewise."""
+        token: Tensor = features["global"]
         return token.detach() if self.stopgrad_image else token
 
     def _find_grid(self, img_size: Any) -> tuple[int, int]:
         """The teacher's grid, of images of self.img_size; img_size is what the user wrote."""
-        patch: int = getattr(self.teacher, "patch_size", 14)
+        patch = read_patch_size(self.teacher)
         if self.img_size[0] % patch or self.img_size[1] % patch:
             raise ValueError(f"img_size must be a multiple of the teacher's patch size {patch}, got {img_size!r}")
-        if getattr(self.teacher, "img_size", self.img_size) != self.img_size:
-            raise ValueError(f"img_size is {self.img_size} and the teacher was built for {self.teacher.img_size}")
+        built = getattr(self.teacher, "img_size", None)
+        if built is not None and check_size(built, "the teacher's img_size") != self.img_size:
+            raise ValueError(f"img_size is {self.img_size} and the teacher was built for {built}")
         return self.img_size[0] // patch, self.img_size[1] // patch
 
     def _warn_once(self) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .validation import check_flag
+from .validation import check_flag, check_tensor, check_triple
 from .weights import PATCH_SIZE, canonical, load_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -89,6 +89,12 @@ class DINOv2Backbone(nn.Module):
             raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         check_flag("use_timm_fallback", use_timm_fallback)
         check_flag("pretrained", pretrained)
+        if model is not None and not isinstance(model, (str, nn.Module)):
+            raise TypeError(f"model must be None, a timm model's name or a module, got {type(model).__name__}")
+        if model is not None and (source, weights, pos_embed) != ("auto", None, "official"):
+            raise ValueError(
+                "model brings its own weights and position embeddings: leave out source, weights, pos_embed"
+            )
         if model is None:
             self.variant = canonical(variant)
             self.img_size = check_img_size(img_size, PATCH_SIZE)
@@ -125,6 +131,7 @@ class DINOv2Backbone(nn.Module):
         product.
         Raises ValueError where x is anything else, or the model's features are not of embed_dim and grid.
         """
+        check_tensor("x", x)
         (h, w), (rows, columns), p = self.img_size, self.grid, self.patch_size
         patches = x.ndim == 3
         expected = (rows * columns, 3 * p * p) if patches else (3, h, w)
@@ -259,6 +266,8 @@ def take_patches(model: nn.Module, patch_size: int) -> PatchProjection | None:
 def create_timm(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:
     import timm
 
+    if ":" not in name and not timm.is_model(name):  # with one it is a place, such as hf-hub:owner/name
+        raise ValueError(f"model is {name!r}, which timm {timm.__version__} does not know; see timm.list_models()")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=img_size)
     except TypeError:  # convolutional networks take no img_size
@@ -279,13 +288,19 @@ def read_patch_size(model: nn.Module) -> int:
         return int(stages[-1]["reduction"])
     embed: Any = getattr(model, "patch_embed", None)
     size: Any = getattr(model, "patch_size", None) or getattr(embed, "patch_size", PATCH_SIZE)
-    return int(size[0] if isinstance(size, Sequence) else size)
+    sides = set(size) if isinstance(size, Sequence) else {size}
+    if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"{type(model).__name__} must have a patch_size of a positive int, for squares, got {size!r}")
+    return int(sides.pop())
 
 
 def read_statistic(model: nn.Module, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
     """The model's own mean or std, or that of its timm configuration, else the default."""
-    value = getattr(model, name, (getattr(model, "pretrained_cfg", None) or {}).get(name, default))
-    return tuple(torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist())
+    value = getattr(model, name, None)
+    if value is None:
+        value = (getattr(model, "pretrained_cfg", None) or {}).get(name, default)
+    numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
+    return check_triple(f"{name} of {type(model).__name__}", numbers, positive=name == "std")
 
 
 def check_fixed_size(model: nn.Module, img_size: tuple[int, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = sys.float_info.max
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {x.layout}")
 
 
 def check_floating(name: str, x: Any) -> None:
@@ -55,7 +59,7 @@ def check_weight(weight: Any, student: Tensor) -> Tensor | None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; use one of {', '.join(choices)}")
     return value
 
@@ -77,10 +81,11 @@ def check_scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
     """A number, or a scalar tensor on `device` that wants no gradient."""
     if not isinstance(value, Tensor):
         return check_number(name, value)
-    if value.ndim or value.requires_grad or value.device != device:
+    unreal = value.is_complex() or value.dtype == torch.bool
+    if value.ndim or unreal or value.requires_grad or value.device != device:
         raise ValueError(
-            f"{name} must be a number or a scalar tensor on {device} without a gradient, got shape {list(value.shape)} "
-            f"on {value.device}, requires_grad={value.requires_grad}"
+            f"{name} must be a number or a real scalar tensor on {device} without a gradient, got {value.dtype} of "
+            f"shape {list(value.shape)} on {value.device}, requires_grad={value.requires_grad}"
         )
     return value
 
@@ -96,14 +101,14 @@ def check_group(group: Any, auto: bool = False) -> None:
         raise TypeError(f"group must be {others} or a torch.distributed.ProcessGroup, got {type(group).__name__}")
 
 
-def check_images(images: Any) -> None:
-    check_tensor("images", images)
+def check_images(images: Any, name: str = "images") -> None:
+    check_tensor(name, images)
     if images.dtype not in (*FLOATING, torch.uint8):
-        raise ValueError(f"images must be float16, bfloat16, float32, float64 or uint8, got {images.dtype}")
+        raise ValueError(f"{name} must be float16, bfloat16, float32, float64 or uint8, got {images.dtype}")
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be [B, 3, H, W], got shape {list(images.shape)}")
+        raise ValueError(f"{name} must be [B, 3, H, W], got shape {list(images.shape)}")
     if images.shape[2] < 1 or images.shape[3] < 1:
-        raise ValueError(f"images must have at least one pixel, got shape {list(images.shape)}")
+        raise ValueError(f"{name} must have at least one pixel, got shape {list(images.shape)}")
 
 
 def check_size(size: Any, name: str = "size") -> tuple[int, int]:
@@ -154,5 +159,6 @@ def check_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
 
 
 def is_number(x: Any) -> bool:
-    """Finite, by comparisons: torch.compile traces them for a float that it made symbolic, and math.isfinite not."""
-    return isinstance(x, Real) and not isinstance(x, bool) and -math.inf < float(x) < math.inf
+    """Finite as a float, by comparisons: torch.compile traces them for a float that it made symbolic, and math.isfinite
+    not."""
+    return isinstance(x, Real) and not isinstance(x, bool) and -LARGEST <= x <= LARGEST  # type: ignore[operator]

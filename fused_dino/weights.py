@@ -82,6 +82,8 @@ def load_dinov2(
         raise ValueError(f"source is {source!r}; use one of {', '.join(SOURCES)}")
     if pos_embed not in POS_EMBEDS:
         raise ValueError(f"pos_embed is {pos_embed!r}; use one of {', '.join(POS_EMBEDS)}")
+    if weights is not None and (not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights)):
+        raise TypeError(f"weights must be None or the path of a file, got {weights!r}")
     if weights is None and source == "local":
         raise ValueError('source="local" needs weights, the path of a file')
     if weights is not None and source in ("hub", "timm"):

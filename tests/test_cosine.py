@@ -110,6 +110,9 @@ S, T = torch.ones(4, 8), torch.ones(4, 8)
         ("reduction", {"reduction": "batchmean"}),
         ("eps", {"eps": -1.0}),
         ("eps", {"eps": "small"}),
+        ("eps", {"eps": 10**400}),
+        ("student", {"student": S.to_sparse()}),
+        ("reduction", {"reduction": ["mean"]}),
         ("backend", {"backend": "numpy"}),
     ],
 )
@@ -141,10 +144,20 @@ def test_modules_detach_the_teacher_unless_told_otherwise():
             module(reduction="avg")
         with pytest.raises(TypeError, match="margin"):
             module(margin=1)
+        with pytest.raises(TypeError, match="^weight belongs to a call"):
+            module(weight=torch.ones(4))
+        with pytest.raises(TypeError, match="^teacher must be a torch.Tensor, got list"):
+            module()(s, [1.0])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("alpha", ["1", float("nan"), torch.ones(2), torch.ones((), requires_grad=True)])
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        *("1", float("nan"), 10**400, torch.ones(2), torch.ones((), requires_grad=True)),
+        *(torch.tensor(1 + 5j), torch.tensor(True)),
+    ],
+)
 def test_alpha_that_is_no_number(loss, alpha):
     with pytest.raises(ValueError, match="^alpha must be"):
         loss(*pair(2, 3), alpha=alpha)

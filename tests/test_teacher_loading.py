@@ -93,6 +93,23 @@ def test_arguments_that_contradict_each_other_are_refused(options, message):
         DINOv2Backbone("vits14", **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": 1}, "model must be None, a timm model's name or a module, got int"),
+        ({"model": "vit_of_nobody"}, "model is 'vit_of_nobody', which timm"),
+        ({"model": "resnet18", "source": "timm"}, "model brings its own weights"),
+        ({"model": nn.Identity(), "weights": "w.pth"}, "model brings its own weights"),
+        ({"model": "resnet18", "pos_embed": "timm"}, "model brings its own weights"),
+        ({"weights": 1}, "weights must be None or the path of a file, got 1"),
+        ({"weights": ""}, "weights must be None or the path of a file, got ''"),
+    ],
+)
+def test_what_is_no_model_or_path_is_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}"):
+        DINOv2Backbone("vits14", **options)
+
+
 @pytest.mark.parametrize("name", ["pretrained", "use_timm_fallback"])
 def test_flags_are_true_or_false(name):
     with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'yes'"):

@@ -285,6 +285,10 @@ def test_the_module():
     assert_close(tuple(out), tuple(expected), rtol=0, atol=0)
     assert torch.autograd.grad(out.loss, (y, g), allow_unused=True)[1] is None
     assert torch.autograd.grad(VICRegLoss(detach_teacher=False)(y, g).loss, g)[0].abs().sum() > 0
+    weighty = VICRegLoss(inv_weight=torch.tensor(2.0))
+    assert_close(weighty.to(DEVICE)(y, g).loss, FD.vicreg_loss(y, g, inv_weight=2.0).loss)
+    assert weighty.to("meta")(y.to("meta"), g.to("meta")).loss.device.type == "meta"
+    assert not weighty.state_dict()
     with pytest.raises(ValueError, match="^group "):
         VICRegLoss(group="all")
     with pytest.raises(TypeError, match="^group must be 'auto', None or a torch.distributed.ProcessGroup, got int"):
