@@ -92,7 +92,7 @@ def preprocess(
         a Conv2d weight [D, 3, p, p], so that a patch embedding is one matrix product.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
-    Raises ValueError (TypeError for what is no tensor, number or bool) naming the argument; NotImplementedError for
+    Raises ValueError (TypeError for what is no dense tensor, or no bool) naming the argument; NotImplementedError for
     a backend without this op. Source: the transforms that DINOv2 was published with (arXiv 2304.07193).
     """
     check_images(images)
@@ -173,6 +173,7 @@ def mse_loss(
         where that is 0. It gets no gradient: one that requires it is refused.
     alpha: a factor of the loss, as in cosine_loss.
     reduction: "mean" -> [], "sum" -> [], "none" -> [..., D], as in F.mse_loss, which this is with normalize=False.
+    eps: what is added to a deviation where columns are standardised; nothing else uses it.
     backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
 
     Returns float32, float64 if an input is. A mean over no rows is NaN. Raises ValueError (TypeError for what is no
@@ -242,6 +243,7 @@ def vicreg_loss(
     inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The number
         0 leaves its term out: it is not computed, and reported as 0.
     cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
+    gamma: the deviation below which a column is pushed apart. eps: what is added to a variance, at least 0.
     unbiased: the variance divides by N - 1, as VICReg was published, instead of N. (The covariance always does.)
     route: how the covariance is computed, by the [N, N] or the [D, D] product; auto takes the smaller. The same
         function; the reference always takes the [D, D] one. By rows a difference is taken, which loses digits where one

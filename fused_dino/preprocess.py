@@ -12,7 +12,9 @@ from . import functional as FD
 class Preprocess(nn.Module):
     """`functional.preprocess` with its options fixed: images [B, 3, H, W] -> [B, 3, h, w], or patches [B, N, 3 p p].
 
-    size: an int is a square; or (h, w).
+        out = ((resize(images) - low) / (high - low) - mean) / std
+
+    size: in pixels; an int is a square; or (h, w).
     options: the keyword arguments of `functional.preprocess` (input_range, mean, std, interpolation, antialias, clamp,
         out_dtype, patch_size, backend). A wrong one raises here, not in training.
     """

@@ -10,7 +10,8 @@ class Projector(nn.Sequential):
     """Linear(in_dim, hidden_dim), GELU, LayerNorm, Linear(hidden_dim, out_dim): [..., in_dim] -> [..., out_dim].
 
     A plain Sequential of the usual recipe's layers in its order, so that its parameters carry the recipe's names
-    (0.weight, 0.bias, 2.weight, 2.bias, 3.weight, 3.bias) and the recipe's initial values from the same seed.
+    (0.weight, 0.bias, 2.weight, 2.bias, 3.weight, 3.bias) and the recipe's initial values from the same seed. Input and
+    result have the parameters' dtype. Raises ValueError for a width that is no positive int.
     """
 
     def __init__(self, in_dim: int = 8192, hidden_dim: int = 4096, out_dim: int = 1024) -> None:

@@ -38,7 +38,7 @@ class DinoSupervision(Taught):
         'patch': [B, N, D] or None}; its `mean`, `std` and `patch_size` are read where it has them, else ImageNet's
         and 14. It is frozen, put in eval mode and kept out of modules(), parameters() and state_dict(), so that no
         optimizer, EMA, DDP or checkpoint sees it, while .to(), deepcopy and pickle carry it along.
-    img_size: of the teacher's input, an int or (h, w), multiples of the teacher's patch size.
+    img_size: of the teacher's input in pixels, an int or (h, w), multiples of the teacher's patch size.
     loss_type: of the global term: "cosine", "mse" (normalised), "vicreg", or any module (student [B, D], teacher
         [B, D]) -> a scalar.
     alpha, warmup_steps: the weight of the loss in loss_dict, and the steps over which it rises to it linearly.
@@ -67,7 +67,8 @@ class DinoSupervision(Taught):
         Preprocess(224, antialias=True, mean=..., std=...).
     backend: of every op in it: auto, reference, torch or triton; None: see use_backend.
 
-    Raises ValueError (TypeError for a wrong type) at construction, naming the argument.
+    Losses are float32, float64 where an input or the projector is. Raises ValueError or TypeError at construction,
+    naming the argument.
     """
 
     loads_recipes = True
@@ -206,7 +207,8 @@ class DinoSupervision(Taught):
 
         Made for trainers that add up every key that contains "loss": no other key does, and no other value has a
         gradient. step: the training step; None counts the calls of this method in training mode with gradients enabled,
-        the first being 1, in the buffer `step`. From stop_step on the dict holds loss_dino alone, an exact zero.
+        the first being 1, in the buffer `step`. From stop_step on the dict holds loss_dino alone, an exact zero. Raises
+        as forward does, before the step is counted.
         """
         self._check(z_text, x_img, features, tokens)  # before the step is counted
         if step is None:

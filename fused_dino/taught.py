@@ -47,7 +47,9 @@ class Taught(nn.Module):
     def encode(self, x_img: Tensor) -> Features:
         """The teacher's {'global': [B, D], 'patch': [B, N, D] or None}, detached: to cache, or to compute ahead.
 
-        x_img: [B, 3, H, W], floats in -1..1 or uint8 in 0..255, any size, unless `preprocess` says otherwise.
+        x_img: [B, 3, H, W], floats in -1..1 or uint8 in 0..255, any size, unless `preprocess` says otherwise; it is
+            moved to the teacher's device. The features have the teacher's dtype. Raises ValueError (TypeError for what
+            is no tensor) naming x_img, or the teacher's result where this is none.
         """
         return self._teach(x_img)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fused_dino
 from fused_dino.cli import main
 from fused_dino.cli.doctor import OPS
 
@@ -78,6 +79,40 @@ def test_help_waits_for_nothing_that_a_command_needs() -> None:
 )
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
     assert says in failure(capsys, *argv)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fused-dino {fused_dino.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("backend", "says"), [("numpy", "FUSED_DINO_BACKEND is 'numpy'"), ("triton", "cannot run on triton")]
+)
+def test_a_backend_that_cannot_run_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str, says: str
+) -> None:
+    monkeypatch.setenv("FUSED_DINO_BACKEND", backend)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert says in failure(capsys, "demo", "--out", str(tmp_path))
+
+
+def test_whoever_reads_may_stop() -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-m", "fused_dino", "doctor"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    run.stdout.close()
+    assert run.stderr.read() == b""
+    assert run.wait() == 1
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "fused_dino", "doctor"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (run.returncode, run.stderr) == (2, "fused-dino: [Errno 28] No space left on device\n")
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

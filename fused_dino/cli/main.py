@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .. import __version__
 from ..benchmarks.arguments import add_arguments
 from .errors import CommandError
 
@@ -19,12 +22,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 2 for what the user can mend, said in one line; 130 after Ctrl-C."""
+    """The exit status: 0; 2 for what the user can mend, said in one line; 130 after Ctrl-C; 1 where nobody reads on."""
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     command = options.pop("command")
     try:
-        return command(**options)
+        status = command(**options)
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python itself would fail at it once more
+        if error.errno == errno.ENOSPC:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1 if error.errno == errno.EPIPE else 2
     except CommandError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -35,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, time it, check it.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"fused-dino {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor}")
     add_demo(commands)
     text = "Time each op beside eager PyTorch, torch.compile and its peers, on this machine."
     bench = commands.add_parser("bench", help="time each op beside what it replaces", description=text)

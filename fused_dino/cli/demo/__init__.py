@@ -62,6 +62,7 @@ def learn_and_report(
         seed=seed,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+    check_backend(loss, settings.device)
     with console.status(f"Loading the teacher {teacher} and encoding the held-out crops"):
         frozen = load_teacher(teacher)
         student, control = (learn.Student(frozen.train, settings) for _ in range(2))
@@ -86,3 +87,18 @@ def learn_and_report(
     console.print(summary(story))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     return 130 if course.interrupted else 0
+
+
+def check_backend(loss: str, device: str) -> None:
+    """CommandError where the ops cannot run on the backend that the environment names."""
+    import torch
+
+    from fused_dino import explain_backend
+
+    for op in ("preprocess", f"{loss}_loss"):
+        try:
+            says = explain_backend(op, torch.empty(0, device=device))
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+        if says.startswith("none: "):
+            raise CommandError(says.removeprefix("none: "))
