@@ -276,6 +276,9 @@ def vicreg_loss(
     }
     if len(student) == 1 and group is None and not torch.compiler.is_compiling():
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
+    for weight in ("inv_weight", "var_weight", "cov_weight"):
+        if isinstance(options[weight], Tensor):
+            options[weight] = options[weight].to(wide(student, teacher))
     name = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
     if name == "reference":
         total = partial(distributed.sum_over_ranks, group=group)

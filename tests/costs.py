@@ -35,8 +35,8 @@ def summed(numbers: float, world: int, itemsize: int) -> float:
 
 
 def by_rows(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """Two scalars are summed, beside the rows; then its own rows of the product, and its rows of the gradient."""
-    received = gathered(rows * width, world, itemsize) + summed(2, world, 4) + gathered(1, world, 8)
+    """Two float64 scalars are summed beside the rows; then its rows of the product, and of the gradient."""
+    received = gathered(rows * width, world, itemsize) + summed(2, world, 8) + gathered(1, world, 8)
     return Cost(received, 4 * rows * (rows * world) * width)
 
 

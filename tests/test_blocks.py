@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from fused_dino import functional as FD
 from fused_dino.ops import columns_torch, resize, vicreg_torch
 from proving import DTYPES, check_accuracy
 from table import PREPROCESS, STANDARDIZE, VICREG
@@ -21,6 +23,23 @@ def test_are_as_accurate_as_eager(op, case, dtype, monkeypatch):
     monkeypatch.setattr(vicreg_torch, "CPU_PANEL", 3)
     monkeypatch.setattr(resize, "CPU_PIXELS", 1)
     check_accuracy(op, tuple(x.cpu() for x in op.draw(case.shape, dtype)), "torch", **case.options)
+
+
+@pytest.mark.parametrize("shape", [(2, 500), (3, 500), (2, 3000)])
+def test_few_rows_by_columns(shape):
+    check_accuracy(VICREG, tuple(x.cpu() for x in VICREG.draw(shape)), "torch", route="covariance")
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("shape", [(15, 16), (63, 64), (255, 256)])
+def test_by_rows_a_column_that_dominates_costs_less_than_a_thousandth(shape, seed):
+    """Of the covariance alone, which no other term hides."""
+    y, _ = (x.cpu() for x in VICREG.draw(shape, seed=seed))
+    y[:, 3] *= 100
+    ours = FD.vicreg_loss(y, y, backend="torch").covariance
+    assert_close(
+        ours.double(), FD.vicreg_loss(y.double(), y.double(), backend="reference").covariance, rtol=1e-3, atol=0
+    )
 
 
 def test_a_constant_column_is_centred_exactly(monkeypatch):

@@ -139,6 +139,27 @@ def test_nothing_and_nan():
     assert FD.vicreg_loss(y, g).loss.isnan()
 
 
+def test_a_term_that_is_left_out_is_0_of_nothing_too():
+    assert not any(FD.vicreg_loss(*pair(0, 4), inv_weight=0, var_weight=0, cov_weight=0))
+
+
+def test_a_weights_dtype_is_not_the_losses():
+    y, g = pair(5, 3, dtype=torch.float32)
+    weights = {name: torch.tensor(2.0, dtype=torch.float64, device=DEVICE) for name in ("inv_weight", "cov_weight")}
+    assert FD.vicreg_loss(y, g, **weights).loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_transposed_student_compiles(dtype, wanted, fresh_compiler):
+    y, g = pair(4, 6, dtype=dtype)
+    inputs = [x.requires_grad_(i == wanted) for i, x in enumerate((y.T, g.T.contiguous()))]
+    compiled = torch.compile(lambda y, g: FD.vicreg_loss(y, g).loss, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(*inputs), inputs[wanted])[0]
+    expected = torch.autograd.grad(FD.vicreg_loss(*inputs).loss, inputs[wanted])[0]
+    assert_close(ours, expected)
+
+
 def test_half_precision_is_float32_inside():
     y, g = pair(64, 48)
     for dtype in (torch.bfloat16, torch.float16):

@@ -30,7 +30,7 @@ from ..reference.dtypes import wide, without_autocast
 from .columns_torch import centre
 from .dispatch import define
 from .vicreg_plan import PLAN, Plan, make_plan
-from .vicreg_torch import symmetric_product
+from .vicreg_torch import product_energy, symmetric_product
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,7 +72,8 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
     sigma = (squares / (spare if plan.unbiased else count) + plan.eps).sqrt()
     zero = torch.zeros_like(count)
     variance = torch.relu(plan.gamma - sigma).mean() if plan.variance else zero
-    return error / (count * width), variance, total / plan.divisor, count, centred, squares, spread
+    invariance = error / (count * width) if plan.invariance else error
+    return invariance, variance, total / plan.divisor, count.clone(), centred, squares, spread
 
 
 def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
@@ -80,13 +81,14 @@ def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: Proc
     xc = centre(every, error.dtype)[0] if len(every) else every.to(error.dtype)
     first = sum(counts[: ranks.rank()])
     mine = xc[first : first + len(student)]
-    squares = xc.square().sum(0)
+    squares = xc.square().sum(0, dtype=torch.float64)
     count = torch.full_like(error, len(every))
     spare = max(len(every) - 1, 1)
     product = mine @ xc.T / spare
-    spread = product @ xc - mine * (squares / spare)
-    error, total = all_reduce(torch.stack([error, product.square().sum()]), ranks).unbind()
-    return error, count, mine.clone(), squares, total - (squares / spare).square().sum(), spread
+    spread = product @ xc - mine * (squares / spare).to(mine.dtype)
+    error, total = all_reduce(torch.stack([error.double(), product_energy(product)]), ranks).unbind()
+    total = total - (squares / spare).square().sum()
+    return error.to(mine.dtype), count, mine.clone(), squares.to(mine.dtype), total.to(mine.dtype), spread
 
 
 def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
@@ -108,7 +110,8 @@ def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: P
     product = product - count * torch.outer(left, left)
     squares = product.diagonal().clone()
     product = product.fill_diagonal_(0) / (count - 1).clamp(min=1)
-    return error, count, xc, squares, product.square().sum(), xc @ product
+    # Transposed, which it equals: see vicreg_torch.py.
+    return error, count, xc, squares, product.square().sum(), xc @ product.T
 
 
 vicreg_ranks = define(

@@ -1,7 +1,8 @@
 """VICReg's closed form in plain torch: the CPU fallback. The formulas stand in ops/vicreg.py.
 
-Rows or columns are centred block by block along the inner axis of the product, anew for the gradient: no centred copy
-of the student is ever made. Autocast leaves products in place, and into `out`, as they are.
+Rows or columns are centred block by block along the inner axis of the product, anew for the gradient: none waits for
+the backward. By rows a difference is taken of sums of squares, which are summed in float64. Autocast leaves products in
+place, and into `out`, as they are.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
     error, variance, covariance = (student.new_zeros((), dtype=dtype) for _ in range(3))
     product = student.new_zeros(size, size, dtype=dtype)
     shift = student.new_empty(2, d if columns else 0, dtype=dtype)
-    squares = torch.zeros_like(shift[0])
+    squares = torch.zeros_like(shift[0], dtype=torch.float64)
     if columns and not plan.gram:
         shift = mean(student, dtype)
     for part in inner_blocks(student, plan.gram):
@@ -76,20 +77,30 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
             if plan.gram:  # whole columns, whose mean is had while they are in the cache
                 shift[:, some] = mean(block, dtype)
             block = off(block, shift[:, some])
-            squares[some] += block.square().sum(0)
+            squares[some] += block.square().sum(0, dtype=torch.float64)
         if plan.covariance:
             add_square_(product, block if plan.gram else block.T)
-    if plan.variance:
-        variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
     if plan.covariance:
         mirror_(product).div_(spare)
         if not plan.gram:
             product.diagonal().zero_()
-        for rows in passes(product):
-            covariance += product[rows].square().sum()
+        total = product_energy(product)
         if plan.gram:
-            covariance -= (squares / spare).square().sum()
-    return error / (n * d), variance, covariance / plan.divisor, shift, squares, product
+            total = total - (squares / spare).square().sum()
+        covariance = (total / plan.divisor).to(dtype)
+    squares = squares.to(dtype)
+    if plan.variance:
+        variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
+    invariance = error / (n * d) if plan.invariance else error
+    return invariance, variance, covariance, shift, squares, product
+
+
+def product_energy(product: Tensor) -> Tensor:
+    """Its sum of squares, in float64."""
+    total = product.new_zeros((), dtype=torch.float64)
+    for rows in passes(product):
+        total += product[rows].square().sum(dtype=torch.float64)
+    return total
 
 
 def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
@@ -121,7 +132,7 @@ def vicreg_bwd_torch(
     in_place = for_student and for_s.dtype == dtype
     for part in inner_blocks(student, plan.gram):
         block = student[part].to(dtype)
-        grad = for_s[part] if in_place else torch.empty_like(block)
+        grad = for_s[part] if in_place else block.new_empty(block.shape)
         if towards is None:
             grad.zero_()
         else:
@@ -135,7 +146,8 @@ def vicreg_bwd_torch(
         if column is not None:
             grad.addcmul_(block, column[part[1]])
         if matrix is not None:
-            grad.addmm_(*((matrix, block) if plan.gram else (block, matrix)))
+            # Transposed, which it equals: MKL's product of two or three rows with a matrix as it lies is less accurate.
+            grad.addmm_(*((matrix, block) if plan.gram else (block, matrix.T)))
         if not in_place:
             for_s[part] = grad
     return for_s, for_t
