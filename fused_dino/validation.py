@@ -114,7 +114,9 @@ def check_images(images: Any, name: str = "images") -> None:
 def check_size(size: Any, name: str = "size") -> tuple[int, int]:
     """(h, w); an int is a square."""
     pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in pair):
+    if len(pair) != 2 or not all(
+        isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool) and x > 0 for x in pair
+    ):
         raise ValueError(f"{name} must be a positive int or two of them (h, w), got {size!r}")
     return pair
 
@@ -161,4 +163,6 @@ def check_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
 def is_number(x: Any) -> bool:
     """Finite as a float, by comparisons: torch.compile traces them for a float that it made symbolic, and math.isfinite
     not."""
-    return isinstance(x, Real) and not isinstance(x, bool) and -LARGEST <= x <= LARGEST  # type: ignore[operator]
+    if not isinstance(x, Real) or isinstance(x, bool):
+        return False
+    return -LARGEST <= x <= LARGEST if isinstance(x, int) else -math.inf < float(x) < math.inf

@@ -1,7 +1,9 @@
 """preprocess against F.interpolate, torchvision and the recipe, in float64 where it can be, and what it refuses."""
 
+import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -244,6 +246,16 @@ def test_bad_arguments_are_named(name, arguments):
     arguments = {"images": GOOD, "size": 8, **arguments}
     with pytest.raises((ValueError, TypeError), match=f"^{name} "):
         FD.preprocess(**arguments)
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64])
+def test_numbers_of_numpy(number):
+    images = torch.zeros(1, 3, 2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FD.preprocess(images, 2, mean=tuple(map(number, (0.5, 0.25, 0.75))))
+    with pytest.raises(ValueError, match="^mean must be 3 finite numbers"):
+        FD.preprocess(images, 2, mean=(number("inf"), 0, 0))
 
 
 def test_the_module_is_the_function_and_checks_at_construction():

@@ -89,6 +89,38 @@ def test_linear_ramps_stay_linear(preprocess, interpolation, antialias, length, 
     assert_close(inside, slope.expand_as(inside), rtol=0, atol=2 * tolerance(dtype, 1 / 19))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_one_column_is_one_row_turned(preprocess, interpolation):
+    """torch on a CPU leaves an antialiased image's rows as they are where the result is one column wide."""
+    x = pixels(2, 3, 9, 17, dtype=torch.float64).requires_grad_()
+    run = partial(preprocess, interpolation=interpolation, antialias=True)
+    out, turned = run(x, (6, 1)), run(x.mT, (1, 6)).mT
+    assert_close(out, turned, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, turned))
+    assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_images_are_kept_for_a_clamp_alone(preprocess, clamp):
+    """So that whoever changes them in place is told only where the gradient would have been wrong."""
+    leaf = pixels(1, 3, 8, 8, dtype=torch.float64).requires_grad_()
+    images = leaf * 2
+    out = preprocess(images, 4, clamp=clamp)
+    images.mul_(0.5)
+    if clamp and preprocess.keywords["backend"] != "reference":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    else:
+        out.sum().backward()
+        assert leaf.grad.abs().sum() > 0
+
+
+def test_a_vmap_over_nothing(preprocess):
+    images = pixels(4, 3, 8, 8, dtype=torch.float32).view(1, 4, 3, 8, 8)[:0]
+    out = torch.func.vmap(partial(preprocess, size=4))(images)
+    assert (out.shape[0], out.shape[2:]) == (0, (3, 4, 4))
+
+
 def test_layouts_give_the_same_numbers(preprocess):
     x = pixels(4, 3, 20, 30, dtype=torch.float32)
     expected = preprocess(x, 14)

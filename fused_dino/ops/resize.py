@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -78,9 +77,7 @@ def aten(options: Options, suffix: str = "") -> Any:
 
 
 def interpolate(pixels: Tensor, size: Sequence[int], options: Options) -> Tensor:
-    return F.interpolate(
-        pixels, list(size), mode=options.interpolation, align_corners=False, antialias=options.antialias
-    )
+    return reference.interpolate(pixels, list(size), options.interpolation, options.antialias)
 
 
 def clamp_(pixels: Tensor, options: Options) -> Tensor:
@@ -122,7 +119,10 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     for start in range(0, len(images), step):
         block = images[start : start + step].to(dtype)
         pixels = scratch[start : start + step] if direct else scratch[: len(block)]
-        aten(options).out(block, options.size, False, out=pixels)
+        if options.antialias and w == 1:  # where aten is wrong: see reference.interpolate
+            pixels.copy_(interpolate(block, options.size, options))
+        else:
+            aten(options).out(block, options.size, False, out=pixels)
         clamp_(pixels, options).mul_(scale).add_(shift)
         if not direct:
             out[start : start + step] = patches(pixels, options.patch_size)
@@ -259,12 +259,15 @@ class ResizeFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         images, ctx.options, ctx.backend = inputs
-        ctx.save_for_backward(images)
+        ctx.images = images.shape, images.dtype
+        ctx.save_for_backward(images if ctx.options.clamp else None)  # else its values are no part of the gradient
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (images,) = ctx.saved_tensors
-        options = ctx.options
+        (images,), options = ctx.saved_tensors, ctx.options
+        if images is None:
+            shape, dtype = ctx.images
+            images = grad.new_empty((), dtype=dtype).expand(shape)
         if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap: the formula serves both
             (for_images,) = torch.func.vjp(options.formula, images)[1](grad)
         elif ctx.backend == "triton":
@@ -275,9 +278,10 @@ class ResizeFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, images: Tensor, options: Options, backend: str) -> tuple[Tensor, int]:
+        count = images.shape[1 if in_dims[0] == 0 else 0]
         (images,) = batched_rows(info.batch_size, in_dims[:1], images)
         out = ResizeFunction.apply(images, options, backend)
-        return out.unflatten(0, (info.batch_size, len(out) // info.batch_size)), 0
+        return out.unflatten(0, (info.batch_size, count)), 0
 
 
 def preprocess(

@@ -1,11 +1,23 @@
 """Resize and ImageNet normalisation."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from .dtypes import upcast
+
+
+def interpolate(pixels: Tensor, size: Sequence[int], mode: str, antialias: bool) -> Tensor:
+    """F.interpolate, but for a result one column wide: torch on a CPU then leaves the rows of an antialiased image
+    as they are, and so it is asked for one row of the transposed image."""
+    h, w = size
+    if antialias and w == 1:
+        turned = F.interpolate(pixels.mT.contiguous(), (w, h), mode=mode, align_corners=False, antialias=True)
+        return turned.mT
+    return F.interpolate(pixels, (h, w), mode=mode, align_corners=False, antialias=antialias)
 
 
 def preprocess(
@@ -28,7 +40,7 @@ def preprocess(
     """
     low, high = input_range
     (pixels,) = upcast(images)
-    pixels = F.interpolate(pixels, size, mode=interpolation, align_corners=False, antialias=antialias)
+    pixels = interpolate(pixels, size, interpolation, antialias)
     if clamp:
         pixels = pixels.clamp(low, high)
     # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.

@@ -61,6 +61,8 @@ PREPROCESS = Op(
         Case((2, 3, 9, 17), "antialiased", {"antialias": True}),
         Case((2, 3, 3, 4), "antialiased, enlarged", {"antialias": True}),
         Case((1, 3, 4, 9), "antialiased, its own height", {"antialias": True}),
+        Case((2, 3, 9, 17), "antialiased, to one column", {"antialias": True, "size": (6, 1)}),
+        Case((2, 3, 9, 17), "antialiased, to one row", {"antialias": True, "size": (1, 6)}),
         Case((2, 3, 9, 17), "bicubic and antialiased", {"interpolation": "bicubic", "antialias": True}),
         Case((1, 3, 2, 700), "antialiased, several segments", {"antialias": True, "size": (1, 20)}),
         Case((2, 3, 5, 7), "patches", {"patch_size": 2}),
