@@ -81,9 +81,8 @@ class Taught(nn.Module):
             raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
         return len(x_img)
 
-    def _features(self, x_img: Tensor | None, features: Features | None) -> Features:
-        if x_img is None:
-            assert features is not None
+    def _features(self, x_img: Any, features: Features | None) -> Features:
+        if features is not None:
             return features
         return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
 

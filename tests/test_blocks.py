@@ -44,7 +44,7 @@ def test_by_rows_a_column_that_dominates_costs_less_than_a_thousandth(shape, see
 
 def test_a_constant_column_is_centred_exactly(monkeypatch):
     monkeypatch.setattr(columns_torch, "CPU_ELEMENTS", 60)
-    centred, squares = columns_torch.centre(torch.tensor([0.1, -3e7, 7e-20]).expand(701, 3), torch.float32)
+    centred, squares = columns_torch.centre(torch.tensor([0.1, -3e7, 7e-20, 3e38]).expand(701, 4), torch.float32)
     assert not centred.any()
     assert not squares.any()
 
