@@ -25,14 +25,72 @@ def offset(c, y, x, h, w, PATCH: tl.constexpr):
 
 
 @triton.jit
-def resample(
+def weigh_rows(
     source, inside,  # of one image; inside: whether an output was not clipped, None without a clamp
-    y, x, first, last,  # a row of the target, its columns, and the columns of the source that they read
-    sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
+    y, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, taps_y,
     CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PATCH: tl.constexpr, SEGMENT: tl.constexpr, ACC: tl.constexpr,
+    PATCH: tl.constexpr, SEGMENT: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The three channels of one row of the target."""
+    """The rows that row y of the target sums, weighted into one, from column `start` on: a row a channel, or
+    INTERLEAVED one row that holds them by turns."""
+    PIXEL: tl.constexpr = 3 if INTERLEAVED else 1
+    LANES: tl.constexpr = SEGMENT * 4 if INTERLEAVED else SEGMENT
+    lane = tl.arange(0, LANES)
+    width = w if BACKWARD else W
+    column = start + lane // PIXEL
+    live = (lane < SEGMENT * PIXEL) & (start * PIXEL + lane < width * PIXEL)
+    r = tl.zeros((LANES,), ACC)
+    g = tl.zeros((LANES,), ACC)
+    b = tl.zeros((LANES,), ACC)
+    for turn in range(0, taps_y, STEP):
+        for j in tl.static_range(STEP):
+            row, weight, there = term(y, turn + j, H, h, scale_y, sums, CUBIC, ANTIALIAS, BACKWARD)
+            if ANTIALIAS or BACKWARD:
+                weight = tl.where(there, weight, 0.0)
+                there = live & there
+            else:
+                there = live
+            if INTERLEAVED:
+                at = source + tl.cast(row, tl.int64) * stride_y + start * 3 + lane
+                # Upcast right at the load: half precision must not reach the products.
+                r += weight * tl.load(at, mask=there, other=0).to(ACC)
+            elif BACKWARD:
+                for c in tl.static_range(3):
+                    at = offset(c, row, column, h, w, PATCH)
+                    value = tl.load(source + at, mask=there, other=0).to(ACC)
+                    if inside is not None:
+                        value = tl.where(tl.load(inside + at, mask=there, other=0) != 0, value, 0.0)
+                    if c == 0:
+                        r += weight * value
+                    elif c == 1:
+                        g += weight * value
+                    else:
+                        b += weight * value
+            else:
+                at = source + tl.cast(row, tl.int64) * stride_y + column.to(tl.int64) * stride_x
+                r += weight * tl.load(at, mask=there, other=0).to(ACC)
+                g += weight * tl.load(at + stride_c, mask=there, other=0).to(ACC)
+                b += weight * tl.load(at + 2 * tl.cast(stride_c, tl.int64), mask=there, other=0).to(ACC)
+    if INTERLEAVED:
+        g = r
+        b = r
+    return r, g, b
+
+
+@triton.jit
+def pick(row, at, weight, there):
+    """Not by a weight of 0: what is not there may be infinite. there: None where all of it is."""
+    value = weight * tl.gather(row, at, 0)
+    return value if there is None else tl.where(there, value, 0.0)
+
+
+@triton.jit
+def resample_segment(
+    source, inside, y, x, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
+    CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PATCH: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What the source's columns [start, start + SEGMENT) have of one row of the target, in three channels."""
     if ANTIALIAS or BACKWARD:
         STEP: tl.constexpr = 1
     else:
@@ -40,63 +98,54 @@ def resample(
         taps_y = STEP
         taps_x = STEP
     PIXEL: tl.constexpr = 3 if INTERLEAVED else 1  # elements from one pixel to the next, on the chip
-    LANES: tl.constexpr = SEGMENT * 4 if INTERLEAVED else SEGMENT
-    lane = tl.arange(0, LANES)
-    width = w if BACKWARD else W
+    r, g, b = weigh_rows(
+        source, inside, y, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, taps_y,
+        CUBIC, ANTIALIAS, BACKWARD, INTERLEAVED, PATCH, SEGMENT, STEP, ACC,
+    )  # fmt: skip
     red = tl.zeros(x.shape, ACC)
     green = tl.zeros(x.shape, ACC)
     blue = tl.zeros(x.shape, ACC)
-    for start in range(first // 16 * 16, last + 1, SEGMENT):  # one turn, but for sources far wider than the target
-        start = tl.multiple_of(start, 16)
-        column = start + lane // PIXEL
-        live = (lane < SEGMENT * PIXEL) & (start * PIXEL + lane < width * PIXEL)
-        r = tl.zeros((LANES,), ACC)
-        g = tl.zeros((LANES,), ACC)
-        b = tl.zeros((LANES,), ACC)
-        for turn in range(0, taps_y, STEP):
-            for j in tl.static_range(STEP):
-                row, weight, there = term(y, turn + j, H, h, scale_y, sums, CUBIC, ANTIALIAS, BACKWARD)
-                if ANTIALIAS or BACKWARD:
-                    weight = tl.where(there, weight, 0.0)
-                    there = live & there
-                else:
-                    there = live
-                if INTERLEAVED:
-                    at = source + tl.cast(row, tl.int64) * stride_y + start * 3 + lane
-                    # Upcast right at the load: half precision must not reach the products.
-                    r += weight * tl.load(at, mask=there, other=0).to(ACC)
-                elif BACKWARD:
-                    for c in tl.static_range(3):
-                        at = offset(c, row, column, h, w, PATCH)
-                        value = tl.load(source + at, mask=there, other=0).to(ACC)
-                        if inside is not None:
-                            value = tl.where(tl.load(inside + at, mask=there, other=0) != 0, value, 0.0)
-                        if c == 0:
-                            r += weight * value
-                        elif c == 1:
-                            g += weight * value
-                        else:
-                            b += weight * value
-                else:
-                    at = source + tl.cast(row, tl.int64) * stride_y + column.to(tl.int64) * stride_x
-                    r += weight * tl.load(at, mask=there, other=0).to(ACC)
-                    g += weight * tl.load(at + stride_c, mask=there, other=0).to(ACC)
-                    b += weight * tl.load(at + 2 * tl.cast(stride_c, tl.int64), mask=there, other=0).to(ACC)
-        if INTERLEAVED:
-            g = r
-            b = r
-        for turn in range(0, taps_x, STEP):
-            for j in tl.static_range(STEP):
-                s, weight, there = term(
-                    x, turn + j, W, w, scale_x, sums + h if ANTIALIAS else sums, CUBIC, ANTIALIAS, BACKWARD
-                )
-                at = s - start
+    for turn in range(0, taps_x, STEP):
+        for j in tl.static_range(STEP):
+            s, weight, there = term(
+                x, turn + j, W, w, scale_x, sums + h if ANTIALIAS else sums, CUBIC, ANTIALIAS, BACKWARD
+            )
+            at = s - start
+            if WHOLE and not (ANTIALIAS or BACKWARD):
+                there = None
+            else:
                 there = there & (at >= 0) & (at < SEGMENT)
-                at = tl.where(there, at * PIXEL, 0)
-                # Not by a weight of 0: what is not there may be infinite.
-                red += tl.where(there, weight * tl.gather(r, at, 0), 0.0)
-                green += tl.where(there, weight * tl.gather(g, at + PIXEL // 3, 0), 0.0)
-                blue += tl.where(there, weight * tl.gather(b, at + PIXEL // 3 * 2, 0), 0.0)
+                at = tl.where(there, at, 0)
+            at *= PIXEL
+            red += pick(r, at, weight, there)
+            green += pick(g, at + PIXEL // 3, weight, there)
+            blue += pick(b, at + PIXEL // 3 * 2, weight, there)
+    return red, green, blue
+
+
+@triton.jit
+def resample(
+    source, inside, y, x, first, last,  # a row of the target, its columns, and the columns of the source that they read
+    sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
+    CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PATCH: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The three channels of one row of the target. WHOLE: one segment holds all the columns that they read."""
+    start = tl.multiple_of(first // 16 * 16, 16)
+    red, green, blue = resample_segment(
+        source, inside, y, x, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
+        CUBIC, ANTIALIAS, BACKWARD, INTERLEAVED, PATCH, SEGMENT, WHOLE, ACC,
+    )  # fmt: skip
+    if not WHOLE:
+        for further in range(start + SEGMENT, last + 1, SEGMENT):
+            more = resample_segment(
+                source, inside, y, x, tl.multiple_of(further, 16), sums, stride_c, stride_y, stride_x, H, W, h, w,
+                scale_y, scale_x, taps_y, taps_x,
+                CUBIC, ANTIALIAS, BACKWARD, INTERLEAVED, PATCH, SEGMENT, WHOLE, ACC,
+            )  # fmt: skip
+            red += more[0]
+            green += more[1]
+            blue += more[2]
     return red, green, blue
 
 
@@ -111,26 +160,28 @@ def resize_fwd_kernel(
     out, inside,  # as `offset` says, one of them None: inside, instead of the result, whether it is not clipped
     stride_b, stride_c, stride_y, stride_x, H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, CLIP: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PATCH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PATCH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns `rows` rows of BLOCK columns of one image in three channels, so that the weights of its columns
+    # One program owns `rows` rows of COLUMNS columns of one image in three channels, so that the weights of its columns
     # are computed once for all of them.
     blocks = tl.cdiv(h, rows)
     image = (tl.program_id(0) // blocks).to(tl.int64)  # int64: image * stride passes 2**31
     top = tl.program_id(0) % blocks * rows
-    left = tl.program_id(1) * BLOCK
+    left = tl.program_id(1) * COLUMNS
+    right = tl.minimum(left + COLUMNS, w)
     column = left + tl.arange(0, BLOCK)
     scale_y = scale_of(H, h, scale_y, ACC)
     scale_x = scale_of(W, w, scale_x, ACC)
-    x = tl.minimum(column, w - 1)
+    x = tl.minimum(column, right - 1)
     first, _, _ = tap(left, 0, W, w, scale_x, CUBIC, ANTIALIAS)
-    last, _, _ = tap(tl.minimum(left + BLOCK, w) - 1, taps_x - 1, W, w, scale_x, CUBIC, ANTIALIAS)
+    last, _, _ = tap(right - 1, taps_x - 1, W, w, scale_x, CUBIC, ANTIALIAS)
     images += image * stride_b
     start = image * 3 * h * w
     for y in range(top, tl.minimum(top + rows, h)):
         pixels = resample(
             images, None, y, x, first, last, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x,
-            taps_y, taps_x, CUBIC, ANTIALIAS, False, INTERLEAVED, PATCH, SEGMENT, ACC,
+            taps_y, taps_x, CUBIC, ANTIALIAS, False, INTERLEAVED, PATCH, SEGMENT, WHOLE, ACC,
         )  # fmt: skip
         for c in tl.static_range(3):
             pixel = pixels[c]
@@ -139,11 +190,11 @@ def resize_fwd_kernel(
                 low = tl.full((), CLIP[0], ACC)
                 high = tl.full((), CLIP[1], ACC)
                 if inside is not None:
-                    tl.store(inside + at, (pixel > low) & (pixel < high), mask=column < w)
+                    tl.store(inside + at, (pixel > low) & (pixel < high), mask=column < right)
                 # tl.where, not tl.clamp: NaN must stay NaN.
                 pixel = tl.where(pixel < low, low, tl.where(pixel > high, high, pixel))
             if out is not None:
-                store(out + at, normalise(pixel, SCALE[c], SHIFT[c], ACC), column < w)
+                store(out + at, normalise(pixel, SCALE[c], SHIFT[c], ACC), column < right)
 
 
 @triton.jit
@@ -152,19 +203,21 @@ def resize_bwd_kernel(
     grad_images,  # [B, 3, H, W] contiguous
     H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
     SCALE: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
-    PATCH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    PATCH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns `rows` rows of BLOCK columns of one image, and gathers what the outputs that read them got.
+    # One program owns `rows` rows of COLUMNS columns of one image, and gathers what the outputs that read them got.
     blocks = tl.cdiv(H, rows)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     top = tl.program_id(0) % blocks * rows
-    left = tl.program_id(1) * BLOCK
+    left = tl.program_id(1) * COLUMNS
+    right = tl.minimum(left + COLUMNS, W)
     column = left + tl.arange(0, BLOCK)
     scale_y = scale_of(H, h, scale_y, ACC)
     scale_x = scale_of(W, w, scale_x, ACC)
-    x = tl.minimum(column, W - 1)
+    x = tl.minimum(column, right - 1)
     first, _, _ = term(left, 0, W, w, scale_x, sums, CUBIC, ANTIALIAS, True)
-    last, _, _ = term(tl.minimum(left + BLOCK, W) - 1, taps_x - 1, W, w, scale_x, sums, CUBIC, ANTIALIAS, True)
+    last, _, _ = term(right - 1, taps_x - 1, W, w, scale_x, sums, CUBIC, ANTIALIAS, True)
     grad += image * 3 * h * w
     if inside is not None:
         inside += image * 3 * h * w
@@ -172,11 +225,11 @@ def resize_bwd_kernel(
     for y in range(top, tl.minimum(top + rows, H)):
         sums_of_row = resample(
             grad, inside, y, x, first, last, sums, 0, 0, 0, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
-            CUBIC, ANTIALIAS, True, False, PATCH, SEGMENT, ACC,
+            CUBIC, ANTIALIAS, True, False, PATCH, SEGMENT, WHOLE, ACC,
         )  # fmt: skip
         for c in tl.static_range(3):
             value = sums_of_row[c] * tl.full((), SCALE[c], ACC)
-            store(grad_images + offset(c, y, column, H, W, 0), value, column < W)
+            store(grad_images + offset(c, y, column, H, W, 0), value, column < right)
 
 
 @triton.jit

@@ -99,7 +99,7 @@ def dump(asm: dict[str, Any], option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def instructions(sass: str, values: int, turns: int) -> float:
+def instructions(sass: str, values: float, turns: int) -> float:
     """Executed by one thread for each of its values: all but the outermost loop once, that loop `turns` times.
 
     A loop inside of it counts once; a case with such a loop must be one where it takes a single turn.

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton, resize, standardize_triton, taps, vicreg_triton
+from fused_dino.ops.dispatch import cdiv
 from fused_dino.ops.vicreg_plan import make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -23,13 +25,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 class Case:
     """A call that launches kernels. The first word of its name may select a budget of its own.
 
-    values: what one thread makes in one turn of the outermost loop, where its instructions are to be counted; turns: of
-        that loop.
+    values: how many of the result one thread makes in one turn of the outermost loop, where its instructions are to be
+        counted: those of lanes that make none are shared out among the others; turns: of that loop.
     """
 
     name: str
     launch: Callable[[], object]
-    values: int = 0
+    values: float = 0
     turns: int = 1
 
 
@@ -84,8 +86,10 @@ def resize_cases() -> Iterator[Case]:
         given |= {"interpolation": "bilinear", "antialias": False, "out_dtype": torch.bfloat16, "patch_size": None}
         options = resize.Options(size, **(given | how))
         made = resize.resize_fwd_fake(images, *options.launch)
-        # 256 columns in three channels by 64 threads.
-        count = {"values": 3 * 256 // 64, "turns": taps.ROWS} if counted else {}
+        count: dict[str, Any] = {}
+        if counted:  # a row of three channels by all the programs' 64 threads
+            columns = taps.tiles(taps.Axis(images.shape[3], size[1], options.interpolation, options.antialias), False)
+            count = {"values": 3 * size[1] / (64 * cdiv(size[1], columns["COLUMNS"])), "turns": taps.ROWS}
         yield Case(name, partial(resize.resize_fwd_triton, images, *options.launch), **count)
         if backward:
             yield Case(f"{name} backward", partial(resize.resize_bwd_triton, made, images, *options.launch_backward))
@@ -101,8 +105,9 @@ def resize_cases() -> Iterator[Case]:
         yield from cases(f"{name} antialias", x, (224, 224), floating, antialias=True, out_dtype=same)
         last = x.to(memory_format=torch.channels_last)
         yield from cases(f"last {name}", last, (224, 224), out_dtype=same)
+        if dtype != torch.float64:
+            yield from cases(f"518 {name}", image(dtype, 512), (518, 518), floating, True, out_dtype=same)
     x = image(torch.float32, 512)
-    yield from cases("other 518", x, (518, 518), True)
     yield from cases(
         "other shrink", image(torch.float32, 1024), (224, 224), True, antialias=True, interpolation="bicubic"
     )

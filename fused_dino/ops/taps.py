@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from ..reference.dtypes import wide
 from .dispatch import acc_of, cdiv
 
-BLOCKS = (32, 64, 128, 256)  # columns that a program may own
+WIDEST_BLOCK = 256  # columns that a program may own
 LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
 ROWS = 8  # that a program owns, for whose sake the weights of its columns are computed once
 
@@ -37,21 +39,29 @@ class Axis(NamedTuple):
             return math.floor(2 * self.reach * self.size_out / self.size_in + 0.125) + 1
         return math.ceil(self.reach) * 2 + 1 if self.antialias else int(2 * self.reach)
 
-    def tiles(self, backward: bool) -> dict[str, int]:
-        """BLOCK columns of the target that a program owns, and SEGMENT columns of the source that it reads at a time.
 
-        Few columns are wasted on a width that is no power of two, and one segment holds all that a block reads unless
-        the source is far wider than the target: then the program takes several.
-        """
-        source, target = (self.size_out, self.size_in) if backward else (self.size_in, self.size_out)
+@lru_cache(maxsize=1024)
+def tiles(axis: Axis, backward: bool) -> dict[str, int]:
+    """COLUMNS of the target that a program owns, the powers of two BLOCK and SEGMENT that hold them and the columns of
+    the source that it reads at a time, and whether that is the WHOLE of them: unless the source is far wider."""
+    source, target = (axis.size_out, axis.size_in) if backward else (axis.size_in, axis.size_out)
 
-        def read(block: int) -> int:
-            return min(source, math.ceil(block * source / target) + self.taps(backward) + 16)
+    def tile(columns: int) -> tuple[float, dict[str, int]]:
+        # The first is rounded down to a multiple of 16, and rounding may add one.
+        read = min(source, math.ceil((columns - 1) * source / target) + axis.taps(backward) + 16)
+        block, segment = power_of_two(columns), min(power_of_two(read), LONGEST_SEGMENT)
+        turns = cdiv(read, segment)
+        # By the machine code of sm_90, in what one column costs.
+        cost = cdiv(target, columns) * (400 + turns * (block + 0.7 * segment))
+        return cost, {"COLUMNS": columns, "BLOCK": block, "SEGMENT": segment, "WHOLE": turns == 1}
 
-        fitting = [block for block in BLOCKS if read(block) <= LONGEST_SEGMENT] or BLOCKS[:1]
-        block = min(fitting, key=lambda block: cdiv(target, block) * (block + 48))  # 48: what a block costs beside
-        segment = 1 << (min(read(block), LONGEST_SEGMENT) - 1).bit_length()
-        return {"BLOCK": block, "SEGMENT": max(segment, BLOCKS[0])}
+    heavy = backward and axis.antialias and axis.interpolation == "bicubic"  # weights that would fill the registers
+    return min(map(tile, range(16, WIDEST_BLOCK // (1 + heavy) + 1, 16)), key=itemgetter(0))[1]
+
+
+def power_of_two(count: int) -> int:
+    """That holds `count`, and a warp's lanes."""
+    return max(32, 1 << (count - 1).bit_length())
 
 
 def launch_options(
@@ -64,20 +74,21 @@ def launch_options(
     H, W = images.shape[2:]
     h, w = size
     y, x = (Axis(*pair, interpolation, antialias) for pair in ((H, h), (W, w)))
-    tiles = x.tiles(backward)
+    tile = tiles(x, backward)
+    copied = backward and not antialias and (h, w) == (H, W)  # as torch copies that gradient, NaN and all
     height, width = (H, W) if backward else (h, w)
     rows = max(1, min(ROWS, len(images)))  # few where few images leave a GPU idle
     options = {
-        "CUBIC": interpolation == "bicubic",
+        "CUBIC": interpolation == "bicubic" and not copied,
         "ANTIALIAS": antialias,
         "PATCH": patch_size,
         "ACC": acc_of(wide(images)),
         "num_warps": 4 if wide(images) == torch.float64 else 2,  # one would gather by shuffles, not in shared memory
         "enable_fp_fusion": True,
-        **tiles,
+        **tile,
     }
     arguments = (H, W, h, w, rows, H / h, W / w, y.taps(backward), x.taps(backward))
-    return arguments, options, (len(images) * cdiv(height, rows), cdiv(width, tiles["BLOCK"]))
+    return arguments, options, (len(images) * cdiv(height, rows), cdiv(width, tile["COLUMNS"]))
 
 
 def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
