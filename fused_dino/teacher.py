@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .embedding import from_patches, take_patches
 from .validation import check_flag, check_tensor, check_triple
 from .weights import PATCH_SIZE, canonical, load_dinov2
 
@@ -140,9 +140,10 @@ class DINOv2Backbone(nn.Module):
                 f"x must be floating of shape [B, 3, {h}, {w}], or patches [B, {rows * columns}, {3 * p * p}], got "
                 f"{x.dtype} of shape {list(x.shape)}"
             )
-        weight = next((p for p in self.model.parameters() if p.is_floating_point()), x)
+        weight = next((w for w in self.model.parameters() if w.is_floating_point()), x)
         run = getattr(self.model, "forward_features", self.model)
-        features = self.from_patches(run, x.to(weight.dtype)) if patches else run(x.to(weight.dtype))
+        x = x.to(weight.dtype)
+        features = from_patches(self.model, run, x, self.img_size, p) if patches else run(x)
         pooled, patch = self.split(features)
         if pooled.shape[1:] != (self.embed_dim,):
             raise ValueError(f"model gave global features {list(pooled.shape)} where embed_dim is {self.embed_dim}")
@@ -152,28 +153,6 @@ class DINOv2Backbone(nn.Module):
                 f"{self.patch_size} has {self.grid[0]} x {self.grid[1]} of width {self.embed_dim}"
             )
         return {"global": pooled, "patch": patch}
-
-    def from_patches(self, run: Any, patches: Tensor) -> Any:
-        """The model's features, with its projection's result in place of what it would make of pixels."""
-        projection = take_patches(self.model, self.patch_size)
-        if projection is None:
-            raise ValueError(
-                f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model {type(self.model).__name__} "
-                f"has no patch_embed.proj that is a convolution by patches of {self.patch_size}"
-            )
-        tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)
-        projection.result = rearrange(tokens, "b (h w) d -> b d h w", h=self.grid[0])
-        try:
-            # Of these pixels the model sees the shape only; they take no memory.
-            features = run(patches.new_zeros(()).expand(patches.shape[0], 3, *self.img_size))
-            if projection.result is not None:
-                raise ValueError(
-                    f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model "
-                    f"{type(self.model).__name__} never ran its patch_embed.proj"
-                )
-        finally:
-            projection.result = None
-        return features
 
     def split(self, features: Any) -> tuple[Tensor, Tensor | None]:
         """(global [B, D], patch [B, N, D] or None) of whatever the model returned."""
@@ -239,28 +218,6 @@ def check_img_size(img_size: int | Sequence[int], patch_size: int = 1) -> tuple[
             f"the nearest: {' or '.join(map(str, sorted({below, above})))}"
         )
     return h, w
-
-
-class PatchProjection(nn.Conv2d):
-    """A convolution that gives `result`, once, where there is one."""
-
-    result: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.result is None:
-            return super().forward(input)
-        result, self.result = self.result, None
-        return result
-
-
-def take_patches(model: nn.Module, patch_size: int) -> PatchProjection | None:
-    """The model's convolution by patches, able from now on to be told its result; None where it has none such."""
-    conv: Any = getattr(getattr(model, "patch_embed", None), "proj", None)
-    by_patches = {"in_channels": 3, "groups": 1, "dilation": (1, 1), "padding": (0, 0)}
-    by_patches |= dict.fromkeys(("kernel_size", "stride"), (patch_size, patch_size))
-    if type(conv) is nn.Conv2d and all(getattr(conv, name) == value for name, value in by_patches.items()):
-        conv.__class__ = PatchProjection  # in its place, so that parameters, their names and hooks stay
-    return conv if isinstance(conv, PatchProjection) else None
 
 
 def create_timm(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:

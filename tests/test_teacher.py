@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -220,6 +222,23 @@ def test_patches_are_one_matrix_product(backbone, x):
     assert not any("conv" in event.key for event in profile.key_averages())
 
 
+@torch.no_grad()
+def test_threads_that_share_a_teacher_keep_their_patches_apart(backbone, x):
+    """All of them leave their patches before any of them goes on."""
+    several = [patches_of(x + i, 14) for i in range(4)]
+    expected = [backbone(patches)["patch"] for patches in several]
+    barrier = threading.Barrier(len(several))
+
+    def meet(*_):
+        barrier.wait(timeout=60)
+
+    backbone.model.patch_embed.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(len(several)) as pool:
+        found = list(pool.map(backbone, several))
+    for out, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(out["patch"], true)
+
+
 def test_gradient_reaches_the_patches(backbone, x):
     x = x.double().requires_grad_()
     backbone.double()
@@ -255,7 +274,7 @@ def test_a_model_without_a_patch_embedding_refuses_patches():
     backbone = DINOv2Backbone(img_size=28, model=unused)
     with pytest.raises(ValueError, match=r"never ran its patch_embed\.proj"):
         backbone(torch.zeros(2, 4, 588))
-    assert unused.patch_embed.proj.result is None
+    assert not unused.patch_embed.proj.results
 
 
 # --- frozen, and out of the way ---------------------------------------------------------------------------------------
