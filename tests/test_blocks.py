@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch._inductor.config
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
@@ -55,3 +57,20 @@ def test_images_in_blocks_of_two(count, monkeypatch):
     for options in ({}, {"patch_size": 2}, {"out_dtype": torch.float16}):
         images = PREPROCESS.draw((count, 3, 7, 9), torch.float32)
         check_accuracy(PREPROCESS, tuple(x.cpu() for x in images), "torch", size=(6, 8), **options)
+
+
+def test_a_compiled_gradient_adds_in_a_fixed_order():
+    """Enlarged, a pixel is read by many outputs, which a compiler would let threads scatter by atomic additions."""
+    x = PREPROCESS.draw((2, 3, 20, 20), torch.float32)[0].cpu()
+
+    @torch._inductor.config.patch({"force_disable_caches": True, "cpp.threads": 2})  # caches keep no code to read
+    def gradient(backend):
+        leaf = x.clone().requires_grad_()
+        run = torch.compile(lambda x: FD.preprocess(x, 224, backend=backend).square().sum(), fullgraph=True)
+        code = run_fw_bw_and_get_code(lambda: run(leaf))[1]
+        return leaf.grad, any("atomic_add" in part for part in code)
+
+    (ours, scattered), (theirs, scatters) = gradient("torch"), gradient("reference")
+    assert not scattered
+    assert scatters, "the words to look for"
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-4 * theirs.abs().max().item())

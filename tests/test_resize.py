@@ -159,7 +159,7 @@ def test_a_pixel_that_is_not_finite_reaches_the_same_outputs_as_in_eager(
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
-@pytest.mark.parametrize("size", [(4, 6), (9, 9), (6, 17), (20, 30)])
+@pytest.mark.parametrize("size", [(4, 6), (9, 9), (6, 17), (9, 17), (20, 30)])
 def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialias, size):
     """Also from taps of weight 0: here rounding decides of none."""
     x = pixels(1, 3, 9, 17, dtype=torch.float32)
@@ -169,6 +169,27 @@ def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialia
     assert torch.equal(out.isnan(), plain.isnan())
     assert torch.equal(out[out.isinf()], plain[plain.isinf()])
     assert not plain.isfinite().all()
+
+
+@pytest.mark.parametrize(("interpolation", "antialias"), MODES)
+@pytest.mark.parametrize("size", [(4, 6), (9, 9), (9, 17), (20, 30)])
+def test_a_gradient_that_is_not_finite_spreads_no_further_than_in_eager(preprocess, interpolation, antialias, size):
+    """It reaches every pixel that has a weight, and none that eager's does not reach (by a weight of 0, as it may)."""
+    x = pixels(1, 3, 9, 17, dtype=torch.float32).requires_grad_()
+    options = {"interpolation": interpolation, "antialias": antialias}
+    outputs = [run(x, size, **options) for run in (preprocess, partial(FD.preprocess, backend="reference"))]
+
+    def gradients(place, value):
+        grad = torch.zeros(1, 3, *size, device=DEVICE)
+        grad[0, 1][place] = value
+        return (torch.autograd.grad(out, x, grad, retain_graph=True)[0] for out in outputs)
+
+    for place in ((0, 0), (size[0] // 2, size[1] // 2), (-1, -1)):
+        weighted = next(gradients(place, 1.0)).abs() > 1e-5
+        for value in (float("nan"), float("inf")):
+            found, plain = gradients(place, value)
+            assert not found[weighted].isfinite().any()
+            assert found[plain.isfinite()].isfinite().all()
 
 
 @pytest.mark.parametrize("antialias", [False, True])

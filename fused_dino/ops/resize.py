@@ -22,7 +22,7 @@ from ..reference.dtypes import upcast, wide, without_autocast
 from .dispatch import batched_rows, by_rows, define, is_batched, keep_signature
 from .taps import antialias_sums, launch_options
 
-CPU_PIXELS = 2**20  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
+CPU_PIXELS = 2**21  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
 
 
 class Options(NamedTuple):
@@ -101,17 +101,22 @@ def images_a_block(images: Tensor, options: Options) -> int:
     return max(1, CPU_PIXELS // max(images.shape[2] * images.shape[3], options.size[0] * options.size[1]))
 
 
+def by_aten(x: Tensor) -> bool:
+    """Whether ATen's own ops serve: on a GPU their gradient adds in no fixed order, and a compiler fuses others."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     """On a CPU in blocks of images, each resized and normalised while it is in the cache."""
     dtype, (h, w) = wide(images), options.size
-    if images.device.type != "cpu":
+    if not by_aten(images):
         pixels = clamp_(interpolate(images.to(dtype), options.size, options), options)
         # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
         # Not in place: a compiler would make a program for each batch size.
         channels = zip(pixels.unbind(1), options.scale, options.shift, strict=True)
         pixels = torch.stack([channel * factor + term for channel, factor, term in channels], 1)
         return patches(pixels, options.patch_size).to(options.out_dtype).contiguous()
-    scale, shift = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (options.scale, options.shift))
+    shift = torch.tensor(options.shift, dtype=dtype).unbind()
     out = resize_fwd_fake(images, *options.launch)
     step = images_a_block(images, options)
     direct = options.patch_size is None and options.out_dtype == dtype
@@ -123,7 +128,8 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
             pixels.copy_(interpolate(block, options.size, options))
         else:
             aten(options).out(block, options.size, False, out=pixels)
-        clamp_(pixels, options).mul_(scale).add_(shift)
+        for channel, factor, term in zip(clamp_(pixels, options).unbind(1), options.scale, shift, strict=True):
+            torch.add(term, channel, alpha=factor, out=channel)  # one pass
         if not direct:
             out[start : start + step] = patches(pixels, options.patch_size)
     return out
@@ -140,8 +146,8 @@ def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[
 
 
 def adjoint(grad: Tensor, shape: Sequence[int], options: Options) -> Tensor:
-    """Wy^T grad Wx. On a CPU by torch's own backward: on a GPU that adds in no fixed order."""
-    if grad.device.type == "cpu":
+    """Wy^T grad Wx. Where it takes matrices, what is not finite spreads over its row and column."""
+    if by_aten(grad):
         return aten(options, "_backward")(grad, options.size, list(shape), False)
     (h, w), (H, W) = options.size, shape[2:]
     rows, columns = (torch.eye(side, dtype=grad.dtype, device=grad.device)[None, None] for side in (H, W))
@@ -291,7 +297,4 @@ def preprocess(
     backend: str,
     **options: Any,
 ) -> Tensor:
-    chosen = Options(size, **options)
-    if backend == "torch" and torch.compiler.is_compiling():
-        return chosen.formula(images)  # which a compiler fuses; aten's resize in a Function would fix its batch size
-    return ResizeFunction.apply(images, chosen, backend)
+    return ResizeFunction.apply(images, Options(size, **options), backend)
