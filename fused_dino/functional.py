@@ -35,6 +35,7 @@ from .validation import (
     check_patch_size,
     check_range,
     check_scalar,
+    check_scale,
     check_size,
     check_triple,
     check_weight,
@@ -84,7 +85,7 @@ def preprocess(
         batch gives an empty result.
     size: an int is a square (never the shorter side); or (h, w), in pixels.
     input_range: (low, high), the values that mean black and white; None: (-1, 1) for floats, (0, 255) for uint8.
-    mean, std: per channel, on the scale 0..1.
+    mean, std: per channel, on the scale 0..1; std is positive, and what it divides stays within float32.
     antialias: as in F.interpolate: the filter widens when it shrinks an image.
     clamp: clip the resized pixels to input_range before they are normalised (bicubic overshoots).
     out_dtype: of the result; None: the images' own, float32 for uint8.
@@ -97,10 +98,11 @@ def preprocess(
     """
     check_images(images)
     size = check_size(size)
+    given = check_range(input_range, images.dtype)
     options: dict[str, Any] = {
-        "input_range": check_range(input_range, images.dtype),
+        "input_range": given,
         "mean": check_triple("mean", mean),
-        "std": check_triple("std", std, positive=True),
+        "std": check_scale(check_triple("std", std, positive=True), given),
         "interpolation": check_choice("interpolation", interpolation, ("bilinear", "bicubic")),
         "antialias": check_flag("antialias", antialias),
         "clamp": check_flag("clamp", clamp),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LARGEST = sys.float_info.max
+SMALLEST = 1e-30  # of what float32 can divide by, with room for what it divides
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -113,7 +114,8 @@ def check_images(images: Any, name: str = "images") -> None:
 
 def check_size(size: Any, name: str = "size") -> tuple[int, int]:
     """(h, w); an int is a square."""
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    several = isinstance(size, Sequence) and not isinstance(size, (str, bytes))
+    pair = (size, size) if isinstance(size, int) else tuple(size) if several else ()
     if len(pair) != 2 or not all(
         isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool) and x > 0 for x in pair
     ):
@@ -136,9 +138,19 @@ def check_range(input_range: Any, dtype: torch.dtype) -> tuple[float, float]:
     if input_range is None:
         return (0.0, 255.0) if dtype == torch.uint8 else (-1.0, 1.0)
     low, high = check_numbers("input_range", input_range, 2)
-    if low >= high:
-        raise ValueError(f"input_range must be (low, high) with low < high, got {input_range!r}")
+    if not 0 < high - low <= LARGEST:
+        raise ValueError(f"input_range must be (low, high) with low < high, of a finite width, got {input_range!r}")
     return low, high
+
+
+def check_scale(std: tuple[float, ...], input_range: tuple[float, float]) -> tuple[float, ...]:
+    """std, whose products with the width of input_range divide pixels in float32."""
+    width = input_range[1] - input_range[0]
+    if not all(SMALLEST <= width * s <= 1 / SMALLEST for s in std):
+        raise ValueError(
+            f"std must be between {SMALLEST:g} and {1 / SMALLEST:g} times the width of input_range, {width:g}, got {std}"
+        )
+    return std
 
 
 def check_triple(name: str, values: Any, positive: bool = False) -> tuple[float, float, float]:
