@@ -32,18 +32,6 @@ def test_few_rows_by_columns(shape):
     check_accuracy(VICREG, tuple(x.cpu() for x in VICREG.draw(shape)), "torch", route="covariance")
 
 
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("shape", [(15, 16), (63, 64), (255, 256)])
-def test_by_rows_a_column_that_dominates_costs_less_than_a_thousandth(shape, seed):
-    """Of the covariance alone, which no other term hides."""
-    y, _ = (x.cpu() for x in VICREG.draw(shape, seed=seed))
-    y[:, 3] *= 100
-    ours = FD.vicreg_loss(y, y, backend="torch").covariance
-    assert_close(
-        ours.double(), FD.vicreg_loss(y.double(), y.double(), backend="reference").covariance, rtol=1e-3, atol=0
-    )
-
-
 def test_a_constant_column_is_centred_exactly(monkeypatch):
     monkeypatch.setattr(columns_torch, "CPU_ELEMENTS", 60)
     centred, squares = columns_torch.centre(torch.tensor([0.1, -3e7, 7e-20, 3e38]).expand(701, 4), torch.float32)

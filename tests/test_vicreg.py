@@ -241,7 +241,7 @@ def test_no_copy_of_the_student_waits_for_the_backward(shape, backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         FD.vicreg_loss(y, g)
     beside = sum(x.numel() for x in kept if x is not y and x is not g)
-    assert (beside > min(shape) ** 2 + 4 * shape[1]) == (backend == "reference")
+    assert (beside > min(shape) ** 2 + 4 * shape[1] + 1) == (backend == "reference")
 
 
 def test_vmap_and_compile():

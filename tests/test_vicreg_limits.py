@@ -1,4 +1,4 @@
-"""What VICReg's accuracy depends on, as the README tells it: one dominating column, and torch's setting of TF32.
+"""What VICReg's accuracy might depend on, and does not: dominating columns, and torch's setting of TF32.
 
 And what its product allocates.
 """
@@ -24,44 +24,38 @@ def dominated(shape, factor, dtype, seed=0):
     """Student and teacher, one column of the student's deviating `factor` times as much as the others."""
     generator = torch.Generator().manual_seed(seed)
     y, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    y[:, 3] *= factor
+    y[:, min(3, shape[1] - 1)] *= factor
     return y.to(DEVICE, dtype), g.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("factor", [10, 100])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_by_rows_a_dominating_column_leaves_the_loss_three_digits(shape, factor, dtype, backend):
-    inputs = dominated(shape, factor, dtype)
-    loss = FD.vicreg_loss(*inputs, route="gram").loss
-    true = FD.vicreg_loss(*(x.double() for x in inputs), backend="reference").loss
-    assert_close(loss.double(), true, rtol=1e-3, atol=0)
-
-
+@pytest.mark.parametrize("route", ["gram", "covariance"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("factor", [10, 100, 1_000, 10_000])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_by_columns_a_dominating_column_costs_no_more_than_in_eager(shape, factor, dtype, backend):
-    check_accuracy(VICREG, dominated(shape, factor, dtype), backend, route="covariance")
+def test_a_dominating_column_costs_no_more_than_in_eager(shape, factor, dtype, route, backend):
+    check_accuracy(VICREG, dominated(shape, factor, dtype), backend, route=route)
 
 
-@pytest.mark.parametrize(
-    ("factor", "least", "most"),
-    [(100, 0, 2e-3), (1_000, 3e-3, 0.3), (10_000, 0.1, float("inf"))],
-    ids=["2e-3", "some per cent", "lost"],
-)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_by_rows_the_covariance_is_lost_as_the_readme_says(shape, factor, least, most, backend):
-    """The largest error of five draws, in float32; the reference knows no rows."""
-    errors = []
+@pytest.mark.parametrize("factor", [100, 10_000, 1_000_000])
+@pytest.mark.parametrize("shape", [*SHAPES, (15, 16), (100, 2)])
+def test_by_rows_the_covariance_alone_keeps_its_digits(shape, factor, backend):
+    """No other term hides it. Of few rows, whose columns have much in common by chance, and of few columns, too."""
     for seed in range(5):
-        inputs = dominated(shape, factor, torch.float32, seed)
-        covariance = FD.vicreg_loss(*inputs, route="gram").covariance.double()
-        true = FD.vicreg_loss(*(x.double() for x in inputs), backend="reference").covariance
-        errors.append(((covariance - true) / true).abs().item())
-    if backend == "reference":
-        least, most = 0, 1e-5
-    assert least <= max(errors) <= most
+        y, g = dominated(shape, factor, torch.float32, seed)
+        covariance = FD.vicreg_loss(y, g, route="gram").covariance
+        true = FD.vicreg_loss(y.double(), g.double(), backend="reference").covariance
+        assert_close(covariance.double(), true, rtol=2e-5, atol=0)
+
+
+def test_by_rows_several_columns_may_dominate(backend):
+    """The largest is set apart, and what the others' own squares take off is N times what they share by chance."""
+    for seed in range(5):
+        y, g = dominated((64, 256), 10_000, torch.float32, seed)
+        for column, factor in ((7, 10_000), (20, 3_000), (21, 100)):
+            y[:, column] *= factor
+        covariance = FD.vicreg_loss(y, g, route="gram").covariance
+        true = FD.vicreg_loss(y.double(), g.double(), backend="reference").covariance
+        assert_close(covariance.double(), true, rtol=1e-3, atol=0)
 
 
 def test_the_splits_of_a_product_are_together_no_larger_than_the_student():

@@ -3,15 +3,18 @@
 With xc = y - mean, s_j = sum_i xc_ij^2, sigma_j = sqrt(s_j / m + eps), m = N or N - 1, n = max(N - 1, 1), and
 D = d^2 or d, the covariance comes from whichever product is smaller:
 
-    rows, N < d:    P = xc xc^T / n  [N, N],   covariance = (|P|^2 - sum_j (s_j / n)^2) / D,   Z = P xc - xc s / n
+    rows, N < d:    P = sum_j x_j x_j^T / n  [N, N] but for the largest column p,   c_j = <x_p, x_j> / n
+                    covariance = (|P|^2 - sum_j (s_j / n)^2 + 2 sum_j c_j^2) / D,   Z = P xc - xc s / n + x_p c
+                    of p itself Z_p = P x_p
     columns:        P = xc^T xc / n  [d, d] without its diagonal,   covariance = |P|^2 / D,    Z = xc P
 
 and with g_i, g_v, g_c the gradients of the three terms, the gradient of the student is
 
     (4 g_c / (D n)) Z - g_v [sigma_j < gamma] xc / (d m sigma_j) + (2 g_i / (N d)) (y - g)
 
-The gradient of the centring vanishes, since the columns of xc sum to 0. By rows the difference cancels where single
-columns dominate; the route by columns, which leaves the diagonal out, has eager's accuracy there.
+The gradient of the centring vanishes, since the columns of xc sum to 0. By rows the columns' own squares are taken off
+the product's, which would cancel where a single column dominates. So the one that deviates most is set apart, and no
+other can: whatever the second largest takes off is little beside the covariance of the two.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class VICRegFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        student, teacher, shift, squares, product = ctx.saved_tensors
+        student, teacher, shift, squares, product, largest, cross = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         outer = grads[0], grads[1], grads[2]
         given = [x for x in outer if x is not None]
@@ -68,9 +71,11 @@ class VICRegFunction(torch.autograd.Function):
             terms, vjp = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)[:2]
             made: tuple = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(outer, terms, strict=True)))
         elif ctx.backend == "triton":
-            made = vicreg_bwd(student, teacher, shift, squares, product, *outer, *wanted, *ctx.plan)
+            made = vicreg_bwd(student, teacher, shift, squares, product, largest, cross, *outer, *wanted, *ctx.plan)
         else:
-            made = vicreg_bwd_torch(student, teacher, shift, squares, product, *outer, *wanted, ctx.plan)
+            made = vicreg_bwd_torch(
+                student, teacher, shift, squares, product, largest, cross, *outer, *wanted, ctx.plan
+            )
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
         return for_student, for_teacher, None, None  # student, teacher, plan, backend
 

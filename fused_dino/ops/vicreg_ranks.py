@@ -30,7 +30,7 @@ from ..reference.dtypes import wide, without_autocast
 from .columns_torch import centre
 from .dispatch import define
 from .vicreg_plan import PLAN, Plan, make_plan
-from .vicreg_torch import product_energy, symmetric_product
+from .vicreg_torch import largest_of, own_share, product_energy, symmetric_product
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -81,14 +81,23 @@ def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: Proc
     xc = centre(every, error.dtype)[0] if len(every) else every.to(error.dtype)
     first = sum(counts[: ranks.rank()])
     mine = xc[first : first + len(student)]
-    squares = xc.square().sum(0, dtype=torch.float64)
+    squares = xc.square().sum(0)
     count = torch.full_like(error, len(every))
     spare = max(len(every) - 1, 1)
+    largest = largest_of(squares).view(1)
+    apart = xc.index_select(1, largest)
+    beside = mine.index_select(1, largest)[:, 0]
+    xc.index_fill_(1, largest, 0)
     product = mine @ xc.T / spare
-    spread = product @ xc - mine * (squares / spare).to(mine.dtype)
-    error, total = all_reduce(torch.stack([error.double(), product_energy(product)]), ranks).unbind()
-    total = total - (squares / spare).square().sum()
-    return error.to(mine.dtype), count, mine.clone(), squares.to(mine.dtype), total.to(mine.dtype), spread
+    cross = torch.mv(mine.T, beside)
+    xc.index_copy_(1, largest, apart)
+    sums = torch.cat([torch.stack([error, product_energy(product)]), cross])  # float64, as the energy is
+    sums = all_reduce(sums, ranks)
+    error, total, cross = sums[0], sums[1], (sums[2:] / spare).to(mine.dtype)
+    own = squares / spare
+    total = total + own_share(own, cross, largest)
+    spread = (product @ xc).addcmul_(mine, own.index_fill(0, largest, 0), value=-1).addr_(beside, cross)
+    return error.to(mine.dtype), count, mine.clone(), squares, total.to(mine.dtype), spread
 
 
 def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:

@@ -1,8 +1,7 @@
 """VICReg's closed form in plain torch: the CPU fallback. The formulas stand in ops/vicreg.py.
 
 Rows or columns are centred block by block along the inner axis of the product, anew for the gradient: none waits for
-the backward. By rows a difference is taken of sums of squares, which are summed in float64. Autocast leaves products in
-place, and into `out`, as they are.
+the backward. Autocast leaves products in place, and into `out`, as they are.
 """
 
 from __future__ import annotations
@@ -58,7 +57,8 @@ def symmetric_product(x: Tensor) -> Tensor:
 
 
 def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """invariance, variance, covariance, shift [2, D], squares [D], product [N, N] or [D, D]; empty where unwanted."""
+    """invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
+    largest [], cross [D]; empty where unwanted."""
     n, d = student.shape
     dtype = wide(student, teacher)
     spare, columns = max(n - 1, 1), plan.variance or plan.covariance
@@ -66,7 +66,8 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
     error, variance, covariance = (student.new_zeros((), dtype=dtype) for _ in range(3))
     product = student.new_zeros(size, size, dtype=dtype)
     shift = student.new_empty(2, d if columns else 0, dtype=dtype)
-    squares = torch.zeros_like(shift[0], dtype=torch.float64)
+    squares = torch.zeros_like(shift[0])
+    largest, cross = student.new_zeros((), dtype=torch.int64), student.new_zeros(0, dtype=dtype)
     if columns and not plan.gram:
         shift = mean(student, dtype)
     for part in inner_blocks(student, plan.gram):
@@ -77,22 +78,60 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
             if plan.gram:  # whole columns, whose mean is had while they are in the cache
                 shift[:, some] = mean(block, dtype)
             block = off(block, shift[:, some])
-            squares[some] += block.square().sum(0, dtype=torch.float64)
-        if plan.covariance:
-            add_square_(product, block if plan.gram else block.T)
+            squares[some] += block.square().sum(0)
+        if plan.covariance and not plan.gram:
+            add_square_(product, block.T)
     if plan.covariance:
+        if plan.gram:
+            largest = largest_of(squares)
+            cross = add_rows_(product, student, shift, largest)
+            cross /= spare
         mirror_(product).div_(spare)
         if not plan.gram:
             product.diagonal().zero_()
         total = product_energy(product)
         if plan.gram:
-            total = total - (squares / spare).square().sum()
+            total = total + own_share(squares / spare, cross, largest)
         covariance = (total / plan.divisor).to(dtype)
-    squares = squares.to(dtype)
     if plan.variance:
         variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
     invariance = error / (n * d) if plan.invariance else error
-    return invariance, variance, covariance, shift, squares, product
+    return invariance, variance, covariance, shift, squares, product, largest, cross
+
+
+def largest_of(squares: Tensor) -> Tensor:
+    """The column that deviates most, []; there need be none where no rows are."""
+    return squares.argmax() if len(squares) else squares.new_zeros((), dtype=torch.int64)
+
+
+def own_share(squares: Tensor, cross: Tensor, largest: Tensor) -> Tensor:
+    """What the product of rows has too much, and the largest column's covariances, which it has not: in float64."""
+    others = squares.index_fill(0, largest, 0)
+    return 2 * cross.square().sum(dtype=torch.float64) - others.square().sum(dtype=torch.float64)
+
+
+def add_rows_(product: Tensor, student: Tensor, shift: Tensor, largest: Tensor) -> Tensor:
+    """product += xc xc^T but for the largest column -> <x_largest, x_j> of the others, [D], and 0 for itself."""
+    beside = column_of(student, shift, largest)
+    cross = torch.empty_like(shift[0])
+    for part in inner_blocks(student, True):
+        some = part[1]
+        block = off(student[part].to(shift.dtype), shift[:, some])
+        set_apart_(block, largest - (some.start or 0))
+        torch.mv(block.T, beside, out=cross[some])
+        add_square_(product, block)
+    return cross
+
+
+def column_of(student: Tensor, shift: Tensor, at: Tensor) -> Tensor:
+    """xc of one column, [N]."""
+    return off(*(x.index_select(1, at.view(1)) for x in (student.to(shift.dtype), shift)))[:, 0]
+
+
+def set_apart_(block: Tensor, at: Tensor) -> None:
+    """0 in column `at`, where the block has it: no value is read on the host."""
+    inside = at.clamp(0, block.shape[1] - 1).view(1)
+    block.index_copy_(1, inside, torch.where(inside == at, 0, block.index_select(1, inside)))
 
 
 def product_energy(product: Tensor) -> Tensor:
@@ -108,7 +147,7 @@ def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
 
 
 def vicreg_bwd_torch(
-    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor,
+    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
     grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
     for_student: bool, for_teacher: bool, plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -117,7 +156,7 @@ def vicreg_bwd_torch(
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
     spare = max(n - 1, 1)
-    column = matrix = towards = None
+    column = matrix = towards = beside = None
     if plan.variance and grad_variance is not None:
         sigma = deviation(squares, n, plan)
         hinge = torch.where(sigma < plan.gamma, -grad_variance / (d * (spare if plan.unbiased else n)), 0)
@@ -126,7 +165,9 @@ def vicreg_bwd_torch(
         scale = grad_covariance * (4 / (plan.divisor * spare))
         matrix = product * scale
         if plan.gram:
-            column = (0 if column is None else column) - squares * (scale / spare)
+            own = squares.index_fill(0, largest, 0) * (scale / spare)
+            column = -own if column is None else column - own
+            beside, cross = column_of(student, shift, largest), cross * scale
     if plan.invariance and grad_invariance is not None:
         towards = grad_invariance * (2 / max(n * d, 1))
     in_place = for_student and for_s.dtype == dtype
@@ -148,6 +189,8 @@ def vicreg_bwd_torch(
         if matrix is not None:
             # Transposed, which it equals: MKL's product of two or three rows with a matrix as it lies is less accurate.
             grad.addmm_(*((matrix, block) if plan.gram else (block, matrix.T)))
+        if beside is not None:
+            grad.addr_(beside, cross[part[1]])
         if not in_place:
             for_s[part] = grad
     return for_s, for_t

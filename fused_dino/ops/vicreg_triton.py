@@ -1,7 +1,7 @@
 """VICReg's launchers and dispatcher ops. The product is allocated once: [N, N] by rows, [D, D] by columns.
 
-Where its tiles are too few to fill a GPU it is computed in splits, which are matrices of that size beside it until they
-are added up: together they hold at most as many numbers as the student, but in the accumulation's dtype.
+Where its tiles fill less than half of a GPU it is computed in splits, which are matrices of that size beside it until
+they are added up: together they hold at most as many numbers as the student, but in the accumulation's dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
-from .columns import launch_statistics
+from .columns import COLUMNS, ROWS, launch_statistics
 from .dispatch import acc_of, cdiv, define, rows_of
 from .vicreg_plan import PLAN, Plan
 
@@ -60,16 +60,20 @@ def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    """What the forward returns, not filled: the three terms [], shift [D], squares [D], product [N, N] or [D, D].
+    """What the forward returns, not filled: the three terms [], shift [D], squares [D], product [N, N] or [D, D], and
+    by rows largest [], cross [D].
 
-    The product is [0, 0] where no covariance is wanted.
+    The product is [0, 0] and cross [0] where no covariance is wanted.
     """
     plan = Plan(*options)
     (n, d), dtype = student.shape, wide(student, teacher)
     size = (n if plan.gram else d) if plan.covariance else 0
     invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(3))
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
-    return invariance, variance, covariance, shift, squares, student.new_empty((size, size), dtype=dtype)
+    product = student.new_empty((size, size), dtype=dtype)
+    largest = student.new_empty((), dtype=torch.int32)
+    cross = student.new_empty(d if plan.covariance and plan.gram else 0, dtype=dtype)
+    return invariance, variance, covariance, shift, squares, product, largest, cross
 
 
 def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -78,7 +82,7 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
     plan = Plan(*options)
     student, teacher = rows_of(student, teacher)
     out = vicreg_fwd_fake(student, teacher, *options)
-    invariance, variance, covariance, shift, squares, product = out
+    invariance, variance, covariance, shift, squares, product, largest, cross = out
     n, d = student.shape
     if not n:
         for term, computed in ((invariance, plan.invariance), (variance, plan.variance), (covariance, False)):
@@ -88,12 +92,20 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
     acc, spare = acc_of(dtype), max(n - 1, 1)
     with torch.cuda.device_of(student):
         errors = launch_statistics(student, teacher if plan.invariance else None, None, shift, squares)
-        sums = launch_product(student, shift, squares, product, plan) if plan.covariance else None
+        sums, by_rows = None, plan.covariance and plan.gram
+        if by_rows:
+            kernels.vicreg_cross_kernel[(cdiv(d, COLUMNS),)](
+                student, shift, squares, largest, cross, student.stride(0), n, d, spare,
+                BLOCK_N=ROWS, BLOCK_D=COLUMNS, ACC=acc, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        apart = (largest, cross) if by_rows else (None, None)
+        if plan.covariance:
+            sums = launch_product(student, shift, squares, apart[0], product, plan)
         kernels.vicreg_terms_kernel[(1,)](
-            errors, squares, sums, invariance, variance, covariance,
+            errors, squares, *apart, sums, invariance, variance, covariance,
             n, d, spare if plan.unbiased else n, spare, plan.divisor,
             0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(),
-            GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, VARIANCE=plan.variance,
+            GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance,
             BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -101,14 +113,16 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
 
 def split(size: int, depth: int, tiles: int, step: int) -> tuple[int, int]:
     """(splits, the depth of each but the last) of a product [size, size]."""
-    splits = max(1, min(cdiv(PROGRAMS, tiles * (tiles + 1) // 2), depth // size, depth // (4 * step)))
+    splits = max(1, min(PROGRAMS // (tiles * (tiles + 1) // 2), depth // size, depth // (4 * step)))
     depth_a_split = cdiv(cdiv(depth, splits), step) * step
     return cdiv(depth, depth_a_split), depth_a_split
 
 
-def launch_product(student: Tensor, shift: Tensor, squares: Tensor, product: Tensor, plan: Plan) -> Tensor:
+def launch_product(
+    student: Tensor, shift: Tensor, squares: Tensor, largest: Tensor | None, product: Tensor, plan: Plan
+) -> Tensor:
     """Fills the product -> the sums of its tiles' squares."""
-    from ..kernels import vicreg as kernels
+    from ..kernels import vicreg_product as kernels
 
     n, d = student.shape
     size, depth = (n, d) if plan.gram else (d, n)
@@ -116,10 +130,10 @@ def launch_product(student: Tensor, shift: Tensor, squares: Tensor, product: Ten
     tile, step = options["TILE"], options["BLOCK_K"]
     tiles, spare = cdiv(size, tile), max(n - 1, 1)
     splits, depth_a_split = split(size, depth, tiles, step)
-    sums = student.new_empty((tiles, tiles), dtype=shift.dtype)
+    sums = student.new_empty((tiles, tiles), dtype=torch.float64)
     parts = product if splits == 1 else student.new_empty((splits, size, size), dtype=shift.dtype)
     kernels.vicreg_product_kernel[(tiles, tiles, splits)](
-        student, shift, squares, parts, sums, student.stride(0), n, d, size, depth, depth_a_split, spare,
+        student, shift, squares, largest, parts, sums, student.stride(0), n, d, size, depth, depth_a_split, spare,
         GRAM=plan.gram, SPLIT=splits > 1, **options,
     )  # fmt: skip
     if splits > 1:
@@ -131,7 +145,7 @@ def launch_product(student: Tensor, shift: Tensor, squares: Tensor, product: Ten
 
 
 def vicreg_bwd_fake(
-    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor,
+    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
     grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
     for_student: bool, for_teacher: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -142,7 +156,7 @@ def vicreg_bwd_fake(
 
 
 def vicreg_bwd_triton(
-    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor,
+    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
     grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
     for_student: bool, for_teacher: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -155,7 +169,7 @@ def vicreg_bwd_triton(
     plan = Plan(*options)
     student, teacher = rows_of(student, teacher)
     grads = vicreg_bwd_fake(
-        student, teacher, shift, squares, product, grad_invariance, grad_variance, grad_covariance,
+        student, teacher, shift, squares, product, largest, cross, grad_invariance, grad_variance, grad_covariance,
         for_student, for_teacher, *options,
     )  # fmt: skip
     n, d = student.shape
@@ -168,12 +182,14 @@ def vicreg_bwd_triton(
         launch["BLOCK_K"] //= 2
     if launch["RAW"] and student.dtype == torch.float16:
         launch |= {"OPERAND": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32"}
+    if for_teacher:
+        launch["num_warps"] = 8  # a second gradient would fill the registers
     rounded = tl.bfloat16 if launch["RAW"] and student.dtype == torch.bfloat16 else launch["OPERAND"]
     spare = max(n - 1, 1)
     tile = launch["TILE"]
     with torch.cuda.device_of(student):
         kernels.vicreg_bwd_kernel[(cdiv(n, tile), cdiv(d, tile))](
-            student, teacher, shift, squares, product,
+            student, teacher, shift, squares, product, largest, cross,
             grad_invariance if plan.invariance else None, grad_variance if plan.variance else None,
             grad_covariance if plan.covariance and for_student else None,
             grads[0] if for_student else None, grads[1] if for_teacher else None,
@@ -185,12 +201,13 @@ def vicreg_bwd_triton(
 
 vicreg_fwd = define(
     f"vicreg_fwd(Tensor student, Tensor teacher, {PLAN}) -> (Tensor invariance, Tensor variance, Tensor covariance, "
-    "Tensor shift, Tensor squares, Tensor product)",
+    "Tensor shift, Tensor squares, Tensor product, Tensor largest, Tensor cross)",
     vicreg_fwd_triton,
     vicreg_fwd_fake,
 )
 vicreg_bwd = define(
-    "vicreg_bwd(Tensor student, Tensor teacher, Tensor shift, Tensor squares, Tensor product, Tensor? grad_invariance, "
+    "vicreg_bwd(Tensor student, Tensor teacher, Tensor shift, Tensor squares, Tensor product, Tensor largest, "
+    "Tensor cross, Tensor? grad_invariance, "
     f"Tensor? grad_variance, Tensor? grad_covariance, bool for_student, bool for_teacher, {PLAN}) -> (Tensor, Tensor)",
     vicreg_bwd_triton,
     vicreg_bwd_fake,
