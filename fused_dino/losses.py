@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,13 @@ class VICRegLoss(Loss):
         super().__init__(**options)
         check_group(group, auto=True)
         self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VICRegLoss:
+        """A copy, for a moving average say, is of the same process group: that cannot be copied."""
+        memo[id(self.group)] = self.group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> VICRegLoss:

@@ -39,6 +39,8 @@ def make_loss(
 ) -> nn.Module:
     check_group(group, auto=True)
     if isinstance(loss_type, nn.Module):
+        if isinstance(loss_type, VICRegLoss) and group != "auto":
+            raise ValueError("group belongs to the loss where loss_type is a module: VICRegLoss(group=...)")
         if not stopgrad_image and getattr(loss_type, "detach_teacher", False):
             raise ValueError("stopgrad_image=False needs a loss_type with detach_teacher=False")
         return loss_type

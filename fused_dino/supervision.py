@@ -62,10 +62,11 @@ class DinoSupervision(Taught):
     hidden_dim: of the projector. The local projector's is 256, the tokens' 2048.
     pretrained, teacher_dtype: of a teacher given by name; teacher_dtype also casts a module. None keeps the weights'.
     group: whose rows VICReg's statistics are taken over: "auto" (all processes once torch.distributed is initialised),
-        None (this process) or a ProcessGroup.
+        None (this process) or a ProcessGroup. A loss_type that is a module has its own.
     preprocess: "bilinear", "bicubic", or any module (images) -> the teacher's input, such as
         Preprocess(224, antialias=True, mean=..., std=...).
-    backend: of every op in it: auto, reference, torch or triton; None: see use_backend.
+    backend: of every op in it but those of modules that are given: auto, reference, torch or triton; None: see
+        use_backend.
 
     Losses are float32, float64 where an input or the projector is. Raises ValueError or TypeError at construction,
     naming the argument.

@@ -148,7 +148,7 @@ def check_scale(std: tuple[float, ...], input_range: tuple[float, float]) -> tup
     width = input_range[1] - input_range[0]
     if not all(SMALLEST <= width * s <= 1 / SMALLEST for s in std):
         raise ValueError(
-            f"std must be between {SMALLEST:g} and {1 / SMALLEST:g} times the width of input_range, {width:g}, got {std}"
+            f"std times input_range's width, {width:g}, must be between {SMALLEST:g} and {1 / SMALLEST:g}, got {std}"
         )
     return std
 

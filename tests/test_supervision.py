@@ -126,7 +126,8 @@ def test_bytes_are_refused_where_the_image_gets_a_gradient(teacher, batch):
 
 def test_rooms_take_objects_in_place_of_names(teacher, batch):
     z, x = batch
-    module = make(teacher, loss_type=VICRegLoss(gamma=2.0), preprocess=Preprocess(SIZE, antialias=True))
+    loss = VICRegLoss(gamma=2.0, group=None)
+    module = make(teacher, loss_type=loss, group="auto", preprocess=Preprocess(SIZE, antialias=True))
     loss, logs = module(z, x)
     target = teacher(Preprocess(SIZE, antialias=True)(x))["global"]
     expected = VICRegLoss(gamma=2.0)(module.projector(z), target)
@@ -260,6 +261,8 @@ def test_bad_calls_are_named(teacher, batch):
     wrong = {"global": module.encode(x)["global"], "patch": torch.zeros(6, 17, 24)}
     with pytest.raises(ValueError, match="17 patch tokens where"):
         make(teacher, use_patch=True, latent_shape=LATENT)(z, features=wrong)
+    with pytest.raises(ValueError, match=r"^group belongs to the loss .* VICRegLoss\(group=...\)"):
+        make(teacher, loss_type=VICRegLoss(), group=None)
     with pytest.raises(TypeError, match="^loss_type must return a scalar"):
         make(teacher, loss_type=CosineLoss(reduction="none"))(z, x)
 

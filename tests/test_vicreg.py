@@ -1,10 +1,12 @@
 """vicreg_loss against the recipe, and its own properties."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,6 +80,15 @@ def test_a_group_of_one_rank_is_no_group(shape, route, one_rank, monkeypatch):
     assert_close(results[1], results[0], rtol=0, atol=0)
     with pytest.warns(UserWarning, match="one row"):
         FD.vicreg_loss(*pair(1, 6), group=one_rank)
+
+
+def test_copies_of_a_loss_are_of_the_same_group(one_rank):
+    module = VICRegLoss(group=one_rank, gamma=2.0, inv_weight=torch.tensor(3.0, device=DEVICE))
+    copied = copy.deepcopy(nn.ModuleList([module, module]))
+    assert copied[0] is copied[1]
+    assert copied[0].group is one_rank
+    assert copied[0].inv_weight is not module.inv_weight
+    assert_close(copied[0](*pair(5, 4)), module(*pair(5, 4)), rtol=0, atol=0)
 
 
 def test_only_the_loss_carries_a_gradient():
