@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dispatch import blocks
 
-CPU_ELEMENTS = 2**19  # of a block of rows: what one pass makes of them is still in a core's cache for the next
+CPU_ELEMENTS = 2**21  # of a block: what one pass makes of them is still in a cache for the next
 FIRST = 64  # rows whose mean is near that of all
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference.dtypes import wide
 from .columns_torch import mean, off, passes
+from .dispatch import cdiv
 from .vicreg_plan import Plan
 
 CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
@@ -28,9 +29,10 @@ def inner_blocks(x: Tensor, gram: bool) -> Iterator[Block]:
 
 def panels(m: int, like: Tensor) -> list[slice]:
     """Of a symmetric [m, m]; all of it where halving it saves less than it costs."""
-    if torch.compiler.is_compiling() or like.device.type != "cpu" or m < 2 * CPU_PANEL:
+    if torch.compiler.is_compiling() or like.device.type != "cpu" or m < CPU_PANEL:
         return [slice(0, m)]
-    return [slice(start, start + CPU_PANEL) for start in range(0, m, CPU_PANEL)]
+    step = min(CPU_PANEL, cdiv(m, 2))
+    return [slice(start, start + step) for start in range(0, m, step)]
 
 
 def add_square_(out: Tensor, x: Tensor) -> None:
@@ -84,7 +86,8 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
     if plan.covariance:
         if plan.gram:
             largest = largest_of(squares)
-            cross = add_rows_(product, student, shift, largest)
+            whole = block if block.shape == student.shape else None
+            cross = add_rows_(product, student, shift, largest, whole)
             cross /= spare
         mirror_(product).div_(spare)
         if not plan.gram:
@@ -110,13 +113,16 @@ def own_share(squares: Tensor, cross: Tensor, largest: Tensor) -> Tensor:
     return 2 * cross.square().sum(dtype=torch.float64) - others.square().sum(dtype=torch.float64)
 
 
-def add_rows_(product: Tensor, student: Tensor, shift: Tensor, largest: Tensor) -> Tensor:
-    """product += xc xc^T but for the largest column -> <x_largest, x_j> of the others, [D], and 0 for itself."""
+def add_rows_(product: Tensor, student: Tensor, shift: Tensor, largest: Tensor, whole: Tensor | None) -> Tensor:
+    """product += xc xc^T but for the largest column -> <x_largest, x_j> of the others, [D], and 0 for itself.
+
+    whole: xc, for this to change, where one block was all of it.
+    """
     beside = column_of(student, shift, largest)
     cross = torch.empty_like(shift[0])
     for part in inner_blocks(student, True):
         some = part[1]
-        block = off(student[part].to(shift.dtype), shift[:, some])
+        block = off(student[part].to(shift.dtype), shift[:, some]) if whole is None else whole
         set_apart_(block, largest - (some.start or 0))
         torch.mv(block.T, beside, out=cross[some])
         add_square_(product, block)
