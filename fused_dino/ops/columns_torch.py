@@ -18,11 +18,17 @@ def passes(x: Tensor) -> Iterator[slice]:
     return blocks(x, max(1, CPU_ELEMENTS // max(1, x.shape[1])))
 
 
+def start(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Near the mean of each column, [D]."""
+    near = x[:1].sum(0, dtype=dtype)
+    near += (x[:FIRST] - near).mean(0)
+    return near
+
+
 def mean(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Of each column, [2, D]: near it, and what is missing, for off() to take one after the other. A large mean in one
     number would round the small deviations, and so would a first row far from it. A constant column's is exact."""
-    near = x[:1].sum(0, dtype=dtype)
-    near += (x[:FIRST] - near).mean(0)
+    near = start(x, dtype)
     total = torch.zeros_like(near)
     for rows in passes(x):
         total += (x[rows] - near).sum(0)
@@ -32,6 +38,14 @@ def mean(x: Tensor, dtype: torch.dtype) -> Tensor:
 def off(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
     """x - mean."""
     return torch.sub(x, mean[0], out=out).sub_(mean[1])
+
+
+def centre_block(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(mean(x), off(x, mean(x))) of columns that a cache holds whole, in one pass less."""
+    near = start(x, dtype)
+    centred = x - near
+    left = centred.sum(0) / len(x)
+    return torch.stack([near, left]), centred.sub_(left)
 
 
 def centre(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

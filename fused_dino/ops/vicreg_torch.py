@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
-from .columns_torch import mean, off, passes
+from .columns_torch import centre_block, mean, off, passes
 from .dispatch import cdiv
 from .vicreg_plan import Plan
 
@@ -77,9 +77,10 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         if plan.invariance:
             error += (block - teacher[part]).square_().sum()
         if columns:
-            if plan.gram:  # whole columns, whose mean is had while they are in the cache
-                shift[:, some] = mean(block, dtype)
-            block = off(block, shift[:, some])
+            if plan.gram:
+                shift[:, some], block = centre_block(block, dtype)
+            else:
+                block = off(block, shift)
             squares[some] += block.square().sum(0)
         if plan.covariance and not plan.gram:
             add_square_(product, block.T)
