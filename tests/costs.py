@@ -35,9 +35,9 @@ def summed(numbers: float, world: int, itemsize: int) -> float:
 
 
 def by_rows(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """Two scalars and the largest column's covariances are summed in float64 beside the rows; then its rows of the
-    product, and of the gradient."""
-    received = gathered(rows * width, world, itemsize) + summed(2 + width, world, 8) + gathered(1, world, 8)
+    """Two scalars and the largest column's covariances are summed in float64 beside the rows, which column that is and
+    the counts are exchanged; then its rows of the product, and of the gradient."""
+    received = gathered(rows * width, world, itemsize) + summed(2 + width, world, 8) + gathered(2, world, 8)
     return Cost(received, 4 * rows * (rows * world) * width)
 
 

@@ -102,17 +102,28 @@ def half_precision_is_float32_inside(rank, world):
         assert_close(ours, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-def by_columns_a_dominating_column_costs_no_more_than_in_eager(rank, world):
-    for factor, dtype in itertools.product((100, 1_000, 10_000), (torch.float32, torch.bfloat16, torch.float16)):
+def a_dominating_column_costs_no_more_than_in_eager(rank, world):
+    every = itertools.product(("gram", "covariance"), (100, 10_000), (torch.float32, torch.bfloat16, torch.float16))
+    for route, factor, dtype in every:
         y, g = rows(8 * world, 6, 40)
         y[:, 3] *= factor
         y, g = y.to(dtype), g.to(dtype)
         part = slice(8 * rank, 8 * rank + 8)
         true = FD.vicreg_loss(y.double(), g.double(), backend="reference")
         eager = FD.vicreg_loss(y, g, backend="reference")
-        out = FD.vicreg_loss(y[part], g[part], group=dist.group.WORLD, route="covariance")
+        out = FD.vicreg_loss(y[part], g[part], group=dist.group.WORLD, route=route)
         for got, plain, exact in zip(out, eager, true, strict=True):
             assert (got - exact).abs() <= 2 * (plain - exact).abs() + 1e-6 * exact.abs()
+
+
+def ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart(rank, world):
+    """As where machines sum in another order columns that are alike."""
+    y, g = rows(8 * world, 6, 40)
+    part = slice(8 * rank, 8 * rank + 8)
+    chosen, vicreg_ranks.largest_of = vicreg_ranks.largest_of, lambda squares: torch.tensor(3 + rank)
+    out = FD.vicreg_loss(y[part], g[part], group=dist.group.WORLD, route="gram")
+    vicreg_ranks.largest_of = chosen
+    assert_close(out, FD.vicreg_loss(y, g, backend="reference"), rtol=1e-12, atol=0)
 
 
 def one_row_in_all_is_finite_and_warns_where_it_is_known(rank, world):
@@ -142,7 +153,7 @@ def costs_are_those_calculated(rank, world):
         return count_gather(x, group)
 
     vicreg_ranks.all_reduce = all_reduce
-    distributed.all_gather = gather
+    distributed.all_gather = vicreg_ranks.all_gather = gather
 
     def pays(calculated, width, route="auto", var_weight=1, cov_weight=1):
         y, g = (x.float() for x in rows(6, rank, width))
@@ -294,7 +305,8 @@ def test_the_numbers_of_a_rank_what_it_pays_and_when_the_host_waits(tmp_path):
     checks = (
         large_means_do_not_cancel,
         half_precision_is_float32_inside,
-        by_columns_a_dominating_column_costs_no_more_than_in_eager,
+        a_dominating_column_costs_no_more_than_in_eager,
+        ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart,
         one_row_in_all_is_finite_and_warns_where_it_is_known,
         what_is_not_there_is_refused,
         costs_are_those_calculated,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..distributed import all_counts, all_reduce, gather_rows, group_of
+from ..distributed import all_counts, all_gather, all_reduce, gather_rows, group_of
 from ..reference.dtypes import wide, without_autocast
 from .columns_torch import centre
 from .dispatch import define
@@ -84,7 +84,8 @@ def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: Proc
     squares = xc.square().sum(0)
     count = torch.full_like(error, len(every))
     spare = max(len(every) - 1, 1)
-    largest = largest_of(squares).view(1)
+    # The first rank's: of columns that are alike another machine's sums might choose another.
+    largest = all_gather(largest_of(squares).view(1), ranks)[:1]
     apart = xc.index_select(1, largest)
     beside = mine.index_select(1, largest)[:, 0]
     xc.index_fill_(1, largest, 0)
