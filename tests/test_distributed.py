@@ -116,6 +116,15 @@ def a_dominating_column_costs_no_more_than_in_eager(rank, world):
             assert (got - exact).abs() <= 2 * (plain - exact).abs() + 1e-6 * exact.abs()
 
 
+def nothing_in_all_is_what_one_process_makes_of_nothing(rank, world):
+    for route, unbiased in itertools.product(("auto", "gram", "covariance"), (False, True)):
+        y, g = (x.requires_grad_() for x in rows(0, 7))
+        options = {"unbiased": unbiased, "gamma": 2.0}
+        out = FD.vicreg_loss(y, g, group=dist.group.WORLD, route=route, **options)
+        assert_close(out, FD.vicreg_loss(y, g, backend="reference", **options), rtol=0, atol=0, equal_nan=True)
+        assert torch.autograd.grad(out.loss, y)[0].shape == y.shape
+
+
 def ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart(rank, world):
     """As where machines sum in another order columns that are alike."""
     y, g = rows(8 * world, 6, 40)
@@ -307,6 +316,7 @@ def test_the_numbers_of_a_rank_what_it_pays_and_when_the_host_waits(tmp_path):
         half_precision_is_float32_inside,
         a_dominating_column_costs_no_more_than_in_eager,
         ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart,
+        nothing_in_all_is_what_one_process_makes_of_nothing,
         one_row_in_all_is_finite_and_warns_where_it_is_known,
         what_is_not_there_is_refused,
         costs_are_those_calculated,

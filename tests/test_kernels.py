@@ -18,9 +18,10 @@ import fused_dino
 import proving
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton, tickets
+from fused_dino.ops.vicreg_plan import make_plan
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, grad_output_of, results
-from table import OPS, PREPROCESS
+from table import OPS, PREPROCESS, VICREG
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 rowwise_op = pytest.mark.parametrize("op", [op for op in OPS if op.rowwise], ids=lambda op: op.name)
@@ -168,12 +169,28 @@ def test_every_element_is_written(op, dtype, monkeypatch):
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(DTYPES[:3], repeat=2)), ids=str)
 def test_opcheck(op, first, second):
     dtypes = (first, second)[: len(op.inputs)]
-    inputs = tuple(op.draw(op.shape(5, 33), dtype)[i] for i, dtype in enumerate(dtypes))
-    arguments = op.forward_arguments(*inputs)
-    made = op.forward(*arguments)
-    torch.library.opcheck(op.forward, arguments)
-    made = made if isinstance(made, tuple) else (made,)
-    torch.library.opcheck(op.backward, op.backward_arguments(*inputs, *made))
+    for shape in ((5, 33), (33, 5)):
+        inputs = tuple(op.draw(op.shape(*shape), dtype)[i] for i, dtype in enumerate(dtypes))
+        arguments = op.forward_arguments(*inputs)
+        made = op.forward(*arguments)
+        torch.library.opcheck(op.forward, arguments)
+        made = made if isinstance(made, tuple) else (made,)
+        torch.library.opcheck(op.backward, op.backward_arguments(*inputs, *made))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 4), (4, 3), (3, 1)])
+@pytest.mark.parametrize("cov_weight", [0, 1])
+def test_opcheck_of_vicreg_where_little_is_computed(shape, cov_weight):
+    """What is not needed is empty or 0: nothing is returned as memory was found."""
+    plan = make_plan(
+        *shape, inv_weight=1, var_weight=1, cov_weight=cov_weight, gamma=1.0, eps=1e-4, cov_reduction="mean",
+        unbiased=False, route="auto",
+    )  # fmt: skip
+    inputs = VICREG.draw(shape)
+    if shape[0]:
+        torch.library.opcheck(VICREG.forward, (*inputs, *plan))
+    first, second = (VICREG.forward(*inputs, *plan) for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 @each_op

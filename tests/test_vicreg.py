@@ -144,7 +144,9 @@ def test_nothing_and_nan():
     empty = torch.empty(0, 4, device=DEVICE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert FD.vicreg_loss(empty, empty).loss.isnan()
+        for unbiased in (False, True):
+            out = FD.vicreg_loss(empty, empty, unbiased=unbiased)
+            assert [x.isnan().item() for x in out] == [True, True, True, False]
     y, g = pair(5, 4)
     y[2, 1] = float("nan")
     assert FD.vicreg_loss(y, g).loss.isnan()

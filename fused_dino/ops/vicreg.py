@@ -13,8 +13,8 @@ and with g_i, g_v, g_c the gradients of the three terms, the gradient of the stu
     (4 g_c / (D n)) Z - g_v [sigma_j < gamma] xc / (d m sigma_j) + (2 g_i / (N d)) (y - g)
 
 The gradient of the centring vanishes, since the columns of xc sum to 0. By rows the columns' own squares are taken off
-the product's, which would cancel where a single column dominates. So the one that deviates most is set apart, and no
-other can: whatever the second largest takes off is little beside the covariance of the two.
+the product's, which would cancel where a single column dominates. So the one that deviates most is set apart: what the
+second largest takes off is then little beside the covariance of the two, unless they have nothing in common.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
         share = share_by_rows if by_rows else share_by_columns
         error, count, centred, squares, total, spread = share(student, error, counts, ranks, plan)
     spare = (count - 1).clamp(min=1)
-    sigma = (squares / (spare if plan.unbiased else count) + plan.eps).sqrt()
+    sigma = (squares / (torch.where(count == 0, count, spare) if plan.unbiased else count) + plan.eps).sqrt()
     zero = torch.zeros_like(count)
     variance = torch.relu(plan.gamma - sigma).mean() if plan.variance else zero
     invariance = error / (count * width) if plan.invariance else error
@@ -109,11 +109,11 @@ def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: P
         return error, count, torch.zeros_like(y), y.new_zeros(width), torch.zeros_like(error), torch.zeros_like(y)
     sums = all_reduce(torch.cat([y.sum(0), torch.stack([error, torch.full_like(error, len(y))])]), ranks)
     error, count = sums[width:].unbind()
-    xc = y - sums[:width] / count
+    xc = y - sums[:width] / count.clamp(min=1)
     # The mean was rounded, which a large one shows: what is left of it comes with the second journey.
     product = symmetric_product(xc.T) if plan.covariance else xc.square().sum(0, keepdim=True)
     product = all_reduce(torch.cat([product, xc.sum(0, keepdim=True)]), ranks)
-    product, left = product[:-1], product[-1] / count
+    product, left = product[:-1], product[-1] / count.clamp(min=1)
     xc = xc - left
     if not plan.covariance:
         return error, count, xc, product[0] - count * left.square(), torch.zeros_like(error), torch.zeros_like(xc)

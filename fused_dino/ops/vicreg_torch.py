@@ -150,7 +150,7 @@ def product_energy(product: Tensor) -> Tensor:
 
 
 def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
-    return (squares / (max(n - 1, 1) if plan.unbiased else n) + plan.eps).sqrt()
+    return (squares / (max(n - 1, 1) if plan.unbiased and n else n) + plan.eps).sqrt()
 
 
 def vicreg_bwd_torch(

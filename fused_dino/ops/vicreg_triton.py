@@ -61,9 +61,9 @@ def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
     """What the forward returns, not filled: the three terms [], shift [D], squares [D], product [N, N] or [D, D], and
-    by rows largest [], cross [D].
+    by rows largest [1], cross [D].
 
-    The product is [0, 0] and cross [0] where no covariance is wanted.
+    The product is [0, 0], and largest and cross [0], where no covariance is wanted.
     """
     plan = Plan(*options)
     (n, d), dtype = student.shape, wide(student, teacher)
@@ -71,8 +71,9 @@ def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Te
     invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(3))
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
     product = student.new_empty((size, size), dtype=dtype)
-    largest = student.new_empty((), dtype=torch.int32)
-    cross = student.new_empty(d if plan.covariance and plan.gram else 0, dtype=dtype)
+    by_rows = plan.covariance and plan.gram
+    largest = student.new_empty(1 if by_rows else 0, dtype=torch.int32)
+    cross = student.new_empty(d if by_rows else 0, dtype=dtype)
     return invariance, variance, covariance, shift, squares, product, largest, cross
 
 
@@ -87,6 +88,8 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
     if not n:
         for term, computed in ((invariance, plan.invariance), (variance, plan.variance), (covariance, False)):
             term.fill_(float("nan") if computed else 0)
+        for kept in out[3:]:
+            kept.zero_()
         return out
     dtype = shift.dtype
     acc, spare = acc_of(dtype), max(n - 1, 1)

@@ -39,7 +39,8 @@ def vicreg_loss(
 
     yc = y - total(y.sum(0)) / n
     if wanted(var_weight):
-        deviation = (total(yc.square().sum(0)) / (spare if unbiased else n) + eps).sqrt()
+        over = torch.where(n == 0, n, spare) if unbiased else n
+        deviation = (total(yc.square().sum(0)) / over + eps).sqrt()
         variance = torch.relu(gamma - deviation).mean()
 
     if wanted(cov_weight):
