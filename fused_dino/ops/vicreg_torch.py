@@ -132,7 +132,8 @@ def add_rows_(product: Tensor, student: Tensor, shift: Tensor, largest: Tensor, 
 
 def column_of(student: Tensor, shift: Tensor, at: Tensor) -> Tensor:
     """xc of one column, [N]."""
-    return off(*(x.index_select(1, at.view(1)) for x in (student.to(shift.dtype), shift)))[:, 0]
+    column, mean_of_it = (x.index_select(1, at.view(1)) for x in (student, shift))
+    return off(column.to(shift.dtype), mean_of_it)[:, 0]
 
 
 def set_apart_(block: Tensor, at: Tensor) -> None:
