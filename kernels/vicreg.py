@@ -26,7 +26,7 @@ def find_largest(squares, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
 def vicreg_cross_kernel(
     student,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
-    largest, cross,  # [1], [D]
+    largest, cross,  # [], [D]
     stride, rows, width, spare,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def vicreg_cross_kernel(
 def vicreg_terms_kernel(
     errors,  # [splits * D] or None
     squares,  # [D]
-    largest, cross,  # [1], [D] (GRAM), or None
+    largest, cross,  # [], [D] (GRAM), or None
     sums,  # [tiles * tiles] or None
     invariance, variance, covariance,  # []
     rows, width, over, spare, divisor, errors_count, sums_count,
@@ -96,7 +96,7 @@ def vicreg_bwd_kernel(
     student, teacher,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
     product,  # [N, N] or [D, D]
-    largest, cross,  # [1], [D] (GRAM)
+    largest, cross,  # [], [D] (GRAM)
     grad_invariance, grad_variance, grad_covariance,  # []; None where the term has no share
     grad_student, grad_teacher,  # [N, D] contiguous; None where it is not wanted
     stride_student, stride_teacher, rows, width, over, spare, divisor,

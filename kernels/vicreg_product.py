@@ -180,7 +180,7 @@ def raw_product(
 def vicreg_product_kernel(
     student,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
-    largest,  # [1], the column that is set apart (GRAM), or None
+    largest,  # [], the column that is set apart (GRAM), or None
     product,  # [size, size], or [SPLITS, size, size], of which only the tiles from the diagonal on are written
     sums,  # [tiles, tiles], float64
     stride, rows, width, size, depth, depth_a_split, spare,

@@ -61,9 +61,9 @@ def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
     """What the forward returns, not filled: the three terms [], shift [D], squares [D], product [N, N] or [D, D], and
-    by rows largest [1], cross [D].
+    by rows largest [], cross [D].
 
-    The product is [0, 0], and largest and cross [0], where no covariance is wanted.
+    The product is [0, 0] and cross [0] where no covariance is wanted.
     """
     plan = Plan(*options)
     (n, d), dtype = student.shape, wide(student, teacher)
@@ -72,7 +72,7 @@ def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Te
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
     product = student.new_empty((size, size), dtype=dtype)
     by_rows = plan.covariance and plan.gram
-    largest = student.new_empty(1 if by_rows else 0, dtype=torch.int32)
+    largest = student.new_empty((), dtype=torch.int32)
     cross = student.new_empty(d if by_rows else 0, dtype=dtype)
     return invariance, variance, covariance, shift, squares, product, largest, cross
 
@@ -101,6 +101,8 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
                 student, shift, squares, largest, cross, student.stride(0), n, d, spare,
                 BLOCK_N=ROWS, BLOCK_D=COLUMNS, ACC=acc, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
+        else:
+            largest.zero_()
         apart = (largest, cross) if by_rows else (None, None)
         if plan.covariance:
             sums = launch_product(student, shift, squares, apart[0], product, plan)
