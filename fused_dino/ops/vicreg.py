@@ -31,65 +31,71 @@ from .vicreg_plan import Plan, make_plan
 from .vicreg_torch import vicreg_bwd_torch, vicreg_fwd_torch
 from .vicreg_triton import vicreg_bwd, vicreg_fwd
 
+Weight = float | Tensor
 
-def terms_by_formula(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """The three terms in eager's way, which can be differentiated and batched as often as one likes."""
-    _, *terms = formula(
+
+def loss_by_formula(student: Tensor, teacher: Tensor, weights: tuple[Weight, ...], plan: Plan) -> Tensor:
+    """The loss in eager's way, which can be differentiated and batched as often as one likes."""
+    inv_weight, var_weight, cov_weight = weights
+    return formula(
         student, teacher, gamma=plan.gamma, eps=plan.eps, unbiased=plan.unbiased,
         cov_reduction="mean" if plan.divisor == student.shape[1] ** 2 else "sum_over_d",
-        inv_weight=float(plan.invariance), var_weight=float(plan.variance), cov_weight=float(plan.covariance),
-    )  # fmt: skip
-    return tuple(terms)
+        inv_weight=inv_weight, var_weight=var_weight, cov_weight=cov_weight,
+    )[0]  # fmt: skip
 
 
 @keep_signature
 class VICRegFunction(torch.autograd.Function):
-    """(student [N, D], teacher [N, D], plan, backend) -> the three terms [], then what it saves."""
+    """(student [N, D], teacher [N, D], the three weights, plan, backend) -> the loss and its terms [], then what it
+    saves. The loss alone has a gradient, and the student and the teacher alone get one."""
 
     @staticmethod
-    def forward(student: Tensor, teacher: Tensor, plan: Plan, backend: str) -> tuple[Tensor, ...]:
-        if backend == "triton":
-            return vicreg_fwd(student, teacher, *plan)
-        return vicreg_fwd_torch(student, teacher, plan)
+    def forward(
+        student: Tensor, teacher: Tensor, inv_weight: Weight, var_weight: Weight, cov_weight: Weight, plan: Plan,
+        backend: str,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        run = vicreg_fwd if backend == "triton" else vicreg_fwd_torch
+        made = run(student, teacher, *plan)
+        return inv_weight * made[0] + var_weight * made[1] + cov_weight * made[2], *made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        student, teacher, ctx.plan, ctx.backend = inputs
-        ctx.save_for_backward(student, teacher, *output[3:])
-        ctx.mark_non_differentiable(*output[3:])
+        student, teacher, *weights, ctx.plan, ctx.backend = inputs
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in weights]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in weights), student, teacher, *output[4:])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        student, teacher, shift, squares, product, largest, cross = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        outer = grads[0], grads[1], grads[2]
-        given = [x for x in outer if x is not None]
-        if not given:
-            return None, None, None, None
-        if torch.is_grad_enabled() or any(map(is_batched, given)):  # create_graph=True, or under vmap
-            terms, vjp = torch.func.vjp(partial(terms_by_formula, plan=ctx.plan), student, teacher)[:2]
-            made: tuple = vjp(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(outer, terms, strict=True)))
-        elif ctx.backend == "triton":
-            made = vicreg_bwd(student, teacher, shift, squares, product, largest, cross, *outer, *wanted, *ctx.plan)
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 5  # the weights, plan, backend
+        if grad is None:
+            return None, None, *nothing
+        plan, wanted = ctx.plan, ctx.needs_input_grad[:2]
+        saved = ctx.saved_tensors  # once: checkpointing refuses a second look
+        tensors, kept = saved[:3], saved[3:]
+        weights = tuple(x if number is None else number for x, number in zip(tensors, ctx.numbers, strict=True))
+        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap
+            made = torch.func.vjp(partial(loss_by_formula, weights=weights, plan=plan), *kept[:2])[1](grad)
         else:
-            made = vicreg_bwd_torch(
-                student, teacher, shift, squares, product, largest, cross, *outer, *wanted, ctx.plan
-            )
+            computed = plan.invariance, plan.variance, plan.covariance
+            outer = (grad * x if yes else None for x, yes in zip(weights, computed, strict=True))
+            run = vicreg_bwd if ctx.backend == "triton" else vicreg_bwd_torch
+            made = run(*kept, *outer, *wanted, *plan)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
-        return for_student, for_teacher, None, None  # student, teacher, plan, backend
+        return for_student, for_teacher, *nothing
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, student: Tensor, teacher: Tensor, plan: Plan, backend: str) -> tuple:
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         """Batch by batch: the products have no use for one another."""
         batches = zip(
             *(
                 [x] * info.batch_size if dim is None else x.unbind(dim)
-                for x, dim in zip((student, teacher), in_dims, strict=False)
+                for x, dim in zip(inputs[:5], in_dims, strict=False)
             ),
             strict=True,
         )
-        made = [VICRegFunction.apply(*pair, plan, backend) for pair in batches]
+        made = [VICRegFunction.apply(*batch, *inputs[5:]) for batch in batches]
         stacked = tuple(map(torch.stack, zip(*made, strict=True)))
         return stacked, (0,) * len(stacked)
 
@@ -98,14 +104,13 @@ def vicreg_loss(
     student: Tensor,  # [N, D]
     teacher: Tensor,  # [N, D]
     *,
-    inv_weight: float | Tensor,
-    var_weight: float | Tensor,
-    cov_weight: float | Tensor,
+    inv_weight: Weight,
+    var_weight: Weight,
+    cov_weight: Weight,
     backend: str,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """The loss and its three terms."""
     weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
-    plan = make_plan(student.shape[0], student.shape[1], **weights, **options)
-    invariance, variance, covariance, *_ = VICRegFunction.apply(student, teacher, plan, backend)
-    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
-    return loss, invariance, variance, covariance
+    plan = make_plan(*student.shape, **weights, **options)
+    return VICRegFunction.apply(student, teacher, *weights.values(), plan, backend)[:4]

@@ -7,6 +7,7 @@ the backward. Autocast leaves products in place, and into `out`, as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,10 @@ def symmetric_product(x: Tensor) -> Tensor:
     return mirror_(out)
 
 
-def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+def vicreg_fwd_torch(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
     """invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
     largest [], cross [D]; empty where unwanted."""
+    plan = Plan(*options)
     n, d = student.shape
     dtype = wide(student, teacher)
     spare, columns = max(n - 1, 1), plan.variance or plan.covariance
@@ -76,23 +78,25 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, plan: Plan) -> tuple[Tens
         block, some = student[part].to(dtype), part[1]
         if plan.invariance:
             error += (block - teacher[part]).square_().sum()
-        if columns:
-            if plan.gram:
-                shift[:, some], block = centre_block(block, dtype)
-            else:
-                block = off(block, shift)
-            squares[some] += block.square().sum(0)
-        if plan.covariance and not plan.gram:
-            add_square_(product, block.T)
+        if not columns:
+            continue
+        if plan.gram:
+            shift[:, some], block = centre_block(block, dtype)
+            squares[some] = block.square().sum(0)
+        elif plan.covariance:
+            add_square_(product, off(block, shift).T)
+        else:
+            squares += off(block, shift).square_().sum(0)
     if plan.covariance:
         if plan.gram:
             largest = largest_of(squares)
             whole = block if block.shape == student.shape else None
             cross = add_rows_(product, student, shift, largest, whole)
             cross /= spare
-        mirror_(product).div_(spare)
-        if not plan.gram:
+        else:
+            squares = product.diagonal().clone()  # which the product has as well
             product.diagonal().zero_()
+        mirror_(product).div_(spare)
         total = product_energy(product)
         if plan.gram:
             total = total + own_share(squares / spare, cross, largest)
@@ -119,20 +123,25 @@ def add_rows_(product: Tensor, student: Tensor, shift: Tensor, largest: Tensor, 
 
     whole: xc, for this to change, where one block was all of it.
     """
-    beside = column_of(student, shift, largest)
     cross = torch.empty_like(shift[0])
+    beside = column_of(student, shift, largest, whole)
     for part in inner_blocks(student, True):
         some = part[1]
-        block = off(student[part].to(shift.dtype), shift[:, some]) if whole is None else whole
-        set_apart_(block, largest - (some.start or 0))
+        if whole is None:
+            block = off(student[part].to(shift.dtype), shift[:, some])
+            set_apart_(block, largest - (some.start or 0))
+        else:
+            block = whole.index_fill_(1, largest, 0)
         torch.mv(block.T, beside, out=cross[some])
         add_square_(product, block)
     return cross
 
 
-def column_of(student: Tensor, shift: Tensor, at: Tensor) -> Tensor:
-    """xc of one column, [N]."""
-    column, mean_of_it = (x.index_select(1, at.view(1)) for x in (student, shift))
+def column_of(student: Tensor, shift: Tensor, at: Tensor, whole: Tensor | None) -> Tensor:
+    """xc of one column, [N]; see add_rows_."""
+    if whole is not None:
+        return whole.index_select(1, at)[:, 0]
+    column, mean_of_it = (x.index_select(1, at) for x in (student, shift))
     return off(column.to(shift.dtype), mean_of_it)[:, 0]
 
 
@@ -157,8 +166,9 @@ def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
 def vicreg_bwd_torch(
     student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
     grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
-    for_student: bool, for_teacher: bool, plan: Plan,
+    for_student: bool, for_teacher: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan = Plan(*options)
     n, d = student.shape
     dtype = wide(student, teacher)
     for_s = student.new_empty(student.shape if for_student else 0)
@@ -175,7 +185,10 @@ def vicreg_bwd_torch(
         if plan.gram:
             own = squares.index_fill(0, largest, 0) * (scale / spare)
             column = -own if column is None else column - own
-            beside, cross = column_of(student, shift, largest), cross * scale
+            cross = cross * scale
+        elif column is not None:
+            matrix.diagonal().copy_(column)  # one pass less over the gradient
+            column = None
     if plan.invariance and grad_invariance is not None:
         towards = grad_invariance * (2 / max(n * d, 1))
     in_place = for_student and for_s.dtype == dtype
@@ -197,7 +210,9 @@ def vicreg_bwd_torch(
         if matrix is not None:
             # Transposed, which it equals: MKL's product of two or three rows with a matrix as it lies is less accurate.
             grad.addmm_(*((matrix, block) if plan.gram else (block, matrix.T)))
-        if beside is not None:
+        if matrix is not None and plan.gram:
+            if beside is None:
+                beside = column_of(student, shift, largest, block if block.shape == student.shape else None)
             grad.addr_(beside, cross[part[1]])
         if not in_place:
             for_s[part] = grad
