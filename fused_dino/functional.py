@@ -6,6 +6,7 @@ the dtype of its inputs and whatever autocast says.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -202,7 +203,7 @@ def rows_loss(
 ) -> tuple[Tensor, Tensor]:
     """Of "cosine_loss" or "mse_loss": (the loss, the loss without alpha and without a gradient: for logs)."""
     check_matching(student, teacher)
-    if options.get("whiten") and student.shape[:-1].numel() < 2:
+    if options.get("whiten") and math.prod(student.shape[:-1]) < 2:
         raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
     options["weight"] = check_weight(weight, student)
     options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
@@ -277,7 +278,7 @@ def vicreg_loss(
         "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
         "unbiased": check_flag("unbiased", unbiased),
     }
-    if len(student) == 1 and group is None and not torch.compiler.is_compiling():
+    if student.shape[0] == 1 and group is None and not torch.compiler.is_compiling():
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
     for weight in ("inv_weight", "var_weight", "cov_weight"):
         if isinstance(options[weight], Tensor):

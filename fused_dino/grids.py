@@ -42,7 +42,7 @@ class Product(torch.autograd.Function):
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 (float64 as soon as one of them is): a [M, K] or [B, M, K], b [B, K, N] -> [B, M, N]."""
     dtype = wide(a, b)
-    return Product.apply(a.to(dtype).expand(len(b), -1, -1), b.to(dtype))
+    return Product.apply(a.to(dtype).expand(b.shape[0], -1, -1), b.to(dtype))
 
 
 def average(size: int, onto: int, device: torch.device | None = None) -> Tensor:

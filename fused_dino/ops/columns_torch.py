@@ -32,7 +32,7 @@ def mean(x: Tensor, dtype: torch.dtype) -> Tensor:
     total = torch.zeros_like(near)
     for rows in passes(x):
         total += (x[rows] - near).sum(0)
-    return torch.stack([near, total / len(x)])
+    return torch.stack([near, total / x.shape[0]])
 
 
 def off(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
@@ -44,7 +44,7 @@ def centre_block(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(mean(x), off(x, mean(x))) of columns that a cache holds whole, in one pass less."""
     near = start(x, dtype)
     centred = x - near
-    left = centred.sum(0) / len(x)
+    left = centred.sum(0) / x.shape[0]
     return torch.stack([near, left]), centred.sub_(left)
 
 

@@ -82,7 +82,7 @@ class CosineFunction(torch.autograd.Function):
             return given, None, *nothing
         else:
             run = cosine_rows if ctx.backend == "triton" else cosine_rows_torch
-            grad = grad.expand(len(student)) if grad.ndim == 0 else grad
+            grad = grad.expand(student.shape[0]) if grad.ndim == 0 else grad
             grads = run(student, teacher, weight, alpha, grad, *ctx.how, *wanted)[2:]
         for_student, for_teacher = (g if want else None for g, want in zip(grads, wanted, strict=True))
         return for_student, for_teacher, *nothing
@@ -96,7 +96,7 @@ class CosineFunction(torch.autograd.Function):
         rows = batched_rows(batch, in_dims[:3], student, teacher, weight)
         each = "elements" if reduction == "elements" else "rows"
         values = CosineFunction.apply(*rows, None, kind, each, count, eps, backend, False)[0]
-        values = values.unflatten(0, (batch, len(values) // batch))
+        values = values.unflatten(0, (batch, values.shape[0] // batch))
         value = values.sum(1) if reduction == "sum" else values
         loss = value
         if alpha is not None:
@@ -143,7 +143,7 @@ def rows_loss(
     elements = kind != "cosine" and reduction == "none"
     count = 1
     if reduction == "mean":
-        count = (1 if kind == "cosine" else width) * (1 if weight is not None else len(student))
+        count = (1 if kind == "cosine" else width) * (1 if weight is not None else student.shape[0])
     if weight is not None:
         weight = weight.to(wide(student, teacher)).expand(leading).reshape(-1)
         if reduction == "mean":

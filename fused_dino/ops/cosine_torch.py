@@ -86,7 +86,7 @@ def in_blocks(run: Callable, outputs: list[Tensor], student: Tensor, teacher: Te
     direct = student.stride(1) == teacher.stride(1) == 1
     for part in parts:
         into = [out[part] if direct and out.dtype == scale.dtype and out.ndim == 2 else None for out in outputs]
-        made = run(student[part], teacher[part], scale[part], into, [x[: len(student[part])] for x in spare])
+        made = run(student[part], teacher[part], scale[part], into, [x[: student[part].shape[0]] for x in spare])
         for out, x, target in zip(outputs, made, into, strict=True):
             if x is not target:
                 out[part] = x
@@ -105,7 +105,7 @@ def cosine_rows_torch(
     share = (loss.new_ones(()) if weight is None else weight.unsqueeze(-1)) / count
     outer = share if alpha is None else share * alpha
     scale = outer if grad_output is None else outer * (grad_output if elements else grad_output.unsqueeze(-1))
-    scale = scale.expand(len(student), student.shape[1] if elements else 1)
+    scale = scale.expand(student.shape[0], student.shape[1] if elements else 1)
 
     run = partial(
         some_rows, kind=kind, elements=elements, eps=eps, loss=grad_output is None, for_student=for_student,

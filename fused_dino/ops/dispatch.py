@@ -84,8 +84,8 @@ def blocks(x: Tensor, size: int = CPU_ROWS) -> Iterator[slice]:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         yield slice(None)
         return
-    step = max(1, cdiv(len(x), max(1, (len(x) + size // 2) // size)))
-    for start in range(0, len(x), step):
+    step = max(1, cdiv(x.shape[0], max(1, (x.shape[0] + size // 2) // size)))
+    for start in range(0, x.shape[0], step):
         yield slice(start, start + step)
 
 

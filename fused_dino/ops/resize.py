@@ -120,10 +120,10 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     out = resize_fwd_fake(images, *options.launch)
     step = images_a_block(images, options)
     direct = options.patch_size is None and options.out_dtype == dtype
-    scratch = out if direct else images.new_empty(min(step, len(images)), 3, h, w, dtype=dtype)
-    for start in range(0, len(images), step):
+    scratch = out if direct else images.new_empty(min(step, images.shape[0]), 3, h, w, dtype=dtype)
+    for start in range(0, images.shape[0], step):
         block = images[start : start + step].to(dtype)
-        pixels = scratch[start : start + step] if direct else scratch[: len(block)]
+        pixels = scratch[start : start + step] if direct else scratch[: block.shape[0]]
         if options.antialias and w == 1:  # where aten is wrong: see reference.interpolate
             pixels.copy_(interpolate(block, options.size, options))
         else:
@@ -204,7 +204,7 @@ def resize_fwd_triton(
     interpolation: str, antialias: bool, dtype: torch.dtype, patch_size: int,
 ) -> Tensor:  # fmt: skip
     out = resize_fwd_fake(images, size, scale, shift, clip, interpolation, antialias, dtype, patch_size)
-    if len(images):
+    if images.shape[0]:
         with torch.cuda.device_of(images):  # the tensor's GPU need not be the current one; no-op on a CPU
             sums = antialias_sums(images, size, interpolation) if antialias else None
             launch_forward(
@@ -222,7 +222,7 @@ def resize_bwd_triton(
 
     grad = grad.contiguous()
     out = resize_bwd_fake(grad, images, size, scale, clip, interpolation, antialias, patch_size)
-    if len(images):
+    if images.shape[0]:
         with torch.cuda.device_of(images):
             sums = antialias_sums(images, size, interpolation) if antialias else None
             inside = grad.new_empty(grad.shape, dtype=torch.bool) if clip else None

@@ -77,7 +77,7 @@ def launch_options(
     tile = tiles(x, backward)
     copied = backward and not antialias and (h, w) == (H, W)  # as torch copies that gradient, NaN and all
     height, width = (H, W) if backward else (h, w)
-    rows = max(1, min(ROWS, len(images)))  # few where few images leave a GPU idle
+    rows = max(1, min(ROWS, images.shape[0]))  # few where few images leave a GPU idle
     options = {
         "CUBIC": interpolation == "bicubic" and not copied,
         "ANTIALIAS": antialias,
@@ -88,7 +88,7 @@ def launch_options(
         **tile,
     }
     arguments = (H, W, h, w, rows, H / h, W / w, y.taps(backward), x.taps(backward))
-    return arguments, options, (len(images) * cdiv(height, rows), cdiv(width, tile["COLUMNS"]))
+    return arguments, options, (images.shape[0] * cdiv(height, rows), cdiv(width, tile["COLUMNS"]))
 
 
 def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:

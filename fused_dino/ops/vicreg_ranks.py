@@ -59,7 +59,7 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
     by_rows = plan.covariance and route == "gram"
     counts: list[int] = []
     if plan.covariance and route != "covariance":
-        counts = all_counts(len(student), student.device, ranks)
+        counts = all_counts(student.shape[0], student.device, ranks)
         if sum(counts) == 1:
             warnings.warn(
                 "vicreg_loss got one row in all: its variance and covariance are 0 by convention", stacklevel=2
@@ -78,12 +78,12 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
 
 def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
     every = gather_rows(student, counts, ranks)
-    xc = centre(every, error.dtype)[0] if len(every) else every.to(error.dtype)
+    xc = centre(every, error.dtype)[0] if every.shape[0] else every.to(error.dtype)
     first = sum(counts[: ranks.rank()])
-    mine = xc[first : first + len(student)]
+    mine = xc[first : first + student.shape[0]]
     squares = xc.square().sum(0)
-    count = torch.full_like(error, len(every))
-    spare = max(len(every) - 1, 1)
+    count = torch.full_like(error, every.shape[0])
+    spare = max(every.shape[0] - 1, 1)
     # The first rank's: of columns that are alike another machine's sums might choose another.
     largest = all_gather(largest_of(squares).view(1), ranks)[:1]
     apart = xc.index_select(1, largest)
@@ -105,9 +105,9 @@ def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: P
     """The covariance's share is left out where it is not wanted, and the variance's with it where neither is."""
     y, width = student.to(error.dtype), student.shape[1]
     if not (plan.variance or plan.covariance):
-        error, count = all_reduce(torch.stack([error, torch.full_like(error, len(y))]), ranks).unbind()
+        error, count = all_reduce(torch.stack([error, torch.full_like(error, y.shape[0])]), ranks).unbind()
         return error, count, torch.zeros_like(y), y.new_zeros(width), torch.zeros_like(error), torch.zeros_like(y)
-    sums = all_reduce(torch.cat([y.sum(0), torch.stack([error, torch.full_like(error, len(y))])]), ranks)
+    sums = all_reduce(torch.cat([y.sum(0), torch.stack([error, torch.full_like(error, y.shape[0])])]), ranks)
     error, count = sums[width:].unbind()
     xc = y - sums[:width] / count.clamp(min=1)
     # The mean was rounded, which a large one shows: what is left of it comes with the second journey.

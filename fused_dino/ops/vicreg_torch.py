@@ -38,14 +38,14 @@ def panels(m: int, like: Tensor) -> list[slice]:
 
 def add_square_(out: Tensor, x: Tensor) -> None:
     """out += x x^T, of which only the panels from the diagonal on are computed; see mirror_."""
-    for panel in panels(len(x), x):
+    for panel in panels(x.shape[0], x):
         upper = out[panel, panel.start :]
         torch.addmm(upper, x[panel], x[panel.start :].T, out=upper)
 
 
 def mirror_(out: Tensor) -> Tensor:
     """The panels below the diagonal from those above it: a transposed copy is quick where both sides are whole."""
-    whole = panels(len(out), out)
+    whole = panels(out.shape[0], out)
     for i, panel in enumerate(whole):
         for beside in whole[i + 1 :]:
             out[beside, panel] = out[panel, beside].contiguous().T.contiguous()
@@ -54,7 +54,7 @@ def mirror_(out: Tensor) -> Tensor:
 
 def symmetric_product(x: Tensor) -> Tensor:
     """x x^T."""
-    out = x.new_zeros(len(x), len(x))
+    out = x.new_zeros(x.shape[0], x.shape[0])
     add_square_(out, x)
     return mirror_(out)
 
@@ -109,7 +109,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, *options: Any) -> tuple[T
 
 def largest_of(squares: Tensor) -> Tensor:
     """The column that deviates most, []; there need be none where no rows are."""
-    return squares.argmax() if len(squares) else squares.new_zeros((), dtype=torch.int64)
+    return squares.argmax() if squares.shape[0] else squares.new_zeros((), dtype=torch.int64)
 
 
 def own_share(squares: Tensor, cross: Tensor, largest: Tensor) -> Tensor:

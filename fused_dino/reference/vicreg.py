@@ -30,7 +30,7 @@ def vicreg_loss(
     One row has deviations of 0: N - 1 is at least 1. A term whose weight is the number 0 is left out: it is 0.
     """
     y, g = upcast(student, teacher)
-    n, d = total(y.new_full((), len(y))), y.shape[1]
+    n, d = total(y.new_full((), y.shape[0])), y.shape[1]
     spare = (n - 1).clamp(min=1)
     invariance = variance = covariance = y[:0].sum() + g[:0].sum()  # 0, with a gradient of zeros
 
