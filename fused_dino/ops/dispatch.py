@@ -60,7 +60,11 @@ def rows_of(*tensors: Tensor) -> list[Tensor]:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether x is under one of torch's two vmaps, of which the older serves is_grads_batched."""
+    """Whether x is under one of torch's two vmaps, of which the older serves is_grads_batched; a torch.func.grad around
+    it, which has no storage to show either, is looked through."""
+    if not torch.compiler.is_compiling():  # Dynamo traces neither of the two
+        while torch._C._functorch.is_gradtrackingtensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
     try:
         return x.untyped_storage() is None
     except NotImplementedError:

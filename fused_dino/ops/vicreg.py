@@ -44,6 +44,44 @@ def loss_by_formula(student: Tensor, teacher: Tensor, weights: tuple[Weight, ...
     )[0]  # fmt: skip
 
 
+def gradient_by_formula(
+    student: Tensor, teacher: Tensor, grad: Tensor, weights: tuple[Weight, ...], plan: Plan
+) -> tuple[Tensor, Tensor]:
+    return torch.func.vjp(partial(loss_by_formula, weights=weights, plan=plan), student, teacher)[1](grad)
+
+
+class VICRegGradient(torch.autograd.Function):
+    """(student, teacher, grad [], weights, what VICRegFunction saved, wanted, plan, backend) -> the two gradients,
+    empty where not wanted. Its own gradient, the loss's second, is eager's."""
+
+    @staticmethod
+    def forward(
+        student: Tensor, teacher: Tensor, grad: Tensor, weights: tuple[Weight, ...], kept: tuple[Any, ...],
+        wanted: tuple[bool, bool], plan: Plan, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        computed = plan.invariance, plan.variance, plan.covariance
+        outer = (grad * x if yes else None for x, yes in zip(weights, computed, strict=True))
+        run = vicreg_bwd if backend == "triton" else vicreg_bwd_torch
+        return run(student, teacher, *kept, *outer, *wanted, *plan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        student, teacher, grad, ctx.weights, _, ctx.wanted, ctx.plan, _ = inputs
+        ctx.save_for_backward(student, teacher, grad)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        gradient = partial(gradient_by_formula, weights=ctx.weights, plan=ctx.plan)
+        made, vjp = torch.func.vjp(gradient, *inputs)[:2]
+        given = tuple(
+            g if g is not None and want else torch.zeros_like(x)
+            for g, x, want in zip(grads, made, ctx.wanted, strict=True)
+        )
+        return *vjp(given), *(None,) * 5  # weights, kept, wanted, plan, backend
+
+
 @keep_signature
 class VICRegFunction(torch.autograd.Function):
     """(student [N, D], teacher [N, D], the three weights, plan, backend) -> the loss and its terms [], then what it
@@ -73,15 +111,13 @@ class VICRegFunction(torch.autograd.Function):
             return None, None, *nothing
         plan, wanted = ctx.plan, ctx.needs_input_grad[:2]
         saved = ctx.saved_tensors  # once: checkpointing refuses a second look
-        tensors, kept = saved[:3], saved[3:]
+        tensors, (student, teacher), kept = saved[:3], saved[3:5], saved[5:]
         weights = tuple(x if number is None else number for x, number in zip(tensors, ctx.numbers, strict=True))
-        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap
-            made = torch.func.vjp(partial(loss_by_formula, weights=weights, plan=plan), *kept[:2])[1](grad)
+        if is_batched(grad):
+            made = gradient_by_formula(student, teacher, grad, weights, plan)
         else:
-            computed = plan.invariance, plan.variance, plan.covariance
-            outer = (grad * x if yes else None for x, yes in zip(weights, computed, strict=True))
-            run = vicreg_bwd if ctx.backend == "triton" else vicreg_bwd_torch
-            made = run(*kept, *outer, *wanted, *plan)
+            gradient = VICRegGradient.apply if torch.is_grad_enabled() else VICRegGradient.forward
+            made = gradient(student, teacher, grad, weights, kept, wanted, plan, ctx.backend)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
         return for_student, for_teacher, *nothing
 
