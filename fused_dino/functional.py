@@ -84,7 +84,7 @@ def preprocess(
 
     images: [B, 3, H, W] of any H and W, contiguous or not; float16, bfloat16, float32, float64, or uint8. An empty
         batch gives an empty result.
-    size: an int is a square (never the shorter side); or (h, w), in pixels.
+    size: an int is a square (never the shorter side); or (h, w), in pixels, in Triton 262,144 at most.
     input_range: (low, high), the values that mean black and white; None: (-1, 1) for floats, (0, 255) for uint8.
     mean, std: per channel, on the scale 0..1; std is positive, and what it divides stays within float32.
     antialias: as in F.interpolate: the filter widens when it shrinks an image.

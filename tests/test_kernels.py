@@ -193,6 +193,11 @@ def test_opcheck_of_vicreg_where_little_is_computed(shape, cov_weight):
     assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
+def test_sizes_that_float32_cannot_count_are_refused():
+    with pytest.raises(ValueError, match="^size must be at most 262144 a side"):
+        FD.preprocess(torch.zeros(1, 3, 1, 1, device=DEVICE), (1, 2**18 + 1), backend="triton")
+
+
 @each_op
 def test_the_ops_own_gradient_is_refused(op):
     first, *others = op.draw(op.shape(5, 33))

@@ -23,6 +23,7 @@ from .dispatch import batched_rows, by_rows, define, is_batched, keep_signature
 from .taps import antialias_sums, launch_options
 
 CPU_PIXELS = 2**21  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
+LONGEST_AXIS = 2**18  # of an output: on longer ones float32 does not find for certain which elements read a pixel
 
 
 class Options(NamedTuple):
@@ -297,4 +298,6 @@ def preprocess(
     backend: str,
     **options: Any,
 ) -> Tensor:
+    if backend == "triton" and max(size) > LONGEST_AXIS:
+        raise ValueError(f"size must be at most {LONGEST_AXIS} a side for the kernels, got {tuple(size)}")
     return ResizeFunction.apply(images, Options(size, **options), backend)
