@@ -19,8 +19,8 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, got layout {x.layout}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {'a nested tensor' if x.is_nested else f'layout {x.layout}'}")
 
 
 def check_floating(name: str, x: Any) -> None:

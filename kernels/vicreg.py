@@ -46,22 +46,37 @@ def vicreg_cross_kernel(
 
 
 @triton.jit
+def weight_of(weights, index: tl.constexpr, number, ACC: tl.constexpr):
+    """Of a term: the number, which is float32, or of all three in a tensor."""
+    if weights is None:
+        weight = tl.cast(number, ACC)
+    else:
+        weight = tl.load(weights + index).to(ACC)
+    return weight
+
+
+@triton.jit
 def vicreg_terms_kernel(
     errors,  # [splits * D] or None
     squares,  # [D]
     largest, cross,  # [], [D] (GRAM), or None
     sums,  # [tiles * tiles] or None
-    invariance, variance, covariance,  # []
-    rows, width, over, spare, divisor, errors_count, sums_count,
+    weights,  # [3] or None
+    loss, invariance, variance, covariance,  # []
+    rows, width, over, spare, divisor, errors_count, sums_count, inv_weight, var_weight, cov_weight,
     GAMMA: tl.constexpr, EPS: tl.constexpr, VARIANCE: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program makes the three terms of what the others summed: in float64, since the difference of the product's
-    # squares and the columns' cancels, and few numbers are left.
+    # One program makes the loss and its terms of what the others summed: in float64, since the difference of the
+    # product's squares and the columns' cancels, and few numbers are left.
     lane = tl.arange(0, BLOCK)
+    error = tl.zeros((BLOCK,), tl.float64)
+    if errors is not None:
+        for start in range(0, errors_count, BLOCK):
+            error += tl.load(errors + start + lane, mask=start + lane < errors_count, other=0).to(tl.float64)
+    inv = (tl.sum(error, 0) / tl.cast(rows, tl.float64) / width).to(ACC)
     hinge = tl.zeros((BLOCK,), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
-    error = tl.zeros((BLOCK,), tl.float64)
     gamma = tl.full((), GAMMA, ACC)
     for start in range(0, width, BLOCK):
         live = start + lane < width
@@ -76,19 +91,21 @@ def vicreg_terms_kernel(
     if sums is not None:
         for start in range(0, sums_count, BLOCK):
             total += tl.load(sums + start + lane, mask=start + lane < sums_count, other=0)
-    if errors is not None:
-        for start in range(0, errors_count, BLOCK):
-            error += tl.load(errors + start + lane, mask=start + lane < errors_count, other=0).to(tl.float64)
-    n = tl.cast(rows, tl.float64)
-    tl.store(invariance, (tl.sum(error, 0) / n / width).to(ACC))
+    var = tl.cast(0, ACC)
     if VARIANCE:
-        tl.store(variance, (tl.sum(hinge, 0) / width).to(ACC))
-    else:
-        tl.store(variance, tl.cast(0, ACC))
-    if sums is not None:
-        tl.store(covariance, (tl.sum(total, 0) / tl.cast(divisor, tl.float64)).to(ACC))
-    else:
-        tl.store(covariance, tl.cast(0, ACC))
+        var = (tl.sum(hinge, 0) / width).to(ACC)
+    cov = (tl.sum(total, 0) / tl.cast(divisor, tl.float64)).to(ACC)
+    tl.store(invariance, inv)
+    tl.store(variance, var)
+    tl.store(covariance, cov)
+    weighted = weight_of(weights, 0, inv_weight, ACC) * inv + weight_of(weights, 1, var_weight, ACC) * var
+    tl.store(loss, weighted + weight_of(weights, 2, cov_weight, ACC) * cov)
+
+
+@triton.jit
+def share_of(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexpr):
+    """The gradient of a term."""
+    return tl.load(grad_output).to(ACC) * weight_of(weights, index, number, ACC)
 
 
 @triton.jit
@@ -97,9 +114,10 @@ def vicreg_bwd_kernel(
     shift, squares,  # [D]
     product,  # [N, N] or [D, D]
     largest, cross,  # [], [D] (GRAM)
-    grad_invariance, grad_variance, grad_covariance,  # []; None where the term has no share
+    grad_output, weights,  # [], [3] or None
     grad_student, grad_teacher,  # [N, D] contiguous; None where it is not wanted
-    stride_student, stride_teacher, rows, width, over, spare, divisor,
+    stride_student, stride_teacher, rows, width, over, spare, divisor, inv_weight, var_weight, cov_weight,
+    INVARIANCE: tl.constexpr, VARIANCE: tl.constexpr, COVARIANCE: tl.constexpr,
     GAMMA: tl.constexpr, EPS: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr,
     OPERAND: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
@@ -114,8 +132,8 @@ def vicreg_bwd_kernel(
     n = tl.cast(rows, ACC)
     grad = tl.zeros((TILE, TILE), ACC)
     coefficient = tl.zeros((TILE,), ACC)
-    if grad_covariance is not None:
-        outer = 4 * tl.load(grad_covariance).to(ACC) / (tl.cast(divisor, ACC) * tl.cast(spare, ACC))
+    if COVARIANCE:
+        outer = 4 * share_of(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * tl.cast(spare, ACC))
         if GRAM:
             along = tl.zeros((TILE,), ACC)  # the rows' sums of the product
             for start in range(0, rows, BLOCK_K):
@@ -158,22 +176,22 @@ def vicreg_bwd_kernel(
             coefficient -= tl.where(in_product(column, largest), outer * square / tl.cast(spare, ACC), 0)
         # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
         grad = tl.where((square == 0)[None, :], 0, grad * outer)
-    if grad_variance is not None:
+    if VARIANCE:
         sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
-        pull = tl.load(grad_variance).to(ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
+        pull = share_of(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
         coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
-    if grad_variance is not None or grad_covariance is not None:
+    if VARIANCE or COVARIANCE:
         grad += coefficient[None, :] * load_centred(
             student, shift, stride_student, row[:, None], column[None, :], live, ACC
         )
-    if grad_invariance is not None:
+    if INVARIANCE:
         y = tl.load(student + row[:, None] * stride_student + column[None, :], mask=live, other=0).to(ACC)
         g = tl.load(teacher + row[:, None] * stride_teacher + column[None, :], mask=live, other=0).to(ACC)
-        towards = 2 * tl.load(grad_invariance).to(ACC) / (n * tl.cast(width, ACC)) * (y - g)
+        towards = 2 * share_of(grad_output, weights, 0, inv_weight, ACC) / (n * tl.cast(width, ACC)) * (y - g)
         grad += towards
         if grad_teacher is not None:
             store(grad_teacher + row[:, None] * width + column[None, :], -towards, live)
-    if GRAM and grad_covariance is not None:
+    if GRAM and COVARIANCE:
         p = tl.load(largest) + 0 * row
         apart = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
         grad += apart[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]

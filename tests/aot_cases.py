@@ -126,10 +126,11 @@ def vicreg_cases() -> Iterator[Case]:
             *student.shape, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
             unbiased=False, route="auto",
         )  # fmt: skip
-        made = vicreg_triton.vicreg_fwd_fake(student, teacher, *plan)
-        backward = partial(vicreg_triton.vicreg_bwd_triton, student, teacher, *made[3:], *made[:3], True)
+        weights = torch.ones(3, dtype=torch.float64) if student.dtype == torch.float64 else None
+        made = vicreg_triton.vicreg_fwd_fake(student, teacher, weights, *plan)
+        backward = partial(vicreg_triton.vicreg_bwd_triton, student, teacher, *made[4:], made[0], weights, True)
         name += f" by {'rows' if plan.gram else 'columns'} of {list(student.shape)}"
-        yield Case(name, partial(vicreg_triton.vicreg_fwd_triton, student, teacher, *plan))
+        yield Case(name, partial(vicreg_triton.vicreg_fwd_triton, student, teacher, weights, *plan))
         for both in wanted:
             yield Case(f"{name} to {'both' if both else 'student'}", partial(backward, both, *plan))
 

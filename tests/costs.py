@@ -42,8 +42,8 @@ def by_rows(rows: int, width: int, world: int, itemsize: int) -> Cost:
 
 
 def by_columns(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """The sums of the columns, two scalars, the product, and what is left of the means."""
-    received = summed(width + 2 + width * width + width, world, 4) + gathered(1, world, 8)
+    """The sums of the columns, two scalars, the product, the squares, and what is left of the means."""
+    received = summed(width + 2 + width * width + 2 * width, world, 4) + gathered(1, world, 8)
     return Cost(received, 4 * rows * width * width)
 
 

@@ -112,6 +112,7 @@ S, T = torch.ones(4, 8), torch.ones(4, 8)
         ("eps", {"eps": "small"}),
         ("eps", {"eps": 10**400}),
         ("student", {"student": S.to_sparse()}),
+        ("student", {"student": torch.nested.nested_tensor([S])}),
         ("reduction", {"reduction": ["mean"]}),
         ("backend", {"backend": "numpy"}),
     ],

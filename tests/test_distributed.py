@@ -73,9 +73,9 @@ def functional_is_one_process(rank, world):
 
 
 def large_means_do_not_cancel(rank, world):
-    """In float32, a mean 1e3 times the deviation: each rank against float64 over the rows as they were rounded."""
-    for width, route in ((12, "covariance"), (40, "gram")):
-        y, g = ((x + 1e3).float() for x in rows(8 * world, 4, width))
+    """In float32, means far above the deviation: each rank against float64 over the rows as they were rounded."""
+    for mean, (width, route) in itertools.product((1e3, 1e5), ((12, "covariance"), (40, "gram"))):
+        y, g = ((x + mean).float() for x in rows(8 * world, 4, width))
         part = slice(8 * rank, 8 * rank + 8)
         mine = y[part].requires_grad_()
         options = {"inv_weight": 0.0, "cov_weight": 10.0}

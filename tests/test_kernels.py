@@ -188,8 +188,8 @@ def test_opcheck_of_vicreg_where_little_is_computed(shape, cov_weight):
     )  # fmt: skip
     inputs = VICREG.draw(shape)
     if shape[0]:
-        torch.library.opcheck(VICREG.forward, (*inputs, *plan))
-    first, second = (VICREG.forward(*inputs, *plan) for _ in range(2))
+        torch.library.opcheck(VICREG.forward, (*inputs, None, *plan))
+    first, second = (VICREG.forward(*inputs, None, *plan) for _ in range(2))
     assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 

@@ -255,6 +255,16 @@ MUTATIONS = {
         "larger = square < most",
         "test_vicreg_limits.py::test_a_dominating_column_costs_no_more_than_in_eager -k gram",
     ),
+    "vicreg: another term's weight": (
+        "weight = tl.load(weights + index).to(ACC)",
+        "weight = tl.load(weights).to(ACC)",
+        "test_ops.py::test_is_as_accurate_as_eager -k vicreg",
+    ),
+    "vicreg: a number's place": (
+        "weight_of(weights, 1, var_weight, ACC) * var",
+        "weight_of(weights, 1, cov_weight, ACC) * var",
+        "test_ops.py::test_is_as_accurate_as_eager -k vicreg",
+    ),
     "vicreg: a product past its rows": (
         "live_y = (k < rows)[:, None] & inside[None, :]",
         "live_y = (k < rows + 1)[:, None] & inside[None, :]",

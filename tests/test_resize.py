@@ -274,6 +274,13 @@ def test_bad_arguments_are_named(name, arguments):
         FD.preprocess(**arguments)
 
 
+def test_the_default_device_is_not_asked(preprocess):
+    x = pixels(2, 3, 9, 7)
+    expected = preprocess(x, 4)
+    with torch.device("meta"):
+        assert torch.equal(preprocess(x, 4), expected)
+
+
 @pytest.mark.parametrize("number", [np.float16, np.float32, np.float64])
 def test_numbers_of_numpy(number):
     images = torch.zeros(1, 3, 2, 2)

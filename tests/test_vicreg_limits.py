@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from fused_dino import functional as FD
 from fused_dino.ops.dispatch import cdiv
@@ -48,6 +49,33 @@ def test_by_rows_the_covariance_alone_keeps_its_digits(shape, factor, backend):
     """No other term hides it. Of few rows, whose columns have much in common by chance, and of few columns, too."""
     for seed in range(5):
         assert error_of_covariance(*dominated(shape, factor, torch.float32, seed)) <= 2e-5
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+@pytest.mark.parametrize("shape", [(129, 128), (1024, 512)])
+def test_the_variance_keeps_its_digits_beside_a_wide_product(shape, backend):
+    """Added within its sums, a far larger term would round all that comes after it."""
+    y, g = dominated(shape, 1, torch.float32)
+    check_accuracy(VICREG, (0.3 * y, g), backend, inv_weight=0.0)
+
+
+@pytest.fixture
+def coarse_products():
+    """As TF32 is on a GPU: bfloat16 on processors that have matrix instructions for it."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("route", ["gram", "covariance"])
+def test_the_variance_is_no_product(route, coarse_products):
+    y, g = dominated((300, 200), 1, torch.float32)
+    y = (0.5 * y).requires_grad_()
+    y64 = y.detach().double().requires_grad_()
+    out, true = (FD.vicreg_loss(x, g.to(x), route=route, cov_weight=1e-9) for x in (y, y64))
+    assert_close(out.variance.double(), true.variance, rtol=1e-6, atol=0)
+    (grad,), (true_grad,) = torch.autograd.grad(out.loss, y), torch.autograd.grad(true.loss, y64)
+    assert (grad - true_grad).norm() <= 1e-6 * true_grad.norm()
 
 
 def test_by_rows_several_columns_may_dominate(backend):

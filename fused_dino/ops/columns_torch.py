@@ -21,8 +21,8 @@ def passes(x: Tensor) -> Iterator[slice]:
 def start(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Near the mean of each column, [D]."""
     near = x[:1].sum(0, dtype=dtype)
-    first = x[:FIRST] - near
-    return near.addmv_(first.T, first.new_full(first.shape[:1], 1 / max(1, first.shape[0])))
+    near += (x[:FIRST] - near).mean(0)
+    return near
 
 
 def mean(x: Tensor, dtype: torch.dtype) -> Tensor:

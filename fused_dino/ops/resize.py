@@ -117,7 +117,7 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
         channels = zip(pixels.unbind(1), options.scale, options.shift, strict=True)
         pixels = torch.stack([channel * factor + term for channel, factor, term in channels], 1)
         return patches(pixels, options.patch_size).to(options.out_dtype).contiguous()
-    shift = torch.tensor(options.shift, dtype=dtype).unbind()
+    shift = torch.tensor(options.shift, dtype=dtype, device=images.device).unbind()
     out = resize_fwd_fake(images, *options.launch)
     step = images_a_block(images, options)
     direct = options.patch_size is None and options.out_dtype == dtype

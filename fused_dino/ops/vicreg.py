@@ -25,18 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.dtypes import wide
 from ..reference.vicreg import vicreg_loss as formula
 from .dispatch import is_batched, keep_signature
-from .vicreg_plan import Plan, make_plan
+from .vicreg_plan import Plan, make_plan, weights_of
 from .vicreg_torch import vicreg_bwd_torch, vicreg_fwd_torch
 from .vicreg_triton import vicreg_bwd, vicreg_fwd
 
-Weight = float | Tensor
+Weights = Tensor | None  # of the three terms, [3]; None: the plan's numbers
 
 
-def loss_by_formula(student: Tensor, teacher: Tensor, weights: tuple[Weight, ...], plan: Plan) -> Tensor:
+def loss_by_formula(student: Tensor, teacher: Tensor, weights: Weights, plan: Plan) -> Tensor:
     """The loss in eager's way, which can be differentiated and batched as often as one likes."""
-    inv_weight, var_weight, cov_weight = weights
+    inv_weight, var_weight, cov_weight = weights_of(plan, weights)
     return formula(
         student, teacher, gamma=plan.gamma, eps=plan.eps, unbiased=plan.unbiased,
         cov_reduction="mean" if plan.divisor == student.shape[1] ** 2 else "sum_over_d",
@@ -45,93 +46,81 @@ def loss_by_formula(student: Tensor, teacher: Tensor, weights: tuple[Weight, ...
 
 
 def gradient_by_formula(
-    student: Tensor, teacher: Tensor, grad: Tensor, weights: tuple[Weight, ...], plan: Plan
+    student: Tensor, teacher: Tensor, grad: Tensor, weights: Weights, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     return torch.func.vjp(partial(loss_by_formula, weights=weights, plan=plan), student, teacher)[1](grad)
 
 
 class VICRegGradient(torch.autograd.Function):
-    """(student, teacher, grad [], weights, what VICRegFunction saved, wanted, plan, backend) -> the two gradients,
+    """(student, teacher, what VICRegFunction saved, grad [], weights, wanted, plan, backend) -> the two gradients,
     empty where not wanted. Its own gradient, the loss's second, is eager's."""
 
     @staticmethod
     def forward(
-        student: Tensor, teacher: Tensor, grad: Tensor, weights: tuple[Weight, ...], kept: tuple[Any, ...],
+        student: Tensor, teacher: Tensor, kept: tuple[Any, ...], grad: Tensor, weights: Weights,
         wanted: tuple[bool, bool], plan: Plan, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        computed = plan.invariance, plan.variance, plan.covariance
-        outer = (grad * x if yes else None for x, yes in zip(weights, computed, strict=True))
         run = vicreg_bwd if backend == "triton" else vicreg_bwd_torch
-        return run(student, teacher, *kept, *outer, *wanted, *plan)
+        return run(student, teacher, *kept, grad, weights, *wanted, *plan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        student, teacher, grad, ctx.weights, _, ctx.wanted, ctx.plan, _ = inputs
-        ctx.save_for_backward(student, teacher, grad)
+        student, teacher, _, grad, weights, _, ctx.plan, _ = inputs
+        ctx.save_for_backward(student, teacher, grad, weights)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        gradient = partial(gradient_by_formula, weights=ctx.weights, plan=ctx.plan)
+        *inputs, weights = ctx.saved_tensors
+        gradient = partial(gradient_by_formula, weights=weights, plan=ctx.plan)
         made, vjp = torch.func.vjp(gradient, *inputs)[:2]
-        given = tuple(
-            g if g is not None and want else torch.zeros_like(x)
-            for g, x, want in zip(grads, made, ctx.wanted, strict=True)
-        )
-        return *vjp(given), *(None,) * 5  # weights, kept, wanted, plan, backend
+        given = tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, made, strict=True))
+        for_student, for_teacher, for_grad = vjp(given)
+        return for_student, for_teacher, None, for_grad, None, None, None, None
 
 
 @keep_signature
 class VICRegFunction(torch.autograd.Function):
-    """(student [N, D], teacher [N, D], the three weights, plan, backend) -> the loss and its terms [], then what it
-    saves. The loss alone has a gradient, and the student and the teacher alone get one."""
+    """(student [N, D], teacher [N, D], weights, plan, backend) -> the loss and its terms [], then what it saves. The
+    loss alone has a gradient, and the student and the teacher alone get one."""
 
     @staticmethod
-    def forward(
-        student: Tensor, teacher: Tensor, inv_weight: Weight, var_weight: Weight, cov_weight: Weight, plan: Plan,
-        backend: str,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(student: Tensor, teacher: Tensor, weights: Weights, plan: Plan, backend: str) -> tuple[Tensor, ...]:
         run = vicreg_fwd if backend == "triton" else vicreg_fwd_torch
-        made = run(student, teacher, *plan)
-        return inv_weight * made[0] + var_weight * made[1] + cov_weight * made[2], *made
+        return run(student, teacher, weights, *plan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        student, teacher, *weights, ctx.plan, ctx.backend = inputs
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in weights]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in weights), student, teacher, *output[4:])
+        student, teacher, weights, ctx.plan, ctx.backend = inputs
+        ctx.save_for_backward(student, teacher, weights, *output[4:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5  # the weights, plan, backend
         if grad is None:
-            return None, None, *nothing
-        plan, wanted = ctx.plan, ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors  # once: checkpointing refuses a second look
-        tensors, (student, teacher), kept = saved[:3], saved[3:5], saved[5:]
-        weights = tuple(x if number is None else number for x, number in zip(tensors, ctx.numbers, strict=True))
+            return (None,) * 5
+        student, teacher, weights, *kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
         if is_batched(grad):
-            made = gradient_by_formula(student, teacher, grad, weights, plan)
+            made = gradient_by_formula(student, teacher, grad, weights, ctx.plan)
         else:
             gradient = VICRegGradient.apply if torch.is_grad_enabled() else VICRegGradient.forward
-            made = gradient(student, teacher, grad, weights, kept, wanted, plan, ctx.backend)
+            made = gradient(student, teacher, tuple(kept), grad, weights, wanted, ctx.plan, ctx.backend)
         for_student, for_teacher = (g if want else None for g, want in zip(made, wanted, strict=True))
-        return for_student, for_teacher, *nothing
+        return for_student, for_teacher, None, None, None  # weights, plan, backend
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+    def vmap(
+        info: Any, in_dims: tuple, student: Tensor, teacher: Tensor, weights: Weights, plan: Plan, backend: str
+    ) -> tuple:
         """Batch by batch: the products have no use for one another."""
-        batches = zip(
-            *(
-                [x] * info.batch_size if dim is None else x.unbind(dim)
-                for x, dim in zip(inputs[:5], in_dims, strict=False)
-            ),
-            strict=True,
+        inputs: tuple[Any, ...] = (student, teacher, weights)
+        parts = (
+            [x] * info.batch_size if dim is None else x.unbind(dim) for x, dim in zip(inputs, in_dims[:3], strict=True)
         )
-        made = [VICRegFunction.apply(*batch, *inputs[5:]) for batch in batches]
+        batches = zip(*parts, strict=True)
+        made = [VICRegFunction.apply(*batch, plan, backend) for batch in batches]
         stacked = tuple(map(torch.stack, zip(*made, strict=True)))
         return stacked, (0,) * len(stacked)
 
@@ -140,13 +129,17 @@ def vicreg_loss(
     student: Tensor,  # [N, D]
     teacher: Tensor,  # [N, D]
     *,
-    inv_weight: Weight,
-    var_weight: Weight,
-    cov_weight: Weight,
+    inv_weight: float | Tensor,
+    var_weight: float | Tensor,
+    cov_weight: float | Tensor,
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """The loss and its three terms."""
-    weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
-    plan = make_plan(*student.shape, **weights, **options)
-    return VICRegFunction.apply(student, teacher, *weights.values(), plan, backend)[:4]
+    weights = inv_weight, var_weight, cov_weight
+    plan = make_plan(*student.shape, inv_weight=inv_weight, var_weight=var_weight, cov_weight=cov_weight, **options)
+    dtype, tensor = wide(student, teacher), None
+    # Triton rounds a number to float32, which a float64 loss must not.
+    if dtype == torch.float64 or any(isinstance(x, Tensor) for x in weights):
+        tensor = torch.stack([x if isinstance(x, Tensor) else student.new_full((), x, dtype=dtype) for x in weights])
+    return VICRegFunction.apply(student, teacher, tensor, plan, backend)[:4]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..reference.vicreg import covariance_divisor, wanted
+from ..reference.vicreg import covariance_divisor
 
 
 class Plan(NamedTuple):
@@ -17,13 +17,28 @@ class Plan(NamedTuple):
     unbiased: bool
     divisor: int  # of the sum of squared covariances
     gram: bool  # by the [N, N] product of rows, and not by the [D, D] one of columns
-    invariance: bool  # which terms are computed; the others are 0
-    variance: bool
-    covariance: bool
+    inv_weight: float  # 0 where the term is not computed; a tensor of all three may stand in for the others
+    var_weight: float
+    cov_weight: float
+
+    @property
+    def invariance(self) -> bool:
+        return self.inv_weight != 0
+
+    @property
+    def variance(self) -> bool:
+        return self.var_weight != 0
+
+    @property
+    def covariance(self) -> bool:
+        return self.cov_weight != 0
 
 
 # The same as a dispatcher's schema.
-PLAN = "float gamma, float eps, bool unbiased, int divisor, bool gram, bool invariance, bool variance, bool covariance"
+PLAN = (
+    "float gamma, float eps, bool unbiased, int divisor, bool gram, float inv_weight, float var_weight, "
+    "float cov_weight"
+)
 
 
 def make_plan(
@@ -37,7 +52,15 @@ def make_plan(
         unbiased,
         covariance_divisor(width, cov_reduction),
         rows < width if route == "auto" else route == "gram",
-        wanted(inv_weight),
-        wanted(var_weight),
-        wanted(cov_weight) and width > 1,
+        number(inv_weight),
+        number(var_weight),
+        number(cov_weight) if width > 1 else 0.0,
     )
+
+
+def number(weight: float | Tensor) -> float:
+    return 1.0 if isinstance(weight, Tensor) else float(weight)
+
+
+def weights_of(plan: Plan, weights: Tensor | None) -> tuple[float | Tensor, ...]:
+    return (plan.inv_weight, plan.var_weight, plan.cov_weight) if weights is None else weights.unbind()

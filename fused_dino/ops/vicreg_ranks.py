@@ -111,15 +111,13 @@ def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: P
     error, count = sums[width:].unbind()
     xc = y - sums[:width] / count.clamp(min=1)
     # The mean was rounded, which a large one shows: what is left of it comes with the second journey.
-    product = symmetric_product(xc.T) if plan.covariance else xc.square().sum(0, keepdim=True)
-    product = all_reduce(torch.cat([product, xc.sum(0, keepdim=True)]), ranks)
-    product, left = product[:-1], product[-1] / count.clamp(min=1)
-    xc = xc - left
+    products = [symmetric_product(xc.T)] if plan.covariance else []
+    sums = all_reduce(torch.cat([*products, torch.stack([xc.square().sum(0), xc.sum(0)])]), ranks)
+    left = sums[-1] / count.clamp(min=1)
+    xc, squares = xc - left, sums[-2] - count * left.square()
     if not plan.covariance:
-        return error, count, xc, product[0] - count * left.square(), torch.zeros_like(error), torch.zeros_like(xc)
-    product = product - count * torch.outer(left, left)
-    squares = product.diagonal().clone()
-    product = product.fill_diagonal_(0) / (count - 1).clamp(min=1)
+        return error, count, xc, squares, torch.zeros_like(error), torch.zeros_like(xc)
+    product = (sums[:-2] - count * torch.outer(left, left)).fill_diagonal_(0) / (count - 1).clamp(min=1)
     # Transposed, which it equals: see vicreg_torch.py.
     return error, count, xc, squares, product.square().sum(), xc @ product.T
 

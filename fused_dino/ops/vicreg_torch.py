@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference.dtypes import wide
 from .columns_torch import centre_block, mean, off, passes
 from .dispatch import cdiv
-from .vicreg_plan import Plan
+from .vicreg_plan import Plan, weights_of
 
 CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
 
@@ -59,8 +59,8 @@ def symmetric_product(x: Tensor) -> Tensor:
     return mirror_(out)
 
 
-def vicreg_fwd_torch(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    """invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
+def vicreg_fwd_torch(student: Tensor, teacher: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    """loss, invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
     largest [], cross [D]; empty where unwanted."""
     plan = Plan(*options)
     n, d = student.shape
@@ -83,10 +83,11 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, *options: Any) -> tuple[T
         if plan.gram:
             shift[:, some], block = centre_block(block, dtype)
             squares[some] = block.square().sum(0)
-        elif plan.covariance:
-            add_square_(product, off(block, shift).T)
         else:
-            squares += off(block, shift).square_().sum(0)
+            block = off(block, shift)
+            if plan.covariance:
+                add_square_(product, block.T)
+            squares += block.square_().sum(0)  # the product has them too, in the precision that products are allowed
     if plan.covariance:
         if plan.gram:
             largest = largest_of(squares)
@@ -94,7 +95,6 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, *options: Any) -> tuple[T
             cross = add_rows_(product, student, shift, largest, whole)
             cross /= spare
         else:
-            squares = product.diagonal().clone()  # which the product has as well
             product.diagonal().zero_()
         mirror_(product).div_(spare)
         total = product_energy(product)
@@ -104,7 +104,9 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, *options: Any) -> tuple[T
     if plan.variance:
         variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
     invariance = error / (n * d) if plan.invariance else error
-    return invariance, variance, covariance, shift, squares, product, largest, cross
+    inv_weight, var_weight, cov_weight = weights_of(plan, weights)
+    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
+    return loss, invariance, variance, covariance, shift, squares, product, largest, cross
 
 
 def largest_of(squares: Tensor) -> Tensor:
@@ -165,32 +167,29 @@ def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
 
 def vicreg_bwd_torch(
     student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
-    grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
-    for_student: bool, for_teacher: bool, *options: Any,
+    grad_output: Tensor, weights: Tensor | None, for_student: bool, for_teacher: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     plan = Plan(*options)
+    inv_weight, var_weight, cov_weight = weights_of(plan, weights)
     n, d = student.shape
     dtype = wide(student, teacher)
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
     spare = max(n - 1, 1)
     column = matrix = towards = beside = None
-    if plan.variance and grad_variance is not None:
+    if plan.variance:
         sigma = deviation(squares, n, plan)
-        hinge = torch.where(sigma < plan.gamma, -grad_variance / (d * (spare if plan.unbiased else n)), 0)
+        hinge = torch.where(sigma < plan.gamma, -var_weight * grad_output / (d * (spare if plan.unbiased else n)), 0)
         column = hinge / sigma
-    if plan.covariance and grad_covariance is not None:
-        scale = grad_covariance * (4 / (plan.divisor * spare))
+    if plan.covariance:
+        scale = cov_weight * grad_output * (4 / (plan.divisor * spare))
         matrix = product * scale
         if plan.gram:
             own = squares.index_fill(0, largest, 0) * (scale / spare)
             column = -own if column is None else column - own
             cross = cross * scale
-        elif column is not None:
-            matrix.diagonal().copy_(column)  # one pass less over the gradient
-            column = None
-    if plan.invariance and grad_invariance is not None:
-        towards = grad_invariance * (2 / max(n * d, 1))
+    if plan.invariance:
+        towards = inv_weight * grad_output * (2 / max(n * d, 1))
     in_place = for_student and for_s.dtype == dtype
     for part in inner_blocks(student, plan.gram):
         block = student[part].to(dtype)

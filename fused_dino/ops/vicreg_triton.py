@@ -59,34 +59,35 @@ def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def vicreg_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    """What the forward returns, not filled: the three terms [], shift [D], squares [D], product [N, N] or [D, D], and
-    by rows largest [], cross [D].
+def vicreg_fwd_fake(student: Tensor, teacher: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    """What the forward returns, not filled: the loss and its three terms [], shift [D], squares [D], product [N, N] or
+    [D, D], and by rows largest [], cross [D].
 
     The product is [0, 0] and cross [0] where no covariance is wanted.
     """
     plan = Plan(*options)
     (n, d), dtype = student.shape, wide(student, teacher)
     size = (n if plan.gram else d) if plan.covariance else 0
-    invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(3))
+    loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
     product = student.new_empty((size, size), dtype=dtype)
     by_rows = plan.covariance and plan.gram
     largest = student.new_empty((), dtype=torch.int32)
     cross = student.new_empty(d if by_rows else 0, dtype=dtype)
-    return invariance, variance, covariance, shift, squares, product, largest, cross
+    return loss, invariance, variance, covariance, shift, squares, product, largest, cross
 
 
-def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def vicreg_fwd_triton(student: Tensor, teacher: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     from ..kernels import vicreg as kernels
 
     plan = Plan(*options)
     student, teacher = rows_of(student, teacher)
-    out = vicreg_fwd_fake(student, teacher, *options)
-    invariance, variance, covariance, shift, squares, product, largest, cross = out
+    out = vicreg_fwd_fake(student, teacher, weights, *options)
+    loss, invariance, variance, covariance, shift, squares, product, largest, cross = out
     n, d = student.shape
     if not n:
-        for term, computed in ((invariance, plan.invariance), (variance, plan.variance), (covariance, False)):
+        both = plan.invariance or plan.variance
+        for term, computed in ((loss, both), (invariance, plan.invariance), (variance, plan.variance)):
             term.fill_(float("nan") if computed else 0)
         for kept in out[3:]:
             kept.zero_()
@@ -107,9 +108,9 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
         if plan.covariance:
             sums = launch_product(student, shift, squares, apart[0], product, plan)
         kernels.vicreg_terms_kernel[(1,)](
-            errors, squares, *apart, sums, invariance, variance, covariance,
+            errors, squares, *apart, sums, weights, loss, invariance, variance, covariance,
             n, d, spare if plan.unbiased else n, spare, plan.divisor,
-            0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(),
+            0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(), *plan[-3:],
             GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance,
             BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -151,8 +152,7 @@ def launch_product(
 
 def vicreg_bwd_fake(
     student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
-    grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
-    for_student: bool, for_teacher: bool, *options: Any,
+    grad_output: Tensor, weights: Tensor | None, for_student: bool, for_teacher: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the backward returns, not filled: the gradients, each [N, D] and contiguous, or empty where not wanted."""
     for_s = student.new_empty(student.shape if for_student else 0)
@@ -162,8 +162,7 @@ def vicreg_bwd_fake(
 
 def vicreg_bwd_triton(
     student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
-    grad_invariance: Tensor | None, grad_variance: Tensor | None, grad_covariance: Tensor | None,
-    for_student: bool, for_teacher: bool, *options: Any,
+    grad_output: Tensor, weights: Tensor | None, for_student: bool, for_teacher: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A product of the student with a rounded matrix: bfloat16 in its own instructions, float16 in TF32, which holds it
     exactly and has the range that the product needs."""
@@ -174,11 +173,11 @@ def vicreg_bwd_triton(
     plan = Plan(*options)
     student, teacher = rows_of(student, teacher)
     grads = vicreg_bwd_fake(
-        student, teacher, shift, squares, product, largest, cross, grad_invariance, grad_variance, grad_covariance,
-        for_student, for_teacher, *options,
+        student, teacher, shift, squares, product, largest, cross, grad_output, weights, for_student, for_teacher,
+        *options,
     )  # fmt: skip
     n, d = student.shape
-    if for_teacher and not (plan.invariance and grad_invariance is not None):
+    if for_teacher and not plan.invariance:
         grads[1].zero_()
     if not n:
         return grads
@@ -194,26 +193,25 @@ def vicreg_bwd_triton(
     tile = launch["TILE"]
     with torch.cuda.device_of(student):
         kernels.vicreg_bwd_kernel[(cdiv(n, tile), cdiv(d, tile))](
-            student, teacher, shift, squares, product, largest, cross,
-            grad_invariance if plan.invariance else None, grad_variance if plan.variance else None,
-            grad_covariance if plan.covariance and for_student else None,
+            student, teacher, shift, squares, product, largest, cross, grad_output, weights,
             grads[0] if for_student else None, grads[1] if for_teacher else None,
-            student.stride(0), teacher.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor,
+            student.stride(0), teacher.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor, *plan[-3:],
+            INVARIANCE=plan.invariance, VARIANCE=plan.variance, COVARIANCE=plan.covariance and for_student,
             GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, ROUND=rounded, **launch,
         )  # fmt: skip
     return grads
 
 
 vicreg_fwd = define(
-    f"vicreg_fwd(Tensor student, Tensor teacher, {PLAN}) -> (Tensor invariance, Tensor variance, Tensor covariance, "
-    "Tensor shift, Tensor squares, Tensor product, Tensor largest, Tensor cross)",
+    f"vicreg_fwd(Tensor student, Tensor teacher, Tensor? weights, {PLAN}) -> (Tensor loss, Tensor invariance, "
+    "Tensor variance, Tensor covariance, Tensor shift, Tensor squares, Tensor product, Tensor largest, Tensor cross)",
     vicreg_fwd_triton,
     vicreg_fwd_fake,
 )
 vicreg_bwd = define(
     "vicreg_bwd(Tensor student, Tensor teacher, Tensor shift, Tensor squares, Tensor product, Tensor largest, "
-    "Tensor cross, Tensor? grad_invariance, "
-    f"Tensor? grad_variance, Tensor? grad_covariance, bool for_student, bool for_teacher, {PLAN}) -> (Tensor, Tensor)",
+    "Tensor cross, Tensor grad_output, Tensor? weights, bool for_student, bool for_teacher, "
+    f"{PLAN}) -> (Tensor, Tensor)",
     vicreg_bwd_triton,
     vicreg_bwd_fake,
 )

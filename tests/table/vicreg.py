@@ -44,8 +44,8 @@ def vicreg_plan(rows: int, width: int) -> tuple:
 
 
 def vicreg_backward_arguments(student: Tensor, teacher: Tensor, *made: Tensor) -> tuple:
-    ones = (torch.ones_like(made[0]) for _ in range(3))
-    return (student, teacher, *made[3:], *ones, True, True, *vicreg_plan(*student.shape))
+    weights = torch.tensor((25.0, 10.0, 0.5), dtype=made[0].dtype, device=student.device)
+    return (student, teacher, *made[4:], torch.ones_like(made[0]), weights, True, True, *vicreg_plan(*student.shape))
 
 
 ALONE = {"inv_weight": 0.0, "var_weight": 0.0}  # so that the covariance cannot hide behind the other terms
@@ -78,6 +78,6 @@ VICREG = Op(
     poisoned=True,
     forward=vicreg_triton.vicreg_fwd,
     backward=vicreg_triton.vicreg_bwd,
-    forward_arguments=lambda s, t: (s, t, *vicreg_plan(*s.shape)),
+    forward_arguments=lambda s, t: (s, t, None, *vicreg_plan(*s.shape)),
     backward_arguments=vicreg_backward_arguments,
 )
