@@ -269,6 +269,16 @@ def test_two_launches_take_256_rows_forward_and_backward(op):
     assert launched == [torch.ops.fused_dino.cosine_rows.default] * 2
 
 
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_nothing_is_launched_beside_vicregs_kernels(shape):
+    """They weigh the terms and take the loss's gradient as it comes."""
+    student, teacher = (x.requires_grad_(i == 0) for i, x in enumerate(VICREG.draw(shape)))
+    grad_output = torch.ones((), device=DEVICE)
+    with Launches() as launches:
+        torch.autograd.grad(FD.vicreg_loss(student, teacher, backend="triton").loss, student, grad_output)
+    assert launches.seen == ["fused_dino::vicreg_fwd", "fused_dino::vicreg_bwd"]
+
+
 def test_a_ticket_is_left_zero(monkeypatch):
     """A launch counts its programs with it, and the next launch of the same slot starts from zero."""
     given = []
