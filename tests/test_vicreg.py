@@ -312,7 +312,11 @@ def test_a_weight_of_zero_leaves_its_term_out(unwanted, shape):
     assert_close(kept.loss, out.loss, rtol=1e-12, atol=0)
     assert getattr(kept, terms[unwanted]) > 0
     if unwanted == "inv_weight":
-        assert FD.vicreg_loss(y, g * float("nan"), inv_weight=0).loss.isfinite()
+        loss = FD.vicreg_loss(y.requires_grad_(), g * float("nan"), inv_weight=0).loss
+        outer = torch.ones_like(loss).requires_grad_()
+        (grad,) = torch.autograd.grad(loss, y, outer, create_graph=True)
+        second = torch.autograd.grad(grad.square().sum(), (y, outer))
+        assert all(x.isfinite().all() for x in (loss, grad, *second))
     nothing = FD.vicreg_loss(y.requires_grad_(), g, inv_weight=0, var_weight=0, cov_weight=0)
     assert nothing.loss == 0
     assert torch.equal(torch.autograd.grad(nothing.loss, y)[0], torch.zeros_like(y))

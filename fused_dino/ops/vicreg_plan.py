@@ -17,7 +17,7 @@ class Plan(NamedTuple):
     unbiased: bool
     divisor: int  # of the sum of squared covariances
     gram: bool  # by the [N, N] product of rows, and not by the [D, D] one of columns
-    inv_weight: float  # 0 where the term is not computed; a tensor of all three may stand in for the others
+    inv_weight: float  # 0 where the term is not computed; a tensor may stand in for the others
     var_weight: float
     cov_weight: float
 
@@ -63,4 +63,8 @@ def number(weight: float | Tensor) -> float:
 
 
 def weights_of(plan: Plan, weights: Tensor | None) -> tuple[float | Tensor, ...]:
-    return (plan.inv_weight, plan.var_weight, plan.cov_weight) if weights is None else weights.unbind()
+    """The plan's numbers, or the tensor's; 0 where the term is not computed, so that nothing of it comes through."""
+    numbers = plan.inv_weight, plan.var_weight, plan.cov_weight
+    if weights is None:
+        return numbers
+    return tuple(x if computed else computed for computed, x in zip(numbers, weights.unbind(), strict=True))
