@@ -116,7 +116,10 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
         # Not in place: a compiler would make a program for each batch size.
         channels = zip(pixels.unbind(1), options.scale, options.shift, strict=True)
         pixels = torch.stack([channel * factor + term for channel, factor, term in channels], 1)
-        return patches(pixels, options.patch_size).to(options.out_dtype).contiguous()
+        out = patches(pixels, options.patch_size)
+        # By no call that may return its argument: torch 2.11 loses the gradient of what a compiled Function has twice.
+        out = out if out.dtype == options.out_dtype else out.to(options.out_dtype)
+        return out if out.is_contiguous() else out.contiguous()
     shift = torch.tensor(options.shift, dtype=dtype, device=images.device).unbind()
     out = resize_fwd_fake(images, *options.launch)
     step = images_a_block(images, options)
