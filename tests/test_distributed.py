@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
@@ -91,6 +92,18 @@ def large_means_do_not_cancel(rank, world):
         assert_close(out.loss.double(), true.loss, rtol=1e-6, atol=0)
         ours, exact = torch.autograd.grad(out.loss, mine)[0], torch.autograd.grad(true.loss, wide)[0][part]
         assert (ours.double() / world - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def the_variance_is_no_product(rank, world):
+    """Products may be coarser: bfloat16 on processors that have matrix instructions for it."""
+    y, g = (x.float() for x in rows(40 * world, 8, 40))
+    part = slice(40 * rank, 40 * rank + 40)
+    torch.set_float32_matmul_precision("medium")
+    for route in ("gram", "covariance"):
+        out = FD.vicreg_loss(y[part], g[part], group=dist.group.WORLD, route=route)
+        true = FD.vicreg_loss(y.double(), g.double(), backend="reference")
+        assert_close(out.variance.double(), true.variance, rtol=1e-6, atol=0)
+    torch.set_float32_matmul_precision("highest")
 
 
 def half_precision_is_float32_inside(rank, world):
@@ -293,10 +306,13 @@ def compiles(rank, world):
         mine = y[part].requires_grad_()
         loss = VICRegLoss(route=route)
         torch._dynamo.reset()
-        compiled = torch.compile(lambda y, g, loss=loss: loss(y, g).loss, fullgraph=True, backend="aot_eager")
-        ours, plain = compiled(mine, g[part]), loss(mine, g[part]).loss
-        assert_close(ours, plain, rtol=1e-12, atol=0)
-        assert_close(torch.autograd.grad(ours, mine), torch.autograd.grad(plain, mine), rtol=1e-12, atol=1e-14)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(lambda y, g, loss=loss: loss(y, g).loss, fullgraph=True, backend=counter)
+        for loss.options["var_weight"] in (1.0, 2.5, 0.75, 4.0):
+            ours, plain = compiled(mine, g[part]), loss(mine, g[part]).loss
+            assert_close(ours, plain, rtol=1e-12, atol=0)
+            assert_close(torch.autograd.grad(ours, mine), torch.autograd.grad(plain, mine), rtol=1e-12, atol=1e-14)
+        assert counter.frame_count <= 2, "one graph for the first weight, and one for every other"
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -319,6 +335,7 @@ def test_compiled(tmp_path):
 def test_the_numbers_of_a_rank_what_it_pays_and_when_the_host_waits(tmp_path):
     checks = (
         large_means_do_not_cancel,
+        the_variance_is_no_product,
         half_precision_is_float32_inside,
         a_dominating_column_costs_no_more_than_in_eager,
         ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -200,6 +201,21 @@ def test_weights_may_be_device_scalars():
         batched = torch.func.vmap(lambda x: FD.vicreg_loss(y, g, **{**weights, name: x}).loss)(two)  # noqa: B023
         expected = [FD.vicreg_loss(y, g, **{**weights, name: x}).loss for x in two.tolist()]
         assert_close(batched, torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_a_weight_that_changes_with_the_step_is_not_compiled_anew(fresh_compiler):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def run(y, g, weight):
+        return FD.vicreg_loss(y, g, var_weight=weight, cov_weight=2 * weight).loss
+
+    y, g = (x.requires_grad_(i == 0) for i, x in enumerate(pair(6, 4, dtype=torch.float32)))
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for weight in (1.0, 2.5, 0.75, 4.0):
+        a, b = (f(y, g, weight) for f in (compiled, run))
+        assert_close(a, b)
+        assert_close(*(torch.autograd.grad(x, y) for x in (a, b)))
+    assert counter.frame_count <= 2, "one graph for the first, and one for every other"
 
 
 def test_the_backward_has_the_forwards_weights(backend):

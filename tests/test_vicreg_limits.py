@@ -62,9 +62,10 @@ def test_the_variance_keeps_its_digits_beside_a_wide_product(shape, backend):
 @pytest.fixture
 def coarse_products():
     """As TF32 is on a GPU: bfloat16 on processors that have matrix instructions for it."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     yield
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("route", ["gram", "covariance"])

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..reference.dtypes import wide
 from ..reference.vicreg import vicreg_loss as formula
 from .dispatch import is_batched, keep_signature
-from .vicreg_plan import Plan, make_plan, weights_of
+from .vicreg_plan import Plan, flags, make_plan, weights_of
 from .vicreg_torch import vicreg_bwd_torch, vicreg_fwd_torch
 from .vicreg_triton import vicreg_bwd, vicreg_fwd
 
@@ -136,10 +136,16 @@ def vicreg_loss(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """The loss and its three terms."""
-    weights = inv_weight, var_weight, cov_weight
-    plan = make_plan(*student.shape, inv_weight=inv_weight, var_weight=var_weight, cov_weight=cov_weight, **options)
+    weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
     dtype, tensor = wide(student, teacher), None
-    # Triton rounds a number to float32, which a float64 loss must not.
-    if dtype == torch.float64 or any(isinstance(x, Tensor) for x in weights):
-        tensor = torch.stack([x if isinstance(x, Tensor) else student.new_full((), x, dtype=dtype) for x in weights])
+    # Triton rounds a number to float32, which a float64 loss must not. A compiler would compile an op that takes a
+    # number anew for each; a product with one it does not.
+    if any(isinstance(x, Tensor) for x in weights.values()) or (
+        backend == "triton" and (dtype == torch.float64 or torch.compiler.is_compiling())
+    ):
+        one = student.new_ones((), dtype=dtype)
+        each = (x if isinstance(x, Tensor) else one * x for x in weights.values())
+        tensor = torch.stack(list(each))
+        weights = flags(weights)
+    plan = make_plan(*student.shape, **weights, **options)
     return VICRegFunction.apply(student, teacher, tensor, plan, backend)[:4]

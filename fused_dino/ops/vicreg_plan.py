@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..reference.vicreg import covariance_divisor
+from ..reference.vicreg import covariance_divisor, wanted
 
 
 class Plan(NamedTuple):
@@ -17,9 +17,13 @@ class Plan(NamedTuple):
     unbiased: bool
     divisor: int  # of the sum of squared covariances
     gram: bool  # by the [N, N] product of rows, and not by the [D, D] one of columns
-    inv_weight: float  # 0 where the term is not computed; a tensor may stand in for the others
+    inv_weight: float  # 0 where the term is not computed, 1 where a tensor of the three or the caller has the number
     var_weight: float
     cov_weight: float
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        return self.inv_weight, self.var_weight, self.cov_weight
 
     @property
     def invariance(self) -> bool:
@@ -42,8 +46,8 @@ PLAN = (
 
 
 def make_plan(
-    rows: int, width: int, /, *, inv_weight: float | Tensor, var_weight: float | Tensor, cov_weight: float | Tensor,
-    gamma: float, eps: float, cov_reduction: str, unbiased: bool, route: str,
+    rows: int, width: int, /, *, inv_weight: float, var_weight: float, cov_weight: float, gamma: float, eps: float,
+    cov_reduction: str, unbiased: bool, route: str,
 ) -> Plan:  # fmt: skip
     """One column has nothing off the diagonal: its covariance is 0 without a product."""
     return Plan(
@@ -52,19 +56,19 @@ def make_plan(
         unbiased,
         covariance_divisor(width, cov_reduction),
         rows < width if route == "auto" else route == "gram",
-        number(inv_weight),
-        number(var_weight),
-        number(cov_weight) if width > 1 else 0.0,
+        float(inv_weight),
+        float(var_weight),
+        float(cov_weight) if width > 1 else 0.0,
     )
 
 
-def number(weight: float | Tensor) -> float:
-    return 1.0 if isinstance(weight, Tensor) else float(weight)
+def flags(weights: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of weights whose numbers are elsewhere. A compiler makes no float of a comparison."""
+    return {name: 1.0 if wanted(weight) else 0.0 for name, weight in weights.items()}
 
 
 def weights_of(plan: Plan, weights: Tensor | None) -> tuple[float | Tensor, ...]:
     """The plan's numbers, or the tensor's; 0 where the term is not computed, so that nothing of it comes through."""
-    numbers = plan.inv_weight, plan.var_weight, plan.cov_weight
     if weights is None:
-        return numbers
-    return tuple(x if computed else computed for computed, x in zip(numbers, weights.unbind(), strict=True))
+        return plan.weights
+    return tuple(x if computed else computed for computed, x in zip(plan.weights, weights.unbind(), strict=True))

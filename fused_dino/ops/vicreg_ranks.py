@@ -29,7 +29,7 @@ from ..distributed import all_counts, all_gather, all_reduce, gather_rows, group
 from ..reference.dtypes import wide, without_autocast
 from .columns_torch import centre
 from .dispatch import define
-from .vicreg_plan import PLAN, Plan, make_plan
+from .vicreg_plan import PLAN, Plan, flags, make_plan
 from .vicreg_torch import largest_of, own_share, product_energy, symmetric_product
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def vicreg_loss_over_ranks(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
-    plan = make_plan(*student.shape, **weights, **options, route=route)
+    plan = make_plan(*student.shape, **flags(weights), **options, route=route)
     out = VICRegOverRanks.apply(student, teacher, plan, group.group_name, route, group.size())
     invariance, variance, covariance = out[:3]
     return inv_weight * invariance + var_weight * variance + cov_weight * covariance, invariance, variance, covariance

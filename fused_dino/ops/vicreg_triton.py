@@ -110,7 +110,7 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, weights: Tensor | None, 
         kernels.vicreg_terms_kernel[(1,)](
             errors, squares, *apart, sums, weights, loss, invariance, variance, covariance,
             n, d, spare if plan.unbiased else n, spare, plan.divisor,
-            0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(), *plan[-3:],
+            0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(), *plan.weights,
             GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance,
             BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -195,7 +195,8 @@ def vicreg_bwd_triton(
         kernels.vicreg_bwd_kernel[(cdiv(n, tile), cdiv(d, tile))](
             student, teacher, shift, squares, product, largest, cross, grad_output, weights,
             grads[0] if for_student else None, grads[1] if for_teacher else None,
-            student.stride(0), teacher.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor, *plan[-3:],
+            student.stride(0), teacher.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor,
+            *plan.weights,
             INVARIANCE=plan.invariance, VARIANCE=plan.variance, COVARIANCE=plan.covariance and for_student,
             GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, ROUND=rounded, **launch,
         )  # fmt: skip
