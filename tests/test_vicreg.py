@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (2, 3), (6, 1), (40, 40)])
 @pytest.mark.parametrize(
-    "options", [{}, {"gamma": 2.0, "eps": 0.1}, {"inv_weight": 1.0, "var_weight": 0.0, "cov_weight": 3.0}]
+    "options", [{}, {"gamma": 2.0, "eps": 0.1}, {"inv_weight": 0.1, "var_weight": 0.0, "cov_weight": 0.3}]
 )
 def test_is_the_recipe(shape, options):
     y, g = pair(*shape)
