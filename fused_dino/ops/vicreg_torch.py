@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.dtypes import wide
 from .columns_torch import centre_block, mean, off, passes
-from .dispatch import cdiv
 from .vicreg_plan import Plan, weights_of
 
-CPU_PANEL = 256  # rows of a symmetric product that are computed at a time, from the diagonal on
+CPU_PANEL = 128  # rows of a symmetric product that are computed at a time, from the diagonal on
 
 Block = tuple[slice, slice]  # of [N, D]
 
@@ -30,10 +30,9 @@ def inner_blocks(x: Tensor, gram: bool) -> Iterator[Block]:
 
 def panels(m: int, like: Tensor) -> list[slice]:
     """Of a symmetric [m, m]; all of it where halving it saves less than it costs."""
-    if torch.compiler.is_compiling() or like.device.type != "cpu" or m < CPU_PANEL:
+    if torch.compiler.is_compiling() or like.device.type != "cpu" or m < 2 * CPU_PANEL:
         return [slice(0, m)]
-    step = min(CPU_PANEL, cdiv(m, 2))
-    return [slice(start, start + step) for start in range(0, m, step)]
+    return [slice(start, min(start + CPU_PANEL, m)) for start in range(0, m, CPU_PANEL)]
 
 
 def add_square_(out: Tensor, x: Tensor) -> None:
@@ -44,11 +43,9 @@ def add_square_(out: Tensor, x: Tensor) -> None:
 
 
 def mirror_(out: Tensor) -> Tensor:
-    """The panels below the diagonal from those above it: a transposed copy is quick where both sides are whole."""
-    whole = panels(out.shape[0], out)
-    for i, panel in enumerate(whole):
-        for beside in whole[i + 1 :]:
-            out[beside, panel] = out[panel, beside].contiguous().T.contiguous()
+    """What is below the diagonal's panels from what is above them."""
+    for panel in panels(out.shape[0], out)[:-1]:
+        out[panel.stop :, panel] = out[panel, panel.stop :].T
     return out
 
 
@@ -77,7 +74,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, weights: Tensor | None, *
     for part in inner_blocks(student, plan.gram):
         block, some = student[part].to(dtype), part[1]
         if plan.invariance:
-            error += (block - teacher[part]).square_().sum()
+            error += F.mse_loss(block, teacher[part], reduction="sum")
         if not columns:
             continue
         if plan.gram:
