@@ -10,7 +10,7 @@ from torch import Tensor
 from .dispatch import blocks
 
 CPU_ELEMENTS = 2**21  # of a block: what one pass makes of them is still in a cache for the next
-FIRST = 64  # rows whose mean is near that of all
+FIRST = 16  # rows whose mean is near that of all
 
 
 def passes(x: Tensor) -> Iterator[slice]:
@@ -40,12 +40,13 @@ def off(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.sub(x, mean[0], out=out).sub_(mean[1])
 
 
-def centre_block(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(mean(x), off(x, mean(x))) of columns that a cache holds whole, in one pass less."""
-    near = start(x, dtype)
+def centre_block(x: Tensor, mean: Tensor) -> Tensor:
+    """off(x, mean(x)) of columns that a cache holds whole, in one pass less; their mean is written to `mean`."""
+    near, left = mean
+    near.copy_(start(x, mean.dtype))
     centred = x - near
-    left = centred.sum(0) / x.shape[0]
-    return torch.stack([near, left]), centred.sub_(left)
+    torch.sum(centred, 0, out=left).div_(x.shape[0])
+    return centred.sub_(left)
 
 
 def centre(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,11 @@ def panels(m: int, like: Tensor) -> list[slice]:
     return [slice(start, min(start + CPU_PANEL, m)) for start in range(0, m, CPU_PANEL)]
 
 
-def add_square_(out: Tensor, x: Tensor) -> None:
-    """out += x x^T, of which only the panels from the diagonal on are computed; see mirror_."""
+def add_square_(out: Tensor, x: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """out = beta out + alpha x x^T, of which only the panels from the diagonal on are computed; see mirror_."""
     for panel in panels(x.shape[0], x):
         upper = out[panel, panel.start :]
-        torch.addmm(upper, x[panel], x[panel.start :].T, out=upper)
+        torch.addmm(upper, x[panel], x[panel.start :].T, beta=beta, alpha=alpha, out=upper)
 
 
 def mirror_(out: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def mirror_(out: Tensor) -> Tensor:
 
 def symmetric_product(x: Tensor) -> Tensor:
     """x x^T."""
-    out = x.new_zeros(x.shape[0], x.shape[0])
-    add_square_(out, x)
+    out = x.new_empty(x.shape[0], x.shape[0])
+    add_square_(out, x, beta=0.0)
     return mirror_(out)
 
 
@@ -61,48 +61,73 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, weights: Tensor | None, *
     plan = Plan(*options)
     n, d = student.shape
     dtype = wide(student, teacher)
-    spare, columns = max(n - 1, 1), plan.variance or plan.covariance
-    size = (n if plan.gram else d) if plan.covariance else 0
-    error, variance, covariance = (student.new_zeros((), dtype=dtype) for _ in range(3))
-    product = student.new_zeros(size, size, dtype=dtype)
+    zero = student.new_zeros((), dtype=dtype)
+    sums = sums_by_rows if plan.gram else sums_by_columns
+    error, total, *kept = sums(student, teacher, dtype, plan)
+    squares = kept[1]
+    invariance = error / (n * d) if plan.invariance else zero.clone()
+    variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean() if plan.variance else zero.clone()
+    covariance = (total / plan.divisor).to(dtype) if plan.covariance else zero.clone()
+    inv_weight, var_weight, cov_weight = weights_of(plan, weights)
+    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
+    return loss, invariance, variance, covariance, *kept
+
+
+def sums_by_rows(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
+    """The sums of squared errors and of squared covariances [], then what vicreg_fwd_torch returns from shift on."""
+    n, d = student.shape
+    columns = plan.variance or plan.covariance
+    error, total = student.new_zeros((), dtype=dtype), student.new_empty(0)
     shift = student.new_empty(2, d if columns else 0, dtype=dtype)
-    squares = torch.zeros_like(shift[0])
-    largest, cross = student.new_zeros((), dtype=torch.int64), student.new_zeros(0, dtype=dtype)
-    if columns and not plan.gram:
-        shift = mean(student, dtype)
-    for part in inner_blocks(student, plan.gram):
+    squares, cross = torch.empty_like(shift[0]), shift.new_empty(d if plan.covariance else 0)
+    product = shift.new_empty((n, n) if plan.covariance else (0, 0))
+    for part in inner_blocks(student, True):
         block, some = student[part].to(dtype), part[1]
         if plan.invariance:
             error += (block - teacher[part]).square_().sum()
-        if not columns:
-            continue
-        if plan.gram:
-            shift[:, some], block = centre_block(block, dtype)
-            squares[some] = block.square().sum(0)
+        if columns:
+            block = centre_block(block, shift[:, some])
+            torch.sum(block.square(), 0, out=squares[some])
+    if not plan.covariance:
+        return error, total, shift, squares, product, shift.new_empty((), dtype=torch.int64), cross
+    largest, spare = largest_of(squares), max(n - 1, 1)
+    whole = block if block.shape == student.shape else None
+    beside = column_of(student, shift, largest, whole)
+    for part in inner_blocks(student, True):
+        some = part[1]
+        if whole is None:
+            block = off(student[part].to(dtype), shift[:, some])
+            set_apart_(block, largest - (some.start or 0))
         else:
+            block = whole.index_fill_(1, largest, 0)
+        torch.addmv(cross[some], block.T, beside, beta=0, alpha=1 / spare, out=cross[some])
+        add_square_(product, block, alpha=1 / spare, beta=1.0 if some.start else 0.0)
+    total = product_energy(mirror_(product)) + own_share(squares / spare, cross, largest)
+    return error, total, shift, squares, product, largest, cross
+
+
+def sums_by_columns(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
+    """The same. The product has the columns' squares too, but in the precision that products are allowed."""
+    n, d = student.shape
+    columns = plan.variance or plan.covariance
+    error, total = student.new_zeros((), dtype=dtype), student.new_empty(0)
+    shift = mean(student, dtype) if columns else error.new_empty(2, 0)
+    squares, product = torch.zeros_like(shift[0]), error.new_empty((d, d) if plan.covariance else (0, 0))
+    for part in inner_blocks(student, False):
+        block = student[part].to(dtype)
+        if plan.invariance:
+            error += (block - teacher[part]).square_().sum()
+        if columns:
             block = off(block, shift)
-            if plan.covariance:
-                add_square_(product, block.T)
-            squares += block.square_().sum(0)  # the product has them too, in the precision that products are allowed
+        if plan.covariance:
+            add_square_(product, block.T, alpha=1 / max(n - 1, 1), beta=1.0 if part[0].start else 0.0)
+        if columns:
+            squares += block.square_().sum(0)
     if plan.covariance:
-        if plan.gram:
-            largest = largest_of(squares)
-            whole = block if block.shape == student.shape else None
-            cross = add_rows_(product, student, shift, largest, whole)
-            cross /= spare
-        else:
-            product.diagonal().zero_()
-        mirror_(product).div_(spare)
+        product = mirror_(product) if n else product.zero_()
+        product.diagonal().zero_()
         total = product_energy(product)
-        if plan.gram:
-            total = total + own_share(squares / spare, cross, largest)
-        covariance = (total / plan.divisor).to(dtype)
-    if plan.variance:
-        variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean()
-    invariance = error / (n * d) if plan.invariance else error
-    inv_weight, var_weight, cov_weight = weights_of(plan, weights)
-    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
-    return loss, invariance, variance, covariance, shift, squares, product, largest, cross
+    return error, total, shift, squares, product, error.new_empty((), dtype=torch.int64), error.new_empty(0)
 
 
 def largest_of(squares: Tensor) -> Tensor:
@@ -116,27 +141,8 @@ def own_share(squares: Tensor, cross: Tensor, largest: Tensor) -> Tensor:
     return 2 * cross.square().sum(dtype=torch.float64) - others.square().sum(dtype=torch.float64)
 
 
-def add_rows_(product: Tensor, student: Tensor, shift: Tensor, largest: Tensor, whole: Tensor | None) -> Tensor:
-    """product += xc xc^T but for the largest column -> <x_largest, x_j> of the others, [D], and 0 for itself.
-
-    whole: xc, for this to change, where one block was all of it.
-    """
-    cross = torch.empty_like(shift[0])
-    beside = column_of(student, shift, largest, whole)
-    for part in inner_blocks(student, True):
-        some = part[1]
-        if whole is None:
-            block = off(student[part].to(shift.dtype), shift[:, some])
-            set_apart_(block, largest - (some.start or 0))
-        else:
-            block = whole.index_fill_(1, largest, 0)
-        torch.mv(block.T, beside, out=cross[some])
-        add_square_(product, block)
-    return cross
-
-
 def column_of(student: Tensor, shift: Tensor, at: Tensor, whole: Tensor | None) -> Tensor:
-    """xc of one column, [N]; see add_rows_."""
+    """xc of one column, [N]. whole: xc, where one block was all of it."""
     if whole is not None:
         return whole.index_select(1, at)[:, 0]
     column, mean_of_it = (x.index_select(1, at) for x in (student, shift))
@@ -175,17 +181,17 @@ def vicreg_bwd_torch(
     column = matrix = towards = beside = None
     if plan.variance:
         sigma = deviation(squares, n, plan)
-        hinge = torch.where(sigma < plan.gamma, -var_weight * grad_output / (d * (spare if plan.unbiased else n)), 0)
-        column = hinge / sigma
+        pull = grad_output * (-var_weight / (d * (spare if plan.unbiased else n)))
+        column = torch.where(sigma < plan.gamma, pull / sigma, 0)
     if plan.covariance:
-        scale = cov_weight * grad_output * (4 / (plan.divisor * spare))
+        scale = grad_output * (cov_weight * (4 / (plan.divisor * spare)))
         matrix = product * scale
         if plan.gram:
             own = squares.index_fill(0, largest, 0) * (scale / spare)
             column = -own if column is None else column - own
             cross = cross * scale
     if plan.invariance:
-        towards = inv_weight * grad_output * (2 / max(n * d, 1))
+        towards = grad_output * (inv_weight * (2 / max(n * d, 1)))
     in_place = for_student and for_s.dtype == dtype
     for part in inner_blocks(student, plan.gram):
         block = student[part].to(dtype)
