@@ -89,10 +89,10 @@ def sums_by_rows(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Pla
             block = centre_block(block, shift[:, some])
             torch.sum(block.square(), 0, out=squares[some])
     if not plan.covariance:
-        return error, total, shift, squares, product, shift.new_empty((), dtype=torch.int64), cross
+        return error, total, shift, squares, product, shift.new_zeros((), dtype=torch.int64), cross
     largest, spare = largest_of(squares), max(n - 1, 1)
     whole = block if block.shape == student.shape else None
-    beside = column_of(student, shift, largest, whole)
+    beside = column_of(student, shift, largest, whole) / spare
     for part in inner_blocks(student, True):
         some = part[1]
         if whole is None:
@@ -100,7 +100,7 @@ def sums_by_rows(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Pla
             set_apart_(block, largest - (some.start or 0))
         else:
             block = whole.index_fill_(1, largest, 0)
-        torch.addmv(cross[some], block.T, beside, beta=0, alpha=1 / spare, out=cross[some])
+        torch.mv(block.T, beside, out=cross[some])
         add_square_(product, block, alpha=1 / spare, beta=1.0 if some.start else 0.0)
     total = product_energy(mirror_(product)) + own_share(squares / spare, cross, largest)
     return error, total, shift, squares, product, largest, cross
@@ -127,7 +127,7 @@ def sums_by_columns(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: 
         product = mirror_(product) if n else product.zero_()
         product.diagonal().zero_()
         total = product_energy(product)
-    return error, total, shift, squares, product, error.new_empty((), dtype=torch.int64), error.new_empty(0)
+    return error, total, shift, squares, product, error.new_zeros((), dtype=torch.int64), error.new_empty(0)
 
 
 def largest_of(squares: Tensor) -> Tensor:
