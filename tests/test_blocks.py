@@ -27,6 +27,36 @@ def test_are_as_accurate_as_eager(op, case, dtype, monkeypatch):
     check_accuracy(op, tuple(x.cpu() for x in op.draw(case.shape, dtype)), "torch", **case.options)
 
 
+@pytest.fixture
+def nan_in_new_memory():
+    """torch fills what it allocates with NaN, as long as it is told to be deterministic."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize(("op", "case"), list(cases()))
+def test_nothing_is_read_that_was_not_written(op, case, monkeypatch):
+    for elements in (columns_torch.CPU_ELEMENTS, 60):
+        monkeypatch.setattr(columns_torch, "CPU_ELEMENTS", elements)
+        check_accuracy(op, tuple(x.cpu() for x in op.draw(case.shape)), "torch", **case.options)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("route", ["gram", "covariance"])
+def test_no_rows_have_no_covariance(route):
+    assert FD.vicreg_loss(torch.ones(0, 3), torch.ones(0, 3), route=route).covariance == 0
+
+
+def test_terms_that_are_left_out_are_tensors_of_their_own():
+    terms = FD.vicreg_loss(torch.ones(2, 3), torch.ones(2, 3), var_weight=0, cov_weight=0)
+    terms.variance.add_(1)
+    assert terms.covariance == 0
+
+
 @pytest.mark.parametrize("shape", [(2, 500), (3, 500), (2, 3000)])
 def test_few_rows_by_columns(shape):
     check_accuracy(VICREG, tuple(x.cpu() for x in VICREG.draw(shape)), "torch", route="covariance")

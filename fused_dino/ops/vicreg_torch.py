@@ -31,7 +31,7 @@ def panels(m: int, like: Tensor) -> list[slice]:
     """Of a symmetric [m, m]; all of it where halving it saves less than it costs."""
     if torch.compiler.is_compiling() or like.device.type != "cpu" or m < 2 * CPU_PANEL:
         return [slice(0, m)]
-    return [slice(start, min(start + CPU_PANEL, m)) for start in range(0, m, CPU_PANEL)]
+    return [slice(start, start + CPU_PANEL) for start in range(0, m, CPU_PANEL)]
 
 
 def add_square_(out: Tensor, x: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
