@@ -251,7 +251,8 @@ def vicreg_loss(
     route: how the covariance is computed, by the [N, N] or the [D, D] product; auto takes the smaller. The same
         function; the reference always takes the [D, D] one. By rows a difference is taken, of which the column that
         deviates most is no part. It loses digits only where a second one deviates 1,000 times as much as the others,
-        too, and has nothing in common with the first: "covariance" is as accurate as eager there.
+        too, and has nothing in common with the first, and some roundings where "gram" is asked for and many rows have
+        two or three columns: "covariance" is as accurate as eager there.
     group: None: the rows of this process; a ProcessGroup: the rows of all its ranks, which may bring different numbers
         of rows. Every rank gets the same loss, and a gradient that DDP's mean over the ranks makes the full batch's;
         each does its share. Ranks exchange their counts on the host first, unless route is "covariance" or
