@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
@@ -177,4 +178,4 @@ def is_number(x: Any) -> bool:
     not."""
     if not isinstance(x, Real) or isinstance(x, bool):
         return False
-    return -LARGEST <= x <= LARGEST if isinstance(x, int) else -math.inf < float(x) < math.inf
+    return -LARGEST <= x <= LARGEST if isinstance(x, int | Fraction) else -math.inf < float(x) < math.inf

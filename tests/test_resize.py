@@ -1,6 +1,7 @@
 """preprocess against F.interpolate, torchvision and the recipe, in float64 where it can be, and what it refuses."""
 
 import warnings
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -78,6 +79,11 @@ def test_patches_are_what_a_convolution_reads(preprocess):
     assert patches.shape == (2, 12, 147)
     expected = F.conv2d(preprocess(x, (21, 28)), weight, stride=7).flatten(2).transpose(1, 2)
     assert_close(patches @ weight.flatten(1).T, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_patches_lie_as_they_are_read(preprocess, patch_size):
+    assert preprocess(pixels(2, 3, 8, 9), (4, 6), patch_size=patch_size).is_contiguous()
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
@@ -256,6 +262,8 @@ GOOD = torch.zeros(1, 3, 8, 8)
         ("size", {"size": b"44"}),
         ("mean", {"mean": (0.5, 0.5)}),
         ("mean", {"mean": 0.5}),
+        ("mean", {"mean": (Fraction(10**400), 0, 0)}),
+        ("mean", {"mean": (Fraction(-(10**400)), 0, 0)}),
         ("std", {"std": (0.5, 0.5, 0.0)}),
         ("interpolation", {"interpolation": "nearest"}),
         ("out_dtype", {"out_dtype": torch.int8}),

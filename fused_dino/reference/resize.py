@@ -48,4 +48,4 @@ def preprocess(
     out = torch.stack(channels, 1).to(out_dtype)
     if patch_size is None:
         return out
-    return rearrange(out, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+    return rearrange(out, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size).contiguous()
