@@ -145,12 +145,13 @@ def test_one_row_compiles_as_one_graph(fresh_compiler):
 
 
 def test_nothing_and_nan():
-    empty = torch.empty(0, 4, device=DEVICE)
+    empty = torch.empty(0, 4, device=DEVICE, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for unbiased in (False, True):
             out = FD.vicreg_loss(empty, empty, unbiased=unbiased)
             assert [x.isnan().item() for x in out] == [True, True, True, False]
+            assert torch.autograd.grad(out.loss, empty)[0].shape == (0, 4)
     y, g = pair(5, 4)
     y[2, 1] = float("nan")
     assert FD.vicreg_loss(y, g).loss.isnan()

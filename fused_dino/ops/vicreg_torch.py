@@ -181,7 +181,7 @@ def vicreg_bwd_torch(
     column = matrix = towards = beside = None
     if plan.variance:
         sigma = deviation(squares, n, plan)
-        pull = grad_output * (-var_weight / (d * (spare if plan.unbiased else n)))
+        pull = grad_output * (-var_weight / (d * (spare if plan.unbiased else max(n, 1))))
         column = torch.where(sigma < plan.gamma, pull / sigma, 0)
     if plan.covariance:
         scale = grad_output * (cov_weight * (4 / (plan.divisor * spare)))
