@@ -157,6 +157,20 @@ def test_nothing_and_nan():
     assert FD.vicreg_loss(y, g).loss.isnan()
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("shape", [(4, 3), (3, 6)])
+def test_a_constant_column_without_eps_has_eagers_gradient(shape, gamma):
+    y, g = pair(*shape)
+    y[:, 1] = 2
+    y.requires_grad_()
+    ours, eager = (
+        FD.vicreg_loss(y, g, gamma=gamma, eps=0, **options).loss for options in ({}, {"backend": "reference"})
+    )
+    (grad,), (expected,) = (torch.autograd.grad(x, y) for x in (ours, eager))
+    assert expected[:, 1].isnan().all()
+    assert_close(grad, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
 def test_a_term_that_is_left_out_is_0_of_nothing_too():
     assert not any(FD.vicreg_loss(*pair(0, 4), inv_weight=0, var_weight=0, cov_weight=0))
 

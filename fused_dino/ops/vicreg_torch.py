@@ -182,7 +182,7 @@ def vicreg_bwd_torch(
     if plan.variance:
         sigma = deviation(squares, n, plan)
         pull = grad_output * (-var_weight / (d * (spare if plan.unbiased else max(n, 1))))
-        column = torch.where(sigma < plan.gamma, pull / sigma, 0)
+        column = torch.where(sigma < plan.gamma, pull, 0) / sigma  # 0 / 0 where eager has it
     if plan.covariance:
         scale = grad_output * (cov_weight * (4 / (plan.divisor * spare)))
         matrix = product * scale
