@@ -34,7 +34,7 @@ def panels(m: int, like: Tensor) -> list[slice]:
     return [slice(start, start + CPU_PANEL) for start in range(0, m, CPU_PANEL)]
 
 
-def add_square_(out: Tensor, x: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+def add_square_(out: Tensor, x: Tensor, beta: float, alpha: float = 1.0) -> None:
     """out = beta out + alpha x x^T, of which only the panels from the diagonal on are computed; see mirror_."""
     for panel in panels(x.shape[0], x):
         upper = out[panel, panel.start :]
@@ -101,7 +101,7 @@ def sums_by_rows(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Pla
         else:
             block = whole.index_fill_(1, largest, 0)
         torch.mv(block.T, beside, out=cross[some])
-        add_square_(product, block, alpha=1 / spare, beta=1.0 if some.start else 0.0)
+        add_square_(product, block, beta=1.0 if some.start else 0.0, alpha=1 / spare)
     total = product_energy(mirror_(product)) + own_share(squares / spare, cross, largest)
     return error, total, shift, squares, product, largest, cross
 
@@ -120,7 +120,7 @@ def sums_by_columns(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: 
         if columns:
             block = off(block, shift)
         if plan.covariance:
-            add_square_(product, block.T, alpha=1 / max(n - 1, 1), beta=1.0 if part[0].start else 0.0)
+            add_square_(product, block.T, beta=1.0 if part[0].start else 0.0, alpha=1 / max(n - 1, 1))
         if columns:
             squares += block.square_().sum(0)
     if plan.covariance:
