@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .columns import deviation
 from .store import store
-from .vicreg_product import in_product, load_centred, mean_of
+from .vicreg_product import add_product, in_product, load_centred, mean_of
 
 
 @triton.jit
@@ -109,6 +109,20 @@ def share_of(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexp
 
 
 @triton.jit
+def as_multiplied(x, ROUND: tl.constexpr, PRECISION: tl.constexpr):
+    """Rounded to what the matrix unit reads of it: TF32 is float32 whose last 13 bits the unit ignores.
+
+    Where its row sums are needed too, they must be sums of the same numbers.
+    """
+    x = x.to(ROUND)
+    if tl.float32 == ROUND and PRECISION == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        # A carry out of the mantissa is right, and makes infinity of the largest numbers. NaN must stay NaN.
+        x = tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
 def vicreg_bwd_kernel(
     student, teacher,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
@@ -130,6 +144,7 @@ def vicreg_bwd_kernel(
     inside = column < width
     live = (row < rows)[:, None] & inside[None, :]
     n = tl.cast(rows, ACC)
+    one = tl.where(rows > 0, 1.0, 0.0)
     grad = tl.zeros((TILE, TILE), ACC)
     coefficient = tl.zeros((TILE,), ACC)
     if COVARIANCE:
@@ -141,7 +156,7 @@ def vicreg_bwd_kernel(
                 live_p = (row < rows)[:, None] & (k < rows)[None, :]
                 live_y = (k < rows)[:, None] & inside[None, :]
                 whole = tl.load(product + row[:, None] * rows + k[None, :], mask=live_p, other=0)
-                p = whole.to(ROUND).to(OPERAND)
+                p = as_multiplied(whole, ROUND, PRECISION).to(OPERAND)
                 if RAW:
                     y = tl.load(student + k[:, None] * stride_student + column[None, :], mask=live_y, other=0)
                     along += tl.sum(p.to(ACC), 1)
@@ -149,10 +164,10 @@ def vicreg_bwd_kernel(
                         # The rest of it in a second product: the columns' own share is taken off below, and cancels.
                         rest = (whole - p.to(ACC)).to(ROUND).to(OPERAND)
                         along += tl.sum(rest.to(ACC), 1)
-                        grad = tl.dot(rest, y.to(OPERAND), grad, input_precision=PRECISION, out_dtype=ACC)
+                        grad = add_product(grad, rest, y.to(OPERAND), one, PRECISION, ACC)
                 else:
                     y = load_centred(student, shift, stride_student, k[:, None], column[None, :], live_y, ACC)
-                grad = tl.dot(p, y.to(OPERAND), grad, input_precision=PRECISION, out_dtype=ACC)
+                grad = add_product(grad, p, y.to(OPERAND), one, PRECISION, ACC)
             if RAW:
                 grad -= along[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
         else:
@@ -162,13 +177,13 @@ def vicreg_bwd_kernel(
                 live_y = (row < rows)[:, None] & (k < width)[None, :]
                 live_p = (k < width)[:, None] & inside[None, :]
                 at = k.to(tl.int64)[:, None] * width + column[None, :]
-                p = tl.load(product + at, mask=live_p, other=0).to(ROUND).to(OPERAND)
+                p = as_multiplied(tl.load(product + at, mask=live_p, other=0), ROUND, PRECISION).to(OPERAND)
                 if RAW:
                     y = tl.load(student + row[:, None] * stride_student + k[None, :], mask=live_y, other=0)
                     beside += tl.sum(p.to(ACC) * mean_of(student, shift, k, k < width, ACC)[:, None], 0)
                 else:
                     y = load_centred(student, shift, stride_student, row[:, None], k[None, :], live_y, ACC)
-                grad = tl.dot(y.to(OPERAND), p, grad, input_precision=PRECISION, out_dtype=ACC)
+                grad = add_product(grad, y.to(OPERAND), p, one, PRECISION, ACC)
             if RAW:
                 grad -= beside[None, :]
         square = tl.load(squares + column, mask=inside, other=1)

@@ -74,8 +74,21 @@ def block_of(largest, first, last, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, a, b, one, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """acc + a b, added in registers: the matrix unit cuts each of its own sums toward zero, which adds up over a chain.
+
+    one: 1, which the compiler does not know, or it would add within the unit after all.
+    """
+    if tl.float64 == ACC:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        acc += tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC) * one
+    return acc
+
+
+@triton.jit
 def centred_step(
-    acc, student, shift, largest, stride, left, right, size, start, last,
+    acc, one, student, shift, largest, stride, left, right, size, start, last,
     GRAM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """acc + what BLOCK_K columns or rows have of a tile of xc xc^T or xc^T xc, but for the column `largest`."""
@@ -91,12 +104,12 @@ def centred_step(
         row = k.to(tl.int64)
         a = load_centred(student, shift, stride, row[None, :], left[:, None], live_a, ACC)
         b = load_centred(student, shift, stride, row[:, None], right[None, :], live_b, ACC)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    return add_product(acc, a, b, one, PRECISION, ACC)
 
 
 @triton.jit
 def centred_product(
-    student, shift, largest, stride, left, right, size, first, last,
+    one, student, shift, largest, stride, left, right, size, first, last,
     GRAM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A tile of xc xc^T or xc^T xc, of rows that lose their means before they meet."""
@@ -107,20 +120,20 @@ def centred_product(
     for start in range(first, tl.where(skipped < last, last - BLOCK_K, last), BLOCK_K):
         start += tl.where(start >= skipped, BLOCK_K, 0)
         acc = centred_step(
-            acc, student, shift, None, stride, left, right, size, start, last, GRAM, PRECISION, BLOCK_K, ACC
+            acc, one, student, shift, None, stride, left, right, size, start, last, GRAM, PRECISION, BLOCK_K, ACC
         )
     if GRAM:
         for start in range(skipped, end, NARROW):
             acc = centred_step(
-                acc, student, shift, largest, stride, left, right, size, start, last, GRAM, PRECISION, NARROW, ACC
+                acc, one, student, shift, largest, stride, left, right, size, start, last, GRAM, PRECISION, NARROW, ACC
             )
     return acc
 
 
 @triton.jit
 def raw_step(
-    acc, along_a, along_b, mean_square, student, shift, largest, stride, left, right, size, start, last,
-    GRAM: tl.constexpr, OPERAND: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, along_a, along_b, mean_square, one, student, shift, largest, stride, left, right, size, start, last,
+    GRAM: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same of rows of 16 bits as they are; along_a, along_b: <y, mean> of both sides."""
     k = start + tl.arange(0, BLOCK_K)
@@ -140,13 +153,14 @@ def raw_step(
         row = k.to(tl.int64)
         a = tl.load(student + row[None, :] * stride + left[:, None], mask=live_a, other=0)
         b = tl.load(student + row[:, None] * stride + right[None, :], mask=live_b, other=0)
-    return tl.dot(a.to(OPERAND), b.to(OPERAND), acc), along_a, along_b, mean_square
+    acc = add_product(acc, a.to(OPERAND), b.to(OPERAND), one, PRECISION, tl.float32)
+    return acc, along_a, along_b, mean_square
 
 
 @triton.jit
 def raw_product(
-    student, shift, largest, stride, left, right, size, first, last,
-    GRAM: tl.constexpr, OPERAND: tl.constexpr, BLOCK_K: tl.constexpr,
+    one, student, shift, largest, stride, left, right, size, first, last,
+    GRAM: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same of rows of 16 bits as they are, whose products float32 holds exactly; the means come off after it."""
     acc = tl.zeros((left.shape[0], right.shape[0]), tl.float32)
@@ -159,15 +173,15 @@ def raw_product(
     for start in range(first, tl.where(skipped < last, last - BLOCK_K, last), BLOCK_K):
         start += tl.where(start >= skipped, BLOCK_K, 0)
         acc, along_a, along_b, mean_square = raw_step(
-            acc, along_a, along_b, mean_square, student, shift, None, stride, left, right, size, start, last,
-            GRAM, OPERAND, BLOCK_K,
+            acc, along_a, along_b, mean_square, one, student, shift, None, stride, left, right, size, start, last,
+            GRAM, OPERAND, PRECISION, BLOCK_K,
         )  # fmt: skip
     if GRAM:
         narrow = tl.zeros((NARROW,), tl.float32)
         for start in range(skipped, end, NARROW):
             acc, along_a, along_b, narrow = raw_step(
-                acc, along_a, along_b, narrow, student, shift, largest, stride, left, right, size, start, last,
-                GRAM, OPERAND, NARROW,
+                acc, along_a, along_b, narrow, one, student, shift, largest, stride, left, right, size, start, last,
+                GRAM, OPERAND, PRECISION, NARROW,
             )  # fmt: skip
         return acc - along_a[:, None] - along_b[None, :] + (tl.sum(mean_square, 0) + tl.sum(narrow, 0))
     else:
@@ -199,16 +213,19 @@ def vicreg_product_kernel(
     right = j * TILE + tl.arange(0, TILE)
     first = tl.program_id(2) * depth_a_split
     last = tl.minimum(first + depth_a_split, depth)
+    one = tl.where(depth > 0, 1.0, 0.0)
     if RAW:
         if means_are_large(student, shift, squares, largest, rows, width, GRAM, 1024):
             acc = centred_product(
-                student, shift, largest, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K // 2, ACC
+                one, student, shift, largest, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K // 2, ACC
             )
         else:
-            acc = raw_product(student, shift, largest, stride, left, right, size, first, last, GRAM, OPERAND, BLOCK_K)
+            acc = raw_product(
+                one, student, shift, largest, stride, left, right, size, first, last, GRAM, OPERAND, PRECISION, BLOCK_K
+            )
     else:
         acc = centred_product(
-            student, shift, largest, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K, ACC
+            one, student, shift, largest, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K, ACC
         )
     if SPLIT:
         live = (left < size)[:, None] & (right < size)[None, :]
