@@ -2,12 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 NAME ?= cpu-$(shell getconf _NPROCESSORS_ONLN)-cores
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+INTERPRETER := TRITON_INTERPRET=1 PYTHONPATH=tests
 INTERPRETED := $(addprefix tests/,test_ops.py test_random_shapes.py test_kernels.py test_cosine_properties.py \
 	test_resize.py test_resize_properties.py test_standardize.py \
 	test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py \
 	test_patches.py::test_is_its_formula_in_value_and_gradient test_tokens.py::test_is_the_formula_in_value_and_gradient)
+# Ops with divisions and products of matrices, whose numbers are other numbers on a GPU.
+ON_THE_UNIT := $(addprefix tests/,test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py test_standardize.py \
+	test_ops.py) -k "vicreg or standardize"
 
-.PHONY: help setup demo test lint aot bench results report gpu dist test-oldest clean
+.PHONY: help setup demo test test-all test-oldest lint aot bench results report gpu dist clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -17,10 +22,17 @@ setup: .venv/.dev  ## create .venv with everything that the other targets need
 demo: .venv/.demo  ## train a small head on real photographs under a frozen teacher, and show what it learnt (ARGS=...)
 	$(BIN)/fused-dino demo $(ARGS)
 
-# The second call proves the kernels in Triton's interpreter, which takes a process of its own.
-test: .venv/.dev  ## run all the tests; a skipped one fails
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --no-skips $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --no-skips $(INTERPRETED)
+# The second call proves the kernels in Triton's interpreter, the third with a GPU's numbers: processes of their own.
+test: .venv/.dev  ## run the tests, in the interpreter the cases in which every two values meet; a skipped one fails
+	$(PYTEST) --no-skips $(ARGS)
+	$(INTERPRETER) $(PYTEST) --no-skips -p covering $(INTERPRETED)
+	$(INTERPRETER) $(PYTEST) --no-skips -p covering -p matrix_unit $(ON_THE_UNIT)
+
+test-all: .venv/.dev  ## run every case of every test, and compile every kernel for every GPU
+	$(PYTEST) --no-skips $(ARGS)
+	$(INTERPRETER) $(PYTEST) --no-skips $(INTERPRETED)
+	$(INTERPRETER) $(PYTEST) --no-skips -p matrix_unit $(ON_THE_UNIT)
+	$(BIN)/python tests/aot.py
 
 aot: .venv/.dev  ## compile every kernel for GPUs that are not here, and hold it against its budget
 	$(BIN)/python tests/aot.py
@@ -47,10 +59,11 @@ dist: .venv/.dev  ## build the sdist and the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
-# Without the budgets, which are those of the newest Triton.
-test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch, timm and einops that are supported
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto --ignore tests/test_aot.py $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -q -n auto $(INTERPRETED)
+test-oldest: BIN := .venv-oldest/bin
+test-oldest: .venv-oldest/.dev  ## run the tests with the oldest torch, Triton, timm and einops that are supported
+	$(PYTEST) $(ARGS)
+	$(INTERPRETER) $(PYTEST) -p covering $(INTERPRETED)
+	$(INTERPRETER) $(PYTEST) -p covering -p matrix_unit $(ON_THE_UNIT)
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .venv-oldest build dist *.egg-info demo gpu

@@ -1,4 +1,7 @@
-"""The proving ground proves something: kernels broken on purpose are each caught, by the test that is there for it."""
+"""The proving ground proves something: kernels broken on purpose are each caught, by the test that is there for it.
+
+Each by the cases that `make test` runs in the interpreter, which the plugin covering chooses.
+"""
 
 import multiprocessing
 import multiprocessing.forkserver
@@ -265,6 +268,21 @@ MUTATIONS = {
         "weight_of(weights, 1, cov_weight, ACC) * var",
         "test_ops.py::test_is_as_accurate_as_eager -k vicreg",
     ),
+    "vicreg: a product of other numbers than its sums are of": (
+        "x = tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)",
+        "x = bits.to(tl.float32, bitcast=True)",
+        "test_vicreg.py::test_numbers_hold_where_little_is_left -k float16 -p matrix_unit",
+    ),
+    "vicreg_product: sums that stay in the matrix unit": (
+        "acc += tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC) * one",
+        "acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)",
+        "test_vicreg_limits.py::test_a_sum_of_4096_products_is_not_biased -p matrix_unit",
+    ),
+    "vicreg_product: one pass of TF32 in place of three": (
+        "acc += tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC) * one",
+        'acc += tl.dot(a, b, input_precision="tf32", out_dtype=ACC) * one',
+        "test_ops.py::test_is_as_accurate_as_eager -k 70x150 -p matrix_unit",
+    ),
     "vicreg: a product past its rows": (
         "live_y = (k < rows)[:, None] & inside[None, :]",
         "live_y = (k < rows + 1)[:, None] & inside[None, :]",
@@ -276,11 +294,11 @@ MUTATIONS = {
 def run_tests(tree: Path, test: str) -> None:
     """In a process of its own: the tests of a tree on its package and its kernels."""
     os.chdir(tree)
-    sys.path.insert(0, str(tree))
+    sys.path[:0] = [str(tree), str(tree / "tests")]
     with open("output", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *f"tests/{test}".split()])
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "covering", *f"tests/{test}".split()])
         sys.stdout.flush()
         os._exit(code)
 
@@ -291,6 +309,7 @@ def start():
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_INTERPRET", "1")
     patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins that these tests do without take seconds to load
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "triton", "hypothesis"])
     multiprocessing.forkserver.ensure_running()
