@@ -17,6 +17,8 @@ def bench(
     json: Path | None = None,
     self_check: bool = False,
     seconds: float = float("inf"),
+    row: str | None = None,
+    device: str | None = None,
 ) -> int:
     """-> the exit status: 0, or 130 when Ctrl-C ended the run."""
     benches = harness.benches()
@@ -27,8 +29,10 @@ def bench(
             evidence.prepare(json)
         except OSError as error:
             raise Refused(f"--json: cannot write {json}: {error.strerror or error}") from None
-    device = session.default_device()
+    device = device or session.default_device()
     cases = session.plan([benches[op]] if op else benches.values(), device, quick)
+    if row is not None and not (cases := [case for case in cases if row in str(case)]):
+        raise Refused(f"--row: no row that is to be measured has {row!r} in its name")
     if not cases:
         raise Refused(f"--quick: no row of {op} is in the quick selection; leave --quick out")
     with show.progress(len(cases)) as starting:

@@ -1,35 +1,151 @@
-"""Each op once, small and on every backend of ours, forward and backward: what compute-sanitizer watches on a GPU."""
+"""One small case of every variant of a kernel, by Triton alone: what a memory checker watches.
+
+    compute-sanitizer python3 -m benchmarks.exercise [--seconds S]
+
+Each case is named before it runs and is waited for, so that what the checker says belongs to the case above it. The
+exit status is 0, or OUT_OF_TIME where cases are left.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import harness, session
+from fused_dino import functional as FD
 
-LARGEST = 2**22  # elements of an input: the sanitizer is slow
+from . import session
+from .roofs import matrix_precision
+from .smoke import OUT_OF_TIME
+
+Case = tuple[str, Callable[[], object]]
+F64, F32, BF16, F16, U8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8
+MANY_ROWS = 4200  # of which a program takes several
 
 
-def main() -> None:
+def cases(device: str) -> list[Case]:
+    """The most telling of each op first, the ops by turns: a checker may run out of time."""
+    ops = [list(of(device)) for of in (cosine, resize, vicreg, standardize)]
+    turns = [(i / len(found), case) for found in ops for i, case in enumerate(found)]
+    return [case for _, case in sorted(turns, key=lambda turn: turn[0])]
+
+
+def gradients(call: Callable[..., Tensor], *inputs: Tensor, wanted: int = 1, **options: Any) -> object:
+    """Backward to the first `wanted` of the inputs, forward alone where that is 0. No number of grad_output is 1."""
+    leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(inputs)]
+    out = call(*leaves, backend="triton", **options)
+    if not wanted:
+        return out
+    grad_output = torch.linspace(0.5, 1.5, out.numel() + 1, dtype=out.dtype, device=out.device)[1:].view(out.shape)
+    return torch.autograd.grad(out, leaves[:wanted], grad_output)
+
+
+def normal(device: str, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def cosine(device: str) -> Iterator[Case]:
+    def case(name: str, shape: tuple[int, int], dtype: torch.dtype, loss: Any = FD.cosine_loss, **options: Any) -> Case:
+        inputs = [normal(device, *shape, dtype=dtype) for _ in range(2)]
+        return f"{loss.__name__} {shape[0]} x {shape[1]} {dtype}, {name}", partial(gradients, loss, *inputs, **options)
+
+    yield case("to both", (5, 200), BF16, wanted=2)
+    yield case("programs of several rows", (MANY_ROWS, 40), BF16)
+    weight, alpha = torch.linspace(0.5, 1, 5, device=device), torch.tensor(0.3, device=device)
+    yield case("weights and a scale", (5, 1000), F32, weight=weight, alpha=alpha)
+    for width in (1000, 3000, 5000):  # each of the blocks, and a loop over the widest
+        yield case("to student", (5, width), F32)
+        yield case("to both", (5, width), BF16, wanted=2)
+    yield case("a value a row", (5, 200), F64, reduction="none", wanted=2)
+    elements = partial(case, loss=FD.mse_loss, reduction="none", wanted=2)
+    yield elements("a value an element", (5, 200), F32)
+    yield elements("a value an element, as they are", (5, 5000), BF16, normalize=False)
+    yield case("forward", (5, 200), F16, wanted=0)
+    yield case("as they are", (5, 200), F32, FD.mse_loss, normalize=False)
+    yield case("elements, forward", (5, 200), F32, FD.mse_loss, reduction="none", wanted=0)
+
+
+def resize(device: str) -> Iterator[Case]:
+    def case(
+        name: str, dtype: torch.dtype = F32, last: bool = False, side: tuple[int, int] = (20, 30), **options: Any
+    ) -> Case:
+        images = (normal(device, 2, 3, *side) * 60 + 128).clamp(0, 255).to(dtype)
+        images = images.contiguous(memory_format=torch.channels_last) if last else images
+        given = {"size": (14, 28), "input_range": (0.0, 255.0), **options}
+        wanted = int(dtype.is_floating_point)
+        return f"preprocess {dtype}, {name}", partial(gradients, FD.preprocess, images, wanted=wanted, **given)
+
+    yield case("bilinear")
+    yield case("bytes", U8, out_dtype=BF16)
+    yield case("bytes, channels last, patches", U8, last=True, patch_size=14)
+    yield case("channels last, clamped patches", BF16, last=True, patch_size=14, clamp=True)
+    yield case("antialias", F32, antialias=True)
+    yield case("bicubic", BF16, interpolation="bicubic")
+    yield case("bicubic, antialias", F32, interpolation="bicubic", antialias=True)
+    yield case("several segments", F32, side=(3, 1500), size=(3, 40))
+    yield case("enlarged", BF16, size=(37, 51))
+    yield case("its own size", F32, size=(20, 30))
+    yield case("bilinear", F64, antialias=True, clamp=True)
+
+
+def vicreg(device: str) -> Iterator[Case]:
+    def loss(*inputs: Tensor, tf32: bool = False, **options: Any) -> Tensor:
+        with matrix_precision(tf32):
+            return FD.vicreg_loss(*inputs, **options).loss
+
+    def case(name: str, shape: tuple[int, int], dtype: torch.dtype, mean: float = 0.0, **options: Any) -> Case:
+        inputs = [normal(device, *shape, dtype=F32) + mean for _ in range(2)]
+        inputs = [x.to(dtype) for x in inputs]
+        return f"vicreg_loss {shape[0]} x {shape[1]} {dtype}, {name}", partial(gradients, loss, *inputs, **options)
+
+    yield case("by rows, split", (40, 600), F32)
+    yield case("by columns, split, runs of rows merged", (1100, 40), BF16)
+    yield case("by rows, large means", (40, 300), F16, mean=100.0)
+    yield case("by columns, large means", (300, 40), BF16, mean=100.0)
+    yield case("by rows, TF32, to both", (70, 80), F32, wanted=2, tf32=True)
+    yield case("by columns", (80, 70), F32)
+    yield case("by rows, to both", (20, 300), BF16, wanted=2)
+    yield case("by columns", (300, 20), F16)
+    yield case("by rows, split", (20, 1200), F64)
+    yield case("without a covariance", (20, 60), F32, cov_weight=0.0, wanted=2)
+
+
+def standardize(device: str) -> Iterator[Case]:
+    def case(name: str, shape: tuple[int, int], dtype: torch.dtype, **options: Any) -> Case:
+        inputs = [normal(device, *shape, dtype=dtype) for _ in range(2)]
+        call = partial(gradients, FD.mse_loss, *inputs, whiten=True, **options)
+        return f"whitened mse_loss {shape[0]} x {shape[1]} {dtype}, {name}", call
+
+    yield case("runs of rows merged", (600, 40), BF16)
+    yield case("as they are", (40, 700), F32, normalize=False)
+    yield case("runs of rows merged", (600, 90), F64)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.exercise", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), metavar="S", help="start no case after this long"
+    )
+    seconds, start = parser.parse_args().seconds, time.monotonic()
     device = session.default_device()
-    for case in session.plan(harness.benches().values(), device, quick=False):
-        if torch.Size(case.row.shape).numel() > LARGEST or case.bench.rooms is not None:
-            continue
-        row = replace(case.row, shape=(min(case.row.shape[0], 64), *case.row.shape[1:]))
-        case = replace(case, row=row)
-        inputs = harness.draw(case.bench, row, device)
-        for provider in harness.providers(case.bench, row, device, inputs[0]):
-            if provider.role == "ours":
-                try:
-                    harness.bind(case.bench, row, provider.make(), inputs, case.direction)()
-                except harness.Unavailable as reason:
-                    print(f"{case} {provider.name}: {reason}")
-                else:
-                    print(f"{case} {provider.name}: ran")
-    if device == "cuda":
-        torch.cuda.synchronize()
+    found = cases(device)
+    for i, (name, call) in enumerate(found):
+        if time.monotonic() - start > seconds:
+            print(f"out of time: {len(found) - i} of {len(found)} cases are left")
+            return OUT_OF_TIME
+        print(name, flush=True)
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    print(f"{len(found)} cases ran")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

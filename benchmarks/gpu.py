@@ -1,9 +1,13 @@
-"""`make gpu`: the tests, the memory checkers and the benchmarks on a GPU, within a limit, whatever one of them does.
+"""`make gpu`: smoke, tests, memory checkers and benchmarks on a GPU, within a limit, whatever one of them does.
 
-`python3 -m benchmarks.gpu OUT --seconds LIMIT` runs uninstalled. Into the folder OUT go a log for each stage, the
-evidence, rewritten after every row, and summary.txt. A stage that fails, crashes or takes too long costs its own share
-of the time and no more. The exit status is 0; 1 where a test or a memory checker failed or did not end; 2 where there
-is no GPU.
+    python3 -m benchmarks.gpu OUT [--seconds 540] [--only STAGE] [--device cuda|cpu]
+
+runs uninstalled. A log for each stage goes into the folder OUT, with a line a row and a line a test as they end
+(smoke.jsonl, tests.jsonl), the evidence, written anew after every row, and summary.txt, written anew after every stage:
+a run that is killed leaves what it found. A stage that fails, crashes or takes too long costs its own share of the time
+and no more. On a CPU every stage runs on what is smallest, which shows that it runs and proves nothing of a GPU.
+
+The exit status is 0; 1 where a row, a test or a memory checker failed or did not end; 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,168 +17,116 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import evidence, table
-from .evidence import ROOT
+from . import device_tests, digest
+from .stages import Outcome, Stage, run_all
 
-HEIGHT, WIDTH = 24, 80  # of the summary: a terminal's
-GRACE = 10.0  # seconds between asking a stage to end and ending it
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command, and the share that it may take of the time that is left. A stage that `proves` decides the status."""
-
-    name: str
-    command: Sequence[str]
-    share: float
-    proves: bool = True
-    environment: tuple[tuple[str, str], ...] = ()
+SECONDS = 540.0  # a job of ten minutes, with a minute to start in
+STAGES = ("smoke", "tests", "checkers", "benchmarks", "wide")
+ASKED = ("wide",)  # run where they are asked for
+SANITIZER = "compute-sanitizer"
+ONE_ROW = "cosine_loss 256 x 1024 float32 (IEEE), forward + backward"
+HANDFUL = "(test_is_as_accurate_as_eager and cosine_loss and (3x16 or 5x37)) or test_the_kernel_is_what_runs"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """status: passed, failed, crashed or out of time; said: its last line, or the last that counts tests."""
-
-    stage: Stage
-    status: str
-    seconds: float
-    said: str
-
-    @property
-    def bad(self) -> bool:
-        return self.stage.proves and self.status != "passed"
-
-
-def stages(out: Path, device: str) -> list[Stage]:
-    python = sys.executable
-    found = [Stage("tests", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], 0.4)]
-    if (tool := shutil.which("compute-sanitizer")) is not None:
-        for check in ("memcheck", "racecheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "9", python, "-m", "benchmarks.exercise"]
-            # Each tensor an allocation of its own: torch's allocator hides an access beyond one.
-            found.append(Stage(check, command, 0.15, environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)))
-    results = str(results_file(out, device))
-    measure = [python, "-m", "benchmarks", "run", "--self-check", "--json", results, "--seconds"]
-    return [*found, Stage("benchmarks", [*measure, "{seconds}"], 1.0, proves=False)]
+def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, Stage]]:
+    """(the stage that it belongs to, what runs) of all, in their order."""
+    module = [sys.executable, "-m"]
+    smoke = Stage("smoke", [*module, "benchmarks.smoke", str(out), "--device", device, "--seconds", "{seconds}"], 150)
+    one: tuple[tuple[str, str], ...] = (("OMP_NUM_THREADS", "1"),)
+    if device == "cpu":
+        tests = device_tests.command("tests", out / "tests.jsonl", 1, ("test_ops.py", "test_kernels.py"))
+        tests, environment = [*tests, "-k", HANDFUL], (*one, ("TRITON_INTERPRET", "1"))
+    else:
+        tests, environment = device_tests.command("tests", out / "tests.jsonl", cpus()), one
+    wide = Stage("wide", device_tests.command("wide", out / "wide.jsonl", cpus()), seconds, environment=one)
+    run = [*module, "benchmarks", "run", "--device", device, "--json", str(evidence_file(out, device))]
+    run += ["--row", ONE_ROW] if device == "cpu" else ["--self-check"]
+    rest = max(30.0, seconds - 510)
+    return [
+        ("smoke", smoke),
+        ("tests", Stage("tests", tests, 270, environment=environment)),
+        *(("checkers", checker(name, limit, device)) for name, limit in (("memcheck", 55.0), ("racecheck", 35.0))),
+        ("benchmarks", Stage("benchmarks", [*run, "--seconds", "{seconds}"], rest, proves=False)),
+        ("wide", wide),
+    ]
 
 
-def results_file(out: Path, device: str) -> Path:
-    return out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+def chosen(out: Path, device: str, seconds: float, only: Sequence[str]) -> list[Stage]:
+    """The stages that are asked for, or all that need not be asked for."""
+    wanted = only or [name for name in STAGES if name not in ASKED]
+    return [stage for name, stage in stages(out, device, seconds) if name in wanted]
 
 
-def run_all(
-    found: list[Stage], out: Path, seconds: float, clock: Callable[[], float] = time.monotonic
-) -> list[Outcome]:
-    end = clock() + seconds
-    outcomes = []
-    for stage in found:
-        outcomes.append(run_stage(stage, out / f"{stage.name}.log", max(1.0, stage.share * (end - clock()))))
-        print(line(outcomes[-1]), flush=True)
-    return outcomes
+def checker(name: str, seconds: float, device: str) -> Stage:
+    """One of compute-sanitizer's tools over a small case of every variant of a kernel."""
+    tool = sanitizer() if device == "cuda" else None
+    if tool is None:
+        where = "is neither on PATH nor beside nvcc" if device == "cuda" else "is looked for where there is a GPU"
+        return Stage(name, [], seconds, missing=f"{SANITIZER} {where}")
+    command = [tool, "--tool", name, "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "benchmarks.exercise", "--seconds", "{seconds}"]
+    # Each tensor an allocation of its own: torch's allocator hides an access beyond one.
+    return Stage(name, command, seconds, environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
 
-def run_stage(stage: Stage, log: Path, limit: float) -> Outcome:
-    """Runs a stage in a process group of its own, which is ended as a whole when the limit is over."""
-    inner = max(1.0, limit - 2 * GRACE)  # for a stage that can end by itself
-    command = [part.replace("{seconds}", f"{inner:.0f}") for part in stage.command]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(stage.environment)}
-    start = time.monotonic()
-    with log.open("wb") as file:
-        try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return Outcome(stage, "crashed", 0.0, evidence.clean(error))
-        try:
-            code = process.wait(timeout=limit)
-            status = "passed" if code == 0 else "failed" if code > 0 else "crashed"
-        except subprocess.TimeoutExpired:
-            end(process)
-            status = "out of time"
-        except BaseException:  # Ctrl-C ends the stage, too
-            end(process)
-            raise
-    return Outcome(stage, status, time.monotonic() - start, last_words(log))
+def sanitizer() -> str | None:
+    """compute-sanitizer on PATH, beside nvcc, or in the CUDA toolkit that the environment names."""
+    nvcc = shutil.which("nvcc")
+    folders = [os.path.dirname(os.path.realpath(nvcc))] if nvcc else []
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders += [os.path.join(home, "bin") for home in homes if home]
+    found = (shutil.which(SANITIZER, path=path) for path in (None, *folders))
+    return next((path for path in found if path), None)
 
 
-def end(process: subprocess.Popen) -> None:
-    """Asks the process and its children to end, as Ctrl-C does, then ends them."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=GRACE)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def last_words(log: Path) -> str:
-    lines = [line.strip(" =") for line in log.read_text(errors="replace").splitlines() if line.strip(" =")]
-    counts = [line for line in lines if re.search(r"\d+ (passed|failed|error)|ERROR SUMMARY|RACECHECK SUMMARY", line)]
-    return (counts or lines or [""])[-1]
+def evidence_file(out: Path, device: str) -> Path:
+    """Named after the device, as benchmarks/results/ has it."""
+    import torch
 
-
-def line(outcome: Outcome) -> str:
-    return f"{outcome.stage.name:<11} {outcome.status:<11} {outcome.seconds:5.0f} s  {outcome.said}"[:WIDTH]
-
-
-def failures(out: Path) -> list[str]:
-    log = out / "tests.log"
-    text = log.read_text(errors="replace") if log.exists() else ""
-    return re.findall(r"^(?:FAILED|ERROR) \S.*", text, re.MULTILINE)
-
-
-def summary(outcomes: list[Outcome], out: Path, device: str) -> str:
-    """What fits a screen: the stages, the first failures, and a line or two of each op."""
-    lines = [f"{device}: {'FAILED' if any(o.bad for o in outcomes) else 'passed'}", *map(line, outcomes)]
-    said = claims(results_file(out, device))
-    failed = failures(out)
-    room = HEIGHT - len(lines) - len(said) - 2
-    if len(failed) > room:
-        failed = [*failed[: max(0, room - 1)], f"... and {len(failed) - max(0, room - 1)} more, in tests.log"]
-    return "\n".join(text[:WIDTH] for text in [*lines, *failed, *said][: HEIGHT - 1])
-
-
-def claims(path: Path) -> list[str]:
-    if not path.exists():
-        return ["no row was measured"]
-    try:
-        run = evidence.load(path)
-    except ValueError as error:
-        return [str(error)]
-    said = [f"{len(run.records)} rows measured ({run.ended}), in {path.name}"]
-    for op in dict.fromkeys(record.op for record in run.records):
-        record = table.telling(op, run)
-        said += [f"{op}: {record.row}", f"  {table.claim(record, run)}"]
-    return said
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="the folder for logs, evidence and summary.txt")
-    parser.add_argument("--seconds", type=float, default=1800.0, metavar="LIMIT", help="for everything; default: 1800")
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="LIMIT", help=f"for everything; {SECONDS:g}")
+    parser.add_argument("--only", choices=STAGES, action="append", default=[], help="this stage; may be given again")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run on what is smallest")
     options = parser.parse_args(argv)
     import torch
 
-    if not torch.cuda.is_available():
-        print(f"{parser.prog}: there is no GPU that this torch can use", file=sys.stderr)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"{parser.prog}: there is no GPU that this torch can use; --device cpu is a dry run", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    out, device = options.out.resolve(), torch.cuda.get_device_name()
-    outcomes = run_all(stages(out, device), out, options.seconds)
-    said = summary(outcomes, out, device)
-    (out / "summary.txt").write_text(said + "\n", encoding="utf-8")
-    print(said)
+    out = options.out.resolve()
+    # One cache for all stages: what smoke compiles no test compiles again.
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"fused_dino-triton-{os.getuid()}"))
+    signal.signal(signal.SIGTERM, interrupt)
+
+    def ended(outcomes: list[Outcome]) -> None:
+        digest.write(out, outcomes)
+        print(digest.line(outcomes[-1], out), flush=True)
+
+    outcomes = run_all(chosen(out, options.device, options.seconds, options.only), out, options.seconds, ended)
+    print("\n" + (out / "summary.txt").read_text())
     return int(any(outcome.bad for outcome in outcomes))
+
+
+def interrupt(*_: Any) -> None:
+    """Whoever ends the run gets the summary of what there is."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

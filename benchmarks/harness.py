@@ -97,7 +97,7 @@ def providers(bench: Bench, row: Row, device: str, like: Tensor, twice: bool = F
     if twice:
         yield Provider("eager again", "again", lambda: bench.recipe(row))
     yield Provider("torch.compile", "compile", lambda: compiled(bench.recipe(row)))
-    if device == "cuda":
+    if device == "cuda" and row.quick:  # tuning takes a minute a row
         mode = "max-autotune-no-cudagraphs"
         yield Provider("torch.compile, tuned", "compile", lambda: compiled(bench.recipe(row), mode))
     for backend in ("triton", "torch") if device == "cuda" else ("torch",):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
@@ -48,9 +49,7 @@ def spread(values: Sequence[float]) -> float:
     return (high - low) / mid if mid else 0.0
 
 
-def host_sampler(
-    call: Callable[[], Any], wait: Callable[[], Any] = lambda: None, clock: Clock = time.perf_counter
-) -> Callable[[], Sample]:
+def host_sampler(call: Callable[[], Any], clock: Clock = time.perf_counter) -> Callable[[], Sample]:
     """-> a function () -> the wall time of one call, the mean of as many as SAMPLE takes.
 
     A call that is not timed comes before them: whoever was sampled last left other data in the caches, and other memory
@@ -58,11 +57,9 @@ def host_sampler(
     """
 
     def once(repeat: int) -> float:
-        wait()
         start = clock()
         for _ in range(repeat):
             call()
-        wait()
         return (clock() - start) / repeat
 
     call()
@@ -77,31 +74,81 @@ def host_sampler(
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
-COLD_MS = 50  # of each round; LEAST rounds together measure longer than 200 ms
+COLD_ROUNDS = 20  # of a sample, whose median counts
+FLUSH = 2**28  # bytes that are read to empty the L2: several times its size
+CYCLES = 2e9  # a second, of a fast GPU's clock: a slower one sleeps longer
+LEAST_SLEEP, LONGEST_SLEEP = 2e-4, 2.0  # seconds
+HOST_ROUNDS, HOST_CALLS = 15, 2  # few calls: a stream holds some 1,000 launches, and then the host waits for the GPU
 ROTATION = 3  # times the L2, so that no replay finds its inputs there
 COPIES = 512  # at most
 
 
 def gpu_sampler(calls: Sequence[Callable[[], Any]]) -> Callable[[], Sample]:
-    """-> a function () -> cold, graph and wall, in seconds a call.
+    """-> a function () -> cold, graph and host, in seconds a call.
 
-    calls: the same call on as many inputs as rotate(...) made. cold: triton.testing.do_bench, with the L2 flushed
-    before each call; graph: all calls in one CUDA graph, so that no launch is waited for; wall: of the host, launches
-    and all. A call that cannot be captured has no graph figure.
+    calls: the same call on as many inputs as rotate(...) made. cold: of the GPU alone, with nothing in its L2; graph:
+    all calls in one CUDA graph, so that no launch is waited for; host: until a call is enqueued. A call that cannot be
+    captured has no graph figure.
     """
-    from triton.testing import do_bench
-
     call = calls[0]
-    wall = host_sampler(call, torch.cuda.synchronize)
     graph = capture(calls)
 
     def sample() -> Sample:
-        figures = {"cold": do_bench(call, warmup=10, rep=COLD_MS, return_mode="median") / 1e3}
-        if graph is not None:
-            figures["graph"] = replay(graph) / len(calls)
-        return figures | wall()
+        host = enqueue(call)
+        figures = {"cold": cold(call, host), "host": host}
+        return figures if graph is None else figures | {"graph": replay(graph) / len(calls)}
 
+    sample()  # a call that cannot be timed raises here, and not in the middle of the rounds
     return sample
+
+
+def enqueue(call: Callable[[], Any], cuda: Any = torch.cuda, clock: Clock = time.perf_counter) -> float:
+    """Seconds in which the host enqueues a call on a GPU that has nothing else to do: the median of HOST_ROUNDS."""
+    call()
+    spent = []
+    for _ in range(HOST_ROUNDS):
+        cuda.synchronize()
+        start = clock()
+        for _ in range(HOST_CALLS):
+            call()
+        spent.append((clock() - start) / HOST_CALLS)
+    cuda.synchronize()
+    return median(spent)
+
+
+def cold(call: Callable[[], Any], host: float, cuda: Any = torch.cuda, flush: Callable[[], Any] | None = None) -> float:
+    """GPU seconds of a call whose inputs are not in the L2: the median of COLD_ROUNDS.
+
+    host: seconds in which it is enqueued. The GPU sleeps meanwhile, so that it has the whole call when it reaches the
+    start event. A round in which it got there first is taken again, after a longer sleep.
+    """
+    flush = flush or empty_the_cache
+    sleep = 2 * host + LEAST_SLEEP
+    times: list[float] = []
+    while len(times) < COLD_ROUNDS:
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        flush()
+        cuda._sleep(round(sleep * CYCLES))
+        start.record()
+        call()
+        end.record()
+        late = start.query()
+        cuda.synchronize()
+        if not late:
+            times.append(start.elapsed_time(end) / 1e3)
+        elif (sleep := 2 * sleep) > LONGEST_SLEEP:
+            raise RuntimeError("the call waits for the GPU, so that its GPU time cannot be told from the host's")
+    return median(times)
+
+
+@lru_cache(maxsize=1)
+def other_data() -> Tensor:
+    return torch.zeros(FLUSH // 4, device="cuda")
+
+
+def empty_the_cache() -> None:
+    """By reading other data: after a write the call would pay for what the L2 has to write back."""
+    other_data().sum()
 
 
 def rotate(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
@@ -138,6 +185,16 @@ def replay(graph: torch.cuda.CUDAGraph) -> float:
         mark.record()
     torch.cuda.synchronize()
     return median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
+
+
+def lost() -> bool:
+    """Whether an error has taken the GPU from this process for good, as a wrong address does."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

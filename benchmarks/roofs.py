@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .measure import host_sampler, middle
+from .measure import cold, enqueue, host_sampler, middle
 
 Roofs = dict[str, float]  # "copy": bytes a second, read and written; a precision: FLOP a second
 
@@ -35,9 +35,7 @@ def copy_speed(device: str) -> float:
 
 def seconds(call: Callable[[], Any], device: str) -> float:
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(call, warmup=20, rep=200, return_mode="median") / 1e3
+        return cold(call, enqueue(call))
     sample = host_sampler(call)
     return middle([sample()["wall"] for _ in range(7)])
 

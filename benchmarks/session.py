@@ -72,7 +72,13 @@ def run(
                 run.ended = "out of time"
                 break
             starting(case)
-            run.records.append(record(case, device, SECONDS[quick], self_check))
+            try:
+                run.records.append(record(case, device, SECONDS[quick], self_check))
+            except Exception as error:
+                if not measure.lost():
+                    raise
+                run.ended = f"the GPU was lost in {case}: {evidence.clean(error)}"
+                break
             keep(run, path)
             done(run.records[-1])
         else:
@@ -99,7 +105,10 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
         for provider, timing, function in checked(case, device, inputs, twice):
             timings.append(timing)
             if function is not None:
-                samplers[provider.name] = sampler(timing, case, function, inputs, device)
+                try:
+                    samplers[provider.name] = sampler(timing, case, function, inputs, device)
+                except Exception as error:
+                    timing.why = f"could not be timed: {evidence.clean(error)}"
         if bench.rooms is not None:
             for name, call in bench.rooms(row, *inputs).items():
                 timings.append(Timing(name, "room"))

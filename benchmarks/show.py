@@ -41,7 +41,7 @@ def report(evidence: Evidence, planned: int, width: int | None = None) -> str:
     parts.append("")
     if len(evidence.records) < planned:
         parts.append(f"Measured {len(evidence.records)} of {planned}: the run was ended early.")
-    parts += [said for said in (table.busy(evidence), table.noise(evidence)) if said]
+    parts += [said for said in (table.busy(evidence), table.noise(evidence), table.slow_hosts(evidence)) if said]
     if evidence.kind == "cpu" and evidence.records:
         parts.append("These are a CPU's times: ratios inside this run count, and say nothing of a GPU.")
     parts += [table.sentence(op, evidence) for op in dict.fromkeys(r.op for r in evidence.records)]

@@ -10,7 +10,16 @@ from .measure import middle
 from .roofs import of_the_roof
 from .shapes import BACKWARD
 
-WORDS = ("op", "row", "precision", "direction", "provider")  # columns that are read from the left
+WORDS = (
+    "op",
+    "row",
+    "precision",
+    "direction",
+    "provider",
+    "figure",
+    "limiter",
+    "target",
+)  # columns that are read from the left
 SAME = 0.05  # two speeds that are nearer than this are called equal
 
 
@@ -90,7 +99,7 @@ def cells(record: Record, timing: Timing, evidence: Evidence) -> dict[str, str]:
         "time": time(seconds),
         "+-": percent(timing.spread(record.headline)) if seconds else "-",
         **(
-            {} if record.kind == "cpu" else {"graph": time(timing.figure("graph")), "host": time(timing.figure("wall"))}
+            {} if record.kind == "cpu" else {"graph": time(timing.figure("graph")), "host": time(timing.figure("host"))}
         ),
         "vs eager": times(record.ratio(timing, record.of("eager"))) if timed else "-",
         "GB/s": digits(record.bytes / seconds / 1e9) if timed and seconds else "-",
@@ -223,6 +232,16 @@ def noise(evidence: Evidence) -> str | None:
         f"Self-check: eager, timed twice under two names on {len(apart)} rows, differs from itself by "
         f"{percent(middle(apart))} in the median and by {percent(max(apart))} at most. Less than that is noise."
     )
+
+
+def slow_hosts(evidence: Evidence) -> str | None:
+    """Where our host time is above eager's, on a GPU: None where it is nowhere."""
+    found = []
+    for record in evidence.records if evidence.kind == "cuda" else ():
+        ours, eager = (t.figure("host") if t else None for t in (record.of("ours"), record.of("eager")))
+        if ours and eager and ours > eager:
+            found.append(f"{record.op} {record.row}, {record.direction} ({time(ours)} > {time(eager)})")
+    return f"Our host time is above eager's: {'; '.join(found)}." if found else None
 
 
 def busy(evidence: Evidence) -> str | None:

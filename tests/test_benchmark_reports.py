@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import report, show, table
+from benchmarks import evidence, judge, report, show, table
 from benchmarks.evidence import Evidence, Record, Timing
 from benchmarks.shapes import BACKWARD
 
@@ -64,7 +64,7 @@ class TestWords:
         for timing in record.timings:
             timing.peak_bytes = 2**28
             for sample in timing.rounds:
-                sample.update(graph=1.5e-4, wall=1.5e-4)
+                sample.update(graph=1.5e-4, host=1.5e-4)
         text = show.report(evidence_of(record, kind=kind, name="NVIDIA H100 80GB HBM3"), 1, width)
         assert max(map(len, text.splitlines())) <= width, text
 
@@ -115,6 +115,41 @@ class TestReport:
                 timing.rounds = [{name: 2 * value for name, value in x.items()} for x in timing.rounds]
         assert report.page(evidences) != report.PAGE.read_text()
         assert report.summary(evidences.values()) not in report.README.read_text()
+
+    def test_the_page_of_the_gpu_is_what_is_predicted(self, monkeypatch):
+        text = report.GPU_PAGE.read_text()
+        assert report.insert(text, judge.expected().markdown()) == text, "run make report"
+        changed = replace(judge.PREDICTIONS[0], us=(12345, 67890))
+        monkeypatch.setattr(judge, "PREDICTIONS", (changed, *judge.PREDICTIONS[1:]))
+        assert report.insert(text, judge.expected().markdown()) != text
+
+    def test_prediction_and_measurement_stand_side_by_side(self, tmp_path):
+        """Where there is a GPU's results file; the times of the three providers are 3, 2 and 0.1 ms."""
+        p = next(p for p in judge.PREDICTIONS if p.op == "cosine_loss" and p.us and p.figure == "cold")
+        record = recorded({EAGER: 3e-3, COMPILE: 2e-3, OURS: 1e-4}, "cuda", op=p.op, row=p.row, precision=p.precision,
+                          direction=p.direction, bytes=4e8)  # fmt: skip
+        run = evidence_of(record, kind="cuda", name="NVIDIA H200")
+        run.roofs = {"copy": 4.3e12}
+        evidence.save(run, tmp_path / "h200.json")
+        text = report.page(report.load(tmp_path))
+        assert "### Predicted and measured" in text
+        line = next(line for line in text.splitlines() if "| memory, and a tail" in line)
+        assert [x.strip() for x in line.strip("|").split("|")] == [
+            "cosine_loss", p.row, p.precision, p.direction, "cold", "101", "100",
+            "memory, and a tail of the last programs", "93%", "30x", "20x", "93%, 9x eager, 1.55x compile", "met",
+        ]  # fmt: skip
+        for changes in ({"name": "NVIDIA A100"}, {"kind": "cpu"}):
+            other = evidence_of(record, **{"kind": "cuda", "name": "NVIDIA H200", **changes})
+            assert judge.beside(other) is None
+
+    def test_where_our_host_is_slower_is_said(self):
+        record = recorded({EAGER: 3e-3, OURS: 1e-4}, "cuda")
+        run = evidence_of(record, kind="cuda", name="NVIDIA H100")
+        for host, says in ((1e-4, False), (3e-4, True)):
+            for timing, value in zip(record.timings, (2e-4, host), strict=True):
+                timing.rounds = [{"cold": 1e-3, "host": value}] * 5
+            assert ("above eager's: cosine_loss 4 x 8 float32" in report.page({"x": run})) == says
+            assert ("above eager's" in show.report(run, 1)) == says
 
     def test_no_place_in_the_readme_is_an_error(self):
         with pytest.raises(ValueError, match=r"README\.md has no place"):

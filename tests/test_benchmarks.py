@@ -29,6 +29,59 @@ def tiny(recipe=lambda x, y: (x * y).mean(), peers=None, rows=(TINY,), **options
     )
 
 
+class FakeGPU:
+    """As much of torch.cuda as measuring takes, over two clocks: the host's, and when the GPU has done all it has.
+
+    host, kernel: seconds of a call; waits: it waits for the GPU; queue: how many launches of it may wait.
+    """
+
+    def __init__(self, host, kernel, waits=False, queue=1000):
+        self.host, self.kernel, self.waits, self.queue = host, kernel, waits, queue
+        self.now = self.done = 0.0
+        self.calls = self.flushed = 0
+        self.pending = []
+
+    def work(self, seconds):
+        self.done = max(self.now, self.done) + seconds
+
+    def flush(self):
+        self.flushed += 1
+        self.work(1e-4)
+
+    def _sleep(self, cycles):
+        self.work(cycles / measure.CYCLES)
+
+    def synchronize(self):
+        self.now = max(self.now, self.done)
+
+    def call(self):
+        self.calls += 1
+        self.pending = [end for end in self.pending if end > self.now]
+        if len(self.pending) >= self.queue:
+            self.now = self.pending[0]
+        self.now += self.host
+        self.work(self.kernel)
+        self.pending.append(self.done)
+        if self.waits:
+            self.synchronize()
+
+    def Event(self, enable_timing):
+        gpu = self
+
+        class Event:
+            def record(self):
+                gpu.work(0.0)
+                self.at = gpu.done
+
+            def query(self):
+                return self.at <= gpu.now
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        return Event()
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     """torch.compile returns what it is given: compiling takes seconds, and is not what these tests are about."""
@@ -77,6 +130,29 @@ class TestMeasuring:
         assert sample()["wall"] == pytest.approx(cost)
         spans.append(now[0] - start)
         assert spans[0] >= measure.SAMPLE * 0.75
+
+    def test_cold_is_the_gpus_time_alone(self):
+        """A host ten times as slow as the GPU, and one that is as fast: the same time, in which no host time is."""
+        for host in (500e-6, 5e-6):
+            gpu = FakeGPU(host=host, kernel=50e-6)
+            assert measure.cold(gpu.call, host, gpu, gpu.flush) == pytest.approx(50e-6)
+            assert gpu.calls == gpu.flushed == measure.COLD_ROUNDS >= 20
+
+    def test_a_round_in_which_the_host_was_late_is_taken_again(self):
+        gpu = FakeGPU(host=30e-3, kernel=50e-6)
+        assert measure.cold(gpu.call, 1e-6, gpu, gpu.flush) == pytest.approx(50e-6)
+        assert gpu.calls > measure.COLD_ROUNDS
+
+    def test_a_call_that_waits_for_the_gpu_has_no_cold_time(self):
+        gpu = FakeGPU(host=5e-6, kernel=50e-6, waits=True)
+        with pytest.raises(RuntimeError, match="waits for the GPU"):
+            measure.cold(gpu.call, 5e-6, gpu, gpu.flush)
+
+    def test_host_time_is_that_of_enqueuing(self):
+        """However slow the GPU is: it is waited for before the clock starts, and few calls wait on it at once."""
+        for kernel in (50e-6, 50e-3):
+            gpu = FakeGPU(host=20e-6, kernel=kernel, queue=8)
+            assert measure.enqueue(gpu.call, gpu, lambda gpu=gpu: gpu.now) == pytest.approx(20e-6)
 
     def test_what_another_provider_left_behind_is_not_timed(self):
         now, last = [0.0], [""]
@@ -205,6 +281,50 @@ class TestRuns:
         assert asdict(evidence.load(path)) == asdict(run)
         assert len(run.noise()) == 2
         assert "differs from itself" in table.noise(run)
+
+    def test_the_gpus_times_of_an_older_file_are_refused_and_a_cpus_are_read(self, tmp_path, monkeypatch):
+        path = tmp_path / "run.json"
+        monkeypatch.setattr(session, "SECONDS", dict.fromkeys((True, False), 0.0))
+        run = session.run(session.plan([tiny()], "cpu", True), device="cpu")
+        for kind in ("cpu", "cuda"):
+            run.schema, run.device["kind"] = 1, kind
+            evidence.save(run, path)
+            if kind == "cpu":
+                assert evidence.load(path).records[0].of("ours").figure("wall")
+            else:
+                with pytest.raises(ValueError, match="its schema is 1, and this reads 2"):
+                    evidence.load(path)
+
+    def test_one_that_cannot_be_timed_ends_no_run(self, monkeypatch):
+        def refuses(timing, *_):
+            if timing.role == "ours":
+                raise RuntimeError("it waits")
+            return lambda: {"wall": 1.0}
+
+        monkeypatch.setattr(session, "sampler", refuses)
+        monkeypatch.setattr(session, "SECONDS", dict.fromkeys((True, False), 0.0))
+        (record,) = session.run(session.plan([tiny()], "cpu", True), device="cpu").records
+        assert {t.role: t.why for t in record.timings if t.why} == {
+            "ours": "could not be timed: RuntimeError: it waits"
+        }
+        assert record.of("ours") is None
+
+    def test_a_lost_gpu_ends_the_run_and_keeps_what_was_measured(self, monkeypatch, tmp_path):
+        real = session.record
+
+        def record(case, *options):
+            if case.direction == BACKWARD:
+                raise RuntimeError("an illegal memory access")
+            return real(case, "cpu", 0.0)
+
+        monkeypatch.setattr(session, "record", record)
+        cases = session.plan([tiny()], "cpu", False)
+        with pytest.raises(RuntimeError, match="illegal"):  # of which the GPU knows nothing
+            session.run(cases, device="cpu")
+        monkeypatch.setattr(measure, "lost", lambda: True)
+        run = session.run(cases, device="cpu", path=tmp_path / "x.json")
+        assert run.ended.startswith("the GPU was lost in cosine_loss 4 x 8 float32")
+        assert len(evidence.load(tmp_path / "x.json").records) == 1
 
     def test_ctrl_c_keeps_what_was_measured(self, tmp_path):
         def starting(case):

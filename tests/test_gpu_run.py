@@ -1,44 +1,80 @@
-"""`make gpu`, without a GPU: stages that fail, hang and crash cost their share, and the summary fits a screen."""
+"""`make gpu`, without a GPU: stages that fail, hang and crash cost their share, and a run that is killed leaves all."""
 
+import json
 import os
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import evidence, exercise, gpu
-from benchmarks.evidence import Evidence, Record, Timing
-from benchmarks.gpu import Outcome, Stage
+from benchmarks import evidence, gpu, stages
+from benchmarks.smoke import OUT_OF_TIME
+from benchmarks.stages import Stage
+
+ROOT = Path(__file__).parent.parent
 
 
-def stage(name, code, share=0.5, **options):
-    return Stage(name, [sys.executable, "-c", code], share, **options)
+def stage(name, code, seconds=0.5, **options):
+    return Stage(name, [sys.executable, "-c", code], seconds, **options)
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(stages, "GRACE", 0.5)
 
 
 def test_each_end_of_a_stage(tmp_path):
-    outcomes = gpu.run_all(
+    seen = []
+    outcomes = stages.run_all(
         [
-            stage("tests", "print('FAILED tests/test_x.py::test_y - boom'); print('3 failed, 2 passed'); exit(1)"),
-            stage("memcheck", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
-            Stage("racecheck", ["no-such-command-anywhere"], 0.5),
-            stage("hangs", "import time; print('began', flush=True); time.sleep(60)", 0.1),
-            stage("benchmarks", "print('still measured')", proves=False),
+            stage("fails", "print('said'); exit(1)"),
+            stage("crashes", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+            Stage("no-command", ["no-such-command-anywhere"], 0.5),
+            Stage("no-tool", [], 0.5, missing="it is nowhere"),
+            stage("ends-by-itself", f"exit({OUT_OF_TIME})"),
+            stage("hangs", "import time; print('began', flush=True); time.sleep(60)", 2.0),
+            stage("measures", "print('still measured')", 5.0, proves=False),
         ],
         tmp_path,
-        seconds=20,
+        seconds=9.5,
+        ended=lambda outcomes: seen.append(len(outcomes)),
     )
-    assert [outcome.status for outcome in outcomes] == ["failed", "crashed", "crashed", "out of time", "passed"]
-    assert [outcome.bad for outcome in outcomes] == [True, True, True, True, False]
-    assert outcomes[0].said == "3 failed, 2 passed"
-    assert outcomes[3].seconds < 10
-    assert (tmp_path / "benchmarks.log").read_text() == "still measured\n"
-    assert gpu.failures(tmp_path) == ["FAILED tests/test_x.py::test_y - boom"]
+    assert [outcome.status for outcome in outcomes] == [
+        "failed", "crashed", "crashed", "not found", "out of time", "out of time", "passed",
+    ]  # fmt: skip
+    assert [outcome.bad for outcome in outcomes] == [True, True, True, False, True, True, False]
+    assert outcomes[3].why == "it is nowhere"
+    assert (tmp_path / "fails.log").read_text() == "said\n"
+    assert (tmp_path / "hangs.log").read_text().startswith("began\n")
+    assert (tmp_path / "measures.log").read_text() == "still measured\n"
+    assert seen == [1, 2, 3, 4, 5, 6, 7], "told after each"
+
+
+def limits(monkeypatch, tmp_path, planned, used, seconds):
+    """What each stage is given where they use so much of it."""
+    given, now = [], [0.0]
+
+    def run_stage(stage, log, limit):
+        given.append(limit)
+        now[0] += used[stage.name]
+        return stages.Outcome(stage, "passed", 0.0)
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    stages.run_all([stage(name, "", x) for name, x in planned.items()], tmp_path, seconds, clock=lambda: now[0])
+    return given
+
+
+def test_what_a_stage_does_not_use_is_left_to_later_ones(monkeypatch, tmp_path):
+    planned = {"smoke": 150.0, "tests": 270.0, "checkers": 90.0, "benchmarks": 30.0}
+    unused = dict.fromkeys(planned, 50.0)
+    assert limits(monkeypatch, tmp_path, planned, planned, 540) == [150, 270, 90, 30]
+    assert limits(monkeypatch, tmp_path, planned, unused, 540) == [150, 370, 410, 390]
+    assert limits(monkeypatch, tmp_path, planned, {x: y / 2 for x, y in planned.items()}, 270) == [75, 135, 45, 15]
+    assert limits(monkeypatch, tmp_path, {"smoke": 150.0}, planned, 540) == [540], "alone it has all of the time"
 
 
 CHILD = """
@@ -50,12 +86,15 @@ while True:
 """
 
 
-def test_a_stage_that_ignores_the_end_is_ended_with_its_children(tmp_path):
-    """The child writes on as long as it lives."""
+@pytest.mark.parametrize("leaves", ["and waits", "and ends"])
+def test_a_stage_is_ended_with_its_children(tmp_path, leaves):
+    """The child writes on as long as it lives, and asking it to end is not enough."""
     alive = tmp_path / "alive"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}, {str(alive)!r}])"
-    outcome = gpu.run_stage(stage("stubborn", code), tmp_path / "log", limit=1.5)
-    assert outcome.status == "out of time"
+    start = "subprocess.run" if leaves == "and waits" else "subprocess.Popen"
+    code = f"import subprocess, sys, time; {start}([sys.executable, '-c', {CHILD!r}, {str(alive)!r}]); time.sleep(0.5)"
+    outcome = stages.run_stage(stage("stubborn", code), tmp_path / "log", limit=2.5)
+    assert outcome.status == ("out of time" if leaves == "and waits" else "passed")
+    assert outcome.seconds < 8
     time.sleep(0.3)
     size = os.path.getsize(alive)
     time.sleep(0.3)
@@ -63,70 +102,55 @@ def test_a_stage_that_ignores_the_end_is_ended_with_its_children(tmp_path):
 
 
 def test_a_stage_that_can_end_by_itself_is_told_when(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 2.0)
+    monkeypatch.setattr(stages, "GRACE", 2.0)
     told = Stage("x", [sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"], 1.0)
-    gpu.run_stage(told, tmp_path / "log", limit=30.0)
+    stages.run_stage(told, tmp_path / "log", limit=30.0)
     assert (tmp_path / "log").read_text() == "26\n"
 
 
-def test_the_stages_end_with_the_benchmarks_and_keep_their_evidence_beside_the_logs(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"bin/{name}")
-    found = gpu.stages(tmp_path, "NVIDIA H100 80GB HBM3")
-    assert [stage.name for stage in found] == ["tests", "memcheck", "racecheck", "benchmarks"]
-    assert str(tmp_path / "nvidia-h100-80gb-hbm3.json") in found[-1].command
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert [stage.name for stage in gpu.stages(tmp_path, "x")] == ["tests", "benchmarks"]
-
-
-def evidence_file(path, ops):
-    timings = [
-        Timing("eager", "eager", rounds=[{"cold": 3e-3}]),
-        Timing("torch.compile", "compile", rounds=[{"cold": 2e-3}]),
-        Timing("fused_dino triton", "ours", rounds=[{"cold": 1e-3}]),
-    ]
-    row = ("65536 x 1024 bfloat16", [65536, 1024], "bfloat16", "bf16", "why", "forward + backward", "cuda", 4e8, 1e9)
-    records = [Record(op, *row, timings, True) for op in ops]
-    device = {"kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}
-    evidence.save(Evidence(device, {}, None, "now", False, {"copy": 1e12}, records, "out of time"), path)
-
-
-@pytest.mark.parametrize("failed", [0, 3, 500])
-def test_the_summary_fits_a_screen(tmp_path, failed):
-    lines = [f"FAILED tests/test_ops.py::test_is_as_accurate_as_eager[{i}-{'x' * 90}]" for i in range(failed)]
-    (tmp_path / "tests.log").write_text("\n".join([*lines, f"{failed} failed, 900 passed in 200s"]))
-    ops = ["cosine_loss", "preprocess", "mse_loss", "vicreg_loss", "step"]
-    evidence_file(gpu.results_file(tmp_path, "NVIDIA H100"), ops)
-    ends = {
-        "tests": "failed" if failed else "passed",
-        "memcheck": "passed",
-        "racecheck": "passed",
-        "benchmarks": "passed",
-    }
-    found = [Outcome(stage(name, ""), status, 99.0, "y" * 200) for name, status in ends.items()]
-    text = gpu.summary(found, tmp_path, "NVIDIA H100")
-    assert len(text.splitlines()) < gpu.HEIGHT
-    assert max(map(len, text.splitlines())) <= gpu.WIDTH
-    assert text.startswith("NVIDIA H100: " + ("FAILED" if failed else "passed"))
-    assert "5 rows measured (out of time), in nvidia-h100.json" in text
-    assert text.count("3.0x faster than eager, 2.0x faster than torch.compile, 40% of the copy roof") == len(ops)
-    assert all(f"{op}: 65536" in text for op in ops)
-    assert ("FAILED tests/test_ops.py" in text) == bool(failed)
-    assert ("more, in tests.log" in text) == (failed > 100)
-
-
-def test_evidence_that_is_missing_or_cut_short_is_said(tmp_path):
-    path = gpu.results_file(tmp_path, "x")
-    assert gpu.claims(path) == ["no row was measured"]
-    path.write_text('{"schema"')
-    assert "no results file" in gpu.claims(path)[0]
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_the_status_tells_of_the_tests_alone(tmp_path, monkeypatch, capsys, broken):
-    found = [stage("tests", f"exit({int(broken)})"), stage("benchmarks", "exit(1)", proves=False)]
+@pytest.fixture
+def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(gpu, "stages", lambda out, device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "sanitizer", lambda: "bin/compute-sanitizer")
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_the_stages_and_what_is_asked_for(tmp_path):
+    found = gpu.chosen(tmp_path, "cuda", 540, [])
+    assert [(stage.name, stage.seconds) for stage in found] == [
+        ("smoke", 150), ("tests", 270), ("memcheck", 55), ("racecheck", 35), ("benchmarks", 30),
+    ]  # fmt: skip
+    assert [stage.proves for stage in found] == [True, True, True, True, False]
+    assert str(tmp_path / "nvidia-h100-80gb-hbm3.json") in found[-1].command
+    assert all("{seconds}" in stage.command for stage in found if stage.name != "tests")
+    assert [stage.name for stage in gpu.chosen(tmp_path, "cuda", 540, ["checkers"])] == ["memcheck", "racecheck"]
+    assert [stage.name for stage in gpu.chosen(tmp_path, "cuda", 540, ["wide", "smoke"])] == ["smoke", "wide"]
+
+
+def test_the_sanitizer_is_looked_for_beside_nvcc_too(tmp_path, monkeypatch):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    tools = {folder: tmp_path / folder / "compute-sanitizer" for folder in ("path", "toolkit/bin", "cuda/bin")}
+    for tool in (*tools.values(), tmp_path / "toolkit/bin/nvcc"):
+        tool.parent.mkdir(parents=True, exist_ok=True)
+        tool.write_text("#!/bin/sh\n")
+        tool.chmod(0o755)
+    (tmp_path / "path/nvcc").symlink_to(tmp_path / "toolkit/bin/nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    for folder in ("path", "toolkit/bin", "cuda/bin"):
+        assert gpu.sanitizer() == str(tools[folder])
+        tools[folder].unlink()
+    assert gpu.checker("memcheck", 1.0, "cpu").missing
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_status_tells_of_what_proves_something(tmp_path, monkeypatch, capsys, broken):
+    found = [("tests", stage("tests", f"exit({int(broken)})")), ("x", stage("x", "exit(1)", proves=False))]
+    monkeypatch.setattr(gpu, "stages", lambda out, device, seconds: found)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert gpu.main([str(tmp_path / "out"), "--seconds", "20"]) == int(broken)
     assert (tmp_path / "out/summary.txt").read_text() in capsys.readouterr().out
 
@@ -140,8 +164,58 @@ def test_without_a_gpu_it_says_so_in_a_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_memory_checkers_watch_runs(capsys):
-    exercise.main()
-    out = capsys.readouterr().out
-    assert "cosine_loss 64 x 1000" in out
-    assert ": ran" in out
+KILLED = """
+import sys
+from benchmarks import gpu, stages
+from benchmarks.stages import Stage
+
+code = "import time; print('began', flush=True); time.sleep(60)"
+found = [("smoke", Stage("smoke", [sys.executable, "-c", "print('7 of 7 rows, 0 wrong, 0 whose bits differ')"], 9.0)),
+         ("tests", Stage("tests", [sys.executable, "-c", code], 60.0)),
+         ("benchmarks", Stage("benchmarks", [sys.executable, "-c", "print('never')"], 9.0))]
+gpu.stages = lambda *_: found
+sys.exit(gpu.main([sys.argv[1], "--device", "cpu"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, number):
+    out = tmp_path / "out"
+    run = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = out / "tests.log"
+    while not (log.exists() and log.read_text()):
+        assert run.poll() is None
+        time.sleep(0.05)
+    assert "smoke      passed" in (out / "summary.txt").read_text(), "written after each stage"
+    run.send_signal(number)
+    assert run.wait(timeout=30) == 1
+    text = (out / "summary.txt").read_text()
+    assert "7 of 7 rows, 0 wrong" in text
+    assert "tests      interrupted" in text
+    assert not (out / "benchmarks.log").exists()
+
+
+def test_a_dry_run_goes_through_every_stage(tmp_path):
+    """On a CPU, as CI does: each stage leaves its files, and the summary tells of each."""
+    out = tmp_path / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", str(out), "--device", "cpu"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    text = (out / "summary.txt").read_text()
+    assert run.returncode == 0, text + run.stderr
+    assert text in run.stdout
+    named = {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()[1:6]}
+    assert list(named) == ["smoke", "tests", "memcheck", "racecheck", "benchmarks"]
+    assert "7 of 7 rows, 0 wrong, 0 whose bits differ" in named["smoke"]
+    assert named["tests"].endswith(" 5 passed")
+    assert named["memcheck"].startswith("not found")
+    assert named["benchmarks"].endswith("1 rows (complete)")
+    for op in ("cosine", "mse", "preprocess", "vicreg"):
+        assert any(line.startswith(op) and line.endswith(" right") for line in text.splitlines())
+    assert len([json.loads(line) for line in (out / "smoke.jsonl").read_text().splitlines()]) == 8
+    assert len((out / "tests.jsonl").read_text().splitlines()) == 10, "each began, and ended"
+    (record,) = evidence.load(out / "cpu.json").records
+    assert record.of("ours") is not None

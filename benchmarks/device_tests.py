@@ -1,0 +1,134 @@
+"""Which tests need a GPU, and a plugin of pytest that runs them: it selects, and tells of each test at once.
+
+    python3 -m pytest -p benchmarks.device_tests --stage tests --report tests.jsonl FILES
+
+A failure is printed when it happens, and every test is a line of the report, so that a run which is killed leaves what
+it found. What is known to fail (known.py) is told apart and does not fail the run. A process whose GPU is lost ends,
+since each of its later tests would fail: pytest-xdist starts another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import known, measure
+
+STAGES = ("tests", "wide")
+# By files whose cases are of one implementation each. What only a device can show comes first.
+ALONE = ("test_gpu.py", "test_kernels.py")
+SHARED = (
+    "test_ops.py", "test_vicreg.py", "test_vicreg_limits.py", "test_vicreg_definitions.py", "test_resize.py",
+    "test_resize_properties.py", "test_cosine_properties.py", "test_standardize.py", "test_patches.py",
+    "test_tokens.py",
+)  # fmt: skip
+RANDOM = ("test_random_shapes.py",)
+WORKERS = 12  # at most: the kernels compile on the CPU
+
+
+def command(stage: str, report: Path, cpus: int, files: tuple[str, ...] | None = None) -> list[str]:
+    """What runs the tests of a stage on so many CPUs: two are left to others."""
+    chosen = files or (*ALONE, *SHARED, *(RANDOM if stage == "wide" else ()))
+    workers = min(WORKERS, cpus - 2) if find_spec("xdist") else 1
+    several = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
+    quiet = ["-q", "-p", "no:cacheprovider", "--tb=short", "--no-summary", "--continue-on-collection-errors"]
+    plugin = ["-p", __name__, "--stage", stage, "--report", str(report)]
+    return [sys.executable, "-m", "pytest", *quiet, *several, *plugin, *(f"tests/{name}" for name in chosen)]
+
+
+def needed(item: pytest.Item) -> bool:
+    """Whether a test is of the stage `tests`: of the kernels or of a GPU, but for random shapes, of which each is
+    compiled anew, and offsets that take gigabytes."""
+    of_kernels = item.path.name in ALONE or "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
+    random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    return of_kernels and not random and "31st" not in item.name
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stage", choices=STAGES, required=True, help="the tests of a GPU's run, or all that it leaves out"
+    )
+    parser.addoption("--report", type=Path, required=True, metavar="FILE", help="a line of JSON a test, as it ends")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wide = config.getoption("--stage") == "wide"
+    left_out = [item for item in items if needed(item) == wide]
+    items[:] = [item for item in items if needed(item) != wide]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    worker = hasattr(config, "workerinput")
+    if not worker:
+        config.pluginmanager.register(Teller(config))
+    if worker or not config.getoption("numprocesses", None):
+        config.pluginmanager.register(Runner(alone=not worker))
+
+
+class Runner:
+    """Of a process that runs tests, a worker of pytest-xdist or the only one."""
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+
+    @pytest.hookimpl(trylast=True)  # the report is on its way
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and measure.lost():
+            if self.alone:
+                pytest.exit("the GPU is lost, and every later test would fail", returncode=1)
+            os._exit(1)
+
+
+class Teller:
+    """Of the process that has the report: a line a test that begins, ends or cannot be collected."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+        self.file = config.getoption("--report").open("w")
+        self.failed = False
+
+    def tell(self, test: str, outcome: str, **more: Any) -> None:
+        self.file.write(json.dumps({"test": test, "outcome": outcome, **more}) + "\n")
+        self.file.flush()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.tell(nodeid, "began")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.fail(report)
+        elif report.when == "call" or report.skipped:
+            self.tell(report.nodeid, report.outcome, seconds=round(report.duration, 3))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.fail(report)
+
+    def fail(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        why, expected = cause(report.longreprtext), known.reason(report.nodeid)
+        self.failed |= expected is None
+        self.tell(report.nodeid, "known" if expected else "failed", why=expected or why)
+        self.terminal.ensure_newline()
+        self.terminal.write_line(f"{'KNOWN' if expected else 'FAILED'} {report.nodeid} - {expected or why}")
+        self.terminal.write_line(report.longreprtext)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.exitstatus == pytest.ExitCode.TESTS_FAILED and not self.failed:
+            session.exitstatus = pytest.ExitCode.OK
+        self.file.close()
+
+
+def cause(text: str) -> str:
+    """The first line of an exception in a traceback as pytest prints it, else the last line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line[1:].strip() for line in lines if line.startswith("E  ")]
+    return (errors or [line.strip() for line in lines[-1:]] or [""])[0][:300]

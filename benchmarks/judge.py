@@ -1,0 +1,149 @@
+"""Prediction and target beside what was measured: for docs/gpu.md, docs/performance.md and the summary of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .evidence import Evidence, Record
+from .predictions import GPUS, PREDICTIONS, Prediction
+from .roofs import of_the_roof
+from .table import Table, digits, percent, times
+
+FIGURES = ("cold", "graph", "host")
+Times = Mapping[str, float | None]  # figure -> microseconds
+
+
+def gpu_of(name: str) -> int | None:
+    """Which of the predicted GPUs a device is, by its name."""
+    return next((i for i, gpu in enumerate(GPUS) if gpu in name), None)
+
+
+def predictions_of(op: str, row: str, direction: str, precision: str) -> list[Prediction]:
+    key = op, row, direction, precision
+    return [p for p in PREDICTIONS if (p.op, p.row, p.direction, p.precision) == key]
+
+
+def share_of(p: Prediction, share: float) -> float:
+    """Of the roof, by all that the row has to move; in whole percents, as it is printed."""
+    return round(share * p.traffic, 2)
+
+
+def met(p: Prediction, gpu: int, ours: Times, share: float | None, eager: Times, compiled: Times) -> bool | None:
+    """Whether all of a row's targets are reached that what was measured can judge; None where there is none."""
+    mine = ours.get(p.figure)
+    checks = []
+    if p.share is not None and share is not None:
+        checks.append(share_of(p, share) >= p.share[gpu])
+    if p.most_us is not None and mine is not None:
+        checks.append(mine <= p.most_us)
+    for factor, other in ((p.eager, eager.get(p.figure)), (p.compile, compiled.get(p.figure))):
+        if factor is not None and mine is not None and other is not None:
+            checks.append(other / mine >= factor)
+    return all(checks) if checks else None
+
+
+def said(verdict: bool | None) -> str:
+    return "-" if verdict is None else "met" if verdict else "not met"
+
+
+def ratios(p: Prediction) -> list[str]:
+    named = ((p.eager, "eager"), (p.compile, "compile"))
+    return [f"{at_least(factor)} {name}" for factor, name in named if factor is not None]
+
+
+def at_least(factor: float | None) -> str:
+    return "-" if factor is None else f"{factor:g}x"
+
+
+def alone(p: Prediction, gpu: int) -> list[str]:
+    """The targets that need no rival."""
+    share = [] if p.share is None else [percent(p.share[gpu])]
+    return share if p.most_us is None else [*share, f"{p.most_us:g} us"]
+
+
+def predicted(p: Prediction, gpu: int) -> str:
+    return "-" if p.us is None else f"{p.us[gpu]:g}"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def expected() -> Table:
+    """Every prediction, for both GPUs."""
+    header = ["op", "row", "precision", "direction", "figure", *(f"{gpu}, us" for gpu in GPUS), "limiter",
+              *(f"{gpu}, target" for gpu in GPUS), "vs eager", "vs compile"]  # fmt: skip
+    both = range(len(GPUS))
+    rows = [
+        [
+            p.op, p.row, p.precision, p.direction, p.figure, *(predicted(p, gpu) for gpu in both), p.limiter,
+            *(", ".join(alone(p, gpu)) or "-" for gpu in both), at_least(p.eager), at_least(p.compile),
+        ]
+        for p in PREDICTIONS
+    ]  # fmt: skip
+    return Table("", header, rows)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A prediction whose row was measured. us: ours, in its figure; eager, compile: how many times slower they are."""
+
+    prediction: Prediction
+    us: float | None
+    share: float | None
+    eager: float | None
+    compile: float | None
+    met: bool | None
+
+
+def compared(evidence: Evidence) -> list[Compared]:
+    """Nothing on a device that nothing is predicted for."""
+    gpu = gpu_of(evidence.device["name"])
+    if evidence.kind != "cuda" or gpu is None:
+        return []
+    found = []
+    for record in evidence.records:
+        ours, eager, compiled = (times_of(record, role) for role in ("ours", "eager", "compile"))
+        share = share_in(record, evidence)
+        for p in predictions_of(record.op, record.row, record.direction, record.precision):
+            mine = ours.get(p.figure)
+            over_eager, over_compile = (ratio(other.get(p.figure), mine) for other in (eager, compiled))
+            verdict = met(p, gpu, ours, share, eager, compiled)
+            reached = None if share is None else share_of(p, share)
+            found.append(Compared(p, mine, reached, over_eager, over_compile, verdict))
+    return found
+
+
+def ratio(theirs: float | None, mine: float | None) -> float | None:
+    return theirs / mine if theirs and mine else None
+
+
+def beside(evidence: Evidence) -> Table | None:
+    """A line each prediction whose row was measured; None where there is none."""
+    header = ["op", "row", "precision", "direction", "figure", "predicted, us", "measured, us", "limiter", "roof",
+              "vs eager", "vs compile", "target", "met"]  # fmt: skip
+    gpu = gpu_of(evidence.device["name"]) or 0
+    rows = [
+        [
+            (p := x.prediction).op, p.row, p.precision, p.direction, p.figure, predicted(p, gpu),
+            "-" if x.us is None else digits(x.us), p.limiter, "-" if x.share is None else percent(x.share),
+            times(x.eager), times(x.compile), ", ".join([*alone(p, gpu), *ratios(p)]), said(x.met),
+        ]
+        for x in compared(evidence)
+    ]  # fmt: skip
+    return Table("", header, rows) if rows else None
+
+
+def times_of(record: Record, role: str) -> dict[str, float | None]:
+    """Of a role's fastest provider."""
+    timing = record.of(role)
+    if timing is None:
+        return {}
+    return {name: None if (t := timing.figure(name)) is None else t * 1e6 for name in FIGURES}
+
+
+def share_in(record: Record, evidence: Evidence) -> float | None:
+    seconds = record.seconds(record.of("ours"))
+    if seconds is None or "copy" not in evidence.roofs:
+        return None
+    return of_the_roof(seconds, record.bytes, record.flops, record.precision, evidence.roofs)[0]
