@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as FD
+from .validation import check_range
 
 
 class Preprocess(nn.Module):
@@ -31,6 +32,10 @@ class Preprocess(nn.Module):
         if out_dtype is not None and options.get("out_dtype") is None:
             options = {**options, "out_dtype": out_dtype}
         return FD.preprocess(images, self.size, **options)
+
+    def range_of(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The values (low, high) that this module takes for black and white in images of a dtype."""
+        return check_range(self.options.get("input_range"), dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in {"size": self.size, **self.options}.items())

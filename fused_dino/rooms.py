@@ -52,13 +52,20 @@ def make_loss(
 
 
 def make_preprocess(
-    preprocess: str | nn.Module, img_size: tuple[int, int], teacher: nn.Module, backend: str | None
+    preprocess: str | nn.Module,
+    img_size: tuple[int, int],
+    input_range: Sequence[float] | None,
+    teacher: nn.Module,
+    backend: str | None,
 ) -> nn.Module:
     if isinstance(preprocess, nn.Module):
+        if input_range is not None:
+            raise ValueError("input_range belongs to preprocess where that is a module: Preprocess(input_range=...)")
         return preprocess
     check_choice("preprocess", preprocess, ("bilinear", "bicubic"))
     mean, std = read_statistic(teacher, "mean", IMAGENET_MEAN), read_statistic(teacher, "std", IMAGENET_STD)
-    return Preprocess(img_size, interpolation=preprocess, backend=backend, mean=mean, std=std)
+    options: dict[str, Any] = {"interpolation": preprocess, "input_range": input_range, "backend": backend}
+    return Preprocess(img_size, mean=mean, std=std, **options)
 
 
 def check_features(name: str, features: Any, width: int, batch: int | None = None) -> Features:

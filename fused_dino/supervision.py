@@ -65,6 +65,8 @@ class DinoSupervision(Taught):
         None (this process) or a ProcessGroup. A loss_type that is a module has its own.
     preprocess: "bilinear", "bicubic", or any module (images) -> the teacher's input, such as
         Preprocess(224, antialias=True, mean=..., std=...).
+    input_range: the values (low, high) that mean black and white in the images. None: (-1, 1) for floats, (0, 255) for
+        uint8. A preprocess module has its own. check(images) says whether a batch lies in it.
     backend: of every op in it but those of modules that are given: auto, reference, torch or triton; None: see
         use_backend.
 
@@ -104,6 +106,7 @@ class DinoSupervision(Taught):
         teacher_dtype: torch.dtype | None = None,
         group: ProcessGroup | str | None = "auto",
         preprocess: str | nn.Module = "bilinear",
+        input_range: Sequence[float] | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ class DinoSupervision(Taught):
         self.latent_shape = shape = check_latent_shape(latent_shape, in_dim if use_patch else None)
 
         self.teacher = make_teacher(teacher, self.img_size, pretrained, teacher_dtype)
-        self.preprocess = make_preprocess(preprocess, self.img_size, self.teacher, backend)
+        self.preprocess = make_preprocess(preprocess, self.img_size, input_range, self.teacher, backend)
         self.teacher_grid = self._find_grid(img_size)
 
         width = int(self.teacher.embed_dim)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .preprocess import Preprocess
 from .rooms import Features, check_features
 from .teacher import read_patch_size
-from .validation import check_images, check_size, check_tensor
+from .validation import check_images, check_size, check_tensor, check_values
 
 
 class Taught(nn.Module):
@@ -52,6 +52,21 @@ class Taught(nn.Module):
             is no tensor) naming x_img, or the teacher's result where this is none.
         """
         return self._teach(x_img)
+
+    @torch.no_grad()
+    def check(self, x_img: Tensor) -> str:
+        """Says how a batch of images lies in `input_range`. Call it once before training: it waits for the device.
+
+        x_img: as for encode. Returns a sentence with the least and the largest value. Raises ValueError where values
+        are not finite, over 1% of them lie outside, or all lie in one half of the range, as those of 0..1 do in -1..1;
+        and TypeError where `preprocess` is no Preprocess, whose range is not known here.
+        """
+        if not isinstance(self.preprocess, Preprocess):
+            raise TypeError(
+                f"check needs a Preprocess, whose range it knows; preprocess is {type(self.preprocess).__name__}"
+            )
+        check_images(x_img, "x_img")
+        return check_values("x_img", x_img, self.preprocess.range_of(x_img.dtype))
 
     def _teach(self, x_img: Tensor) -> Features:
         check_tensor("x_img", x_img)

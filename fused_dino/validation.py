@@ -14,6 +14,8 @@ from torch import Tensor
 
 LARGEST = sys.float_info.max
 SMALLEST = 1e-30  # of what float32 can divide by, with room for what it divides
+RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # that images come in
+TOLERATED = 0.01  # of a batch's values outside of its range, as a decoder overshoots
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -142,6 +144,23 @@ def check_range(input_range: Any, dtype: torch.dtype) -> tuple[float, float]:
     if not 0 < high - low <= LARGEST:
         raise ValueError(f"input_range must be (low, high) with low < high, of a finite width, got {input_range!r}")
     return low, high
+
+
+def check_values(name: str, images: Tensor, input_range: tuple[float, float]) -> str:
+    """Says how images lie in the range; refuses what lies outside of it, or in one half of it alone."""
+    low, high = input_range
+    least, most = (x.item() for x in images.double().aminmax()) if images.numel() else (low, high)
+    outside = ((images < low) | (images > high)).double().mean().item() if images.numel() else 0.0
+    said = f"{name} has values from {least:.4g} to {most:.4g} and input_range is ({low:g}, {high:g})"
+    fitting = [r for r in RANGES if r != input_range and r[0] <= least and most <= r[1]]
+    hint = f"; input_range=({fitting[0][0]:g}, {fitting[0][1]:g}) would fit" if fitting else ""
+    if not math.isfinite(most - least):
+        raise ValueError(f"{said}: values must be finite")
+    if outside > TOLERATED:
+        raise ValueError(f"{said}: {outside:.1%} of them lie outside{hint}")
+    if images.numel() and not least < (low + high) / 2 < most:
+        raise ValueError(f"{said}: all of them lie in one half of it{hint}")
+    return f"{said}: {outside:.1%} of them lie outside"
 
 
 def check_scale(std: tuple[float, ...], input_range: tuple[float, float]) -> tuple[float, ...]:

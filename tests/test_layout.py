@@ -21,7 +21,7 @@ ARROWS = {
     "distributed": set(),
     "ops": {"kernels", "reference", "distributed"},
     "functional": {"ops", "reference", "backend", "distributed", "validation"},
-    "preprocess": {"functional"},
+    "preprocess": {"functional", "validation"},
     "losses": {"functional", "validation"},
     "weights": set(),
     "embedding": set(),
