@@ -216,7 +216,7 @@ def rows_loss(
         return (value if alpha is None else alpha * value), value.detach()
     if isinstance(alpha, float):
         alpha = student.new_full((), alpha, dtype=wide(student, teacher))
-    return getattr(ops_cosine, op)(student, teacher, alpha=alpha, **options, backend=name)
+    return getattr(ops_cosine, op)(student, teacher, scale=alpha, **options, backend=name)
 
 
 def vicreg_loss(

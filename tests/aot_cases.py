@@ -36,8 +36,9 @@ class Case:
 
 
 def cosine_cases() -> Iterator[Case]:
-    def case(name: str, student: torch.Tensor, teacher: torch.Tensor, *more: object) -> Case:
-        return Case(name, partial(cosine_triton.cosine_rows_triton, student, teacher, *more))
+    def case(name: str, student: torch.Tensor, teacher: torch.Tensor, *more: Any) -> Case:
+        options = cosine_triton.RowOptions(*more[3:])
+        return Case(name, partial(cosine_triton.cosine_rows.run, student, teacher, *more[:3], options))
 
     def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, grad_stride: int = 1) -> Iterator[Case]:
         count = student.shape[0]
@@ -70,7 +71,7 @@ def cosine_cases() -> Iterator[Case]:
     yield from cases("bf16 large", large, large)
     for name, dtype in DTYPES.items():
         x = torch.empty(2, 1024, dtype=dtype)
-        yield Case(f"{name}", partial(cosine_triton.cosine_rescale_triton, x, x.new_empty(())))
+        yield Case(f"{name}", partial(cosine_triton.cosine_rescale_.run, x, x.new_empty(())))
 
 
 def resize_cases() -> Iterator[Case]:
@@ -85,14 +86,14 @@ def resize_cases() -> Iterator[Case]:
         given = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "clamp": False}
         given |= {"interpolation": "bilinear", "antialias": False, "out_dtype": torch.bfloat16, "patch_size": None}
         options = resize.Options(size, **(given | how))
-        made = resize.resize_fwd_fake(images, *options.launch)
+        made = resize.resize_fwd_empty(images, options)
         count: dict[str, Any] = {}
         if counted:  # a row of three channels by all the programs' 64 threads
             columns = taps.tiles(taps.Axis(images.shape[3], size[1], options.interpolation, options.antialias), False)
             count = {"values": 3 * size[1] / (64 * cdiv(size[1], columns["COLUMNS"])), "turns": taps.ROWS}
-        yield Case(name, partial(resize.resize_fwd_triton, images, *options.launch), **count)
+        yield Case(name, partial(resize.resize_fwd.run, images, options), **count)
         if backward:
-            yield Case(f"{name} backward", partial(resize.resize_bwd_triton, made, images, *options.launch_backward))
+            yield Case(f"{name} backward", partial(resize.resize_bwd.run, made, images, options))
 
     def image(dtype: torch.dtype, side: int, batch: int = 8) -> torch.Tensor:
         return torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
@@ -127,12 +128,16 @@ def vicreg_cases() -> Iterator[Case]:
             unbiased=False, route="auto",
         )  # fmt: skip
         weights = torch.ones(3, dtype=torch.float64) if student.dtype == torch.float64 else None
-        made = vicreg_triton.vicreg_fwd_fake(student, teacher, weights, *plan)
-        backward = partial(vicreg_triton.vicreg_bwd_triton, student, teacher, *made[4:], made[0], weights, True)
+        made = vicreg_triton.vicreg_fwd_empty(student, teacher, weights, plan)
+        saved = vicreg_triton.Saved(*made[4:])
+        backward = partial(vicreg_triton.vicreg_bwd.run, student, teacher, made.loss, weights, saved)
         name += f" by {'rows' if plan.gram else 'columns'} of {list(student.shape)}"
-        yield Case(name, partial(vicreg_triton.vicreg_fwd_triton, student, teacher, weights, *plan))
+        yield Case(name, partial(vicreg_triton.vicreg_fwd.run, student, teacher, weights, plan))
         for both in wanted:
-            yield Case(f"{name} to {'both' if both else 'student'}", partial(backward, both, *plan))
+            yield Case(
+                f"{name} to {'both' if both else 'student'}",
+                partial(backward, vicreg_triton.BackwardOptions(True, both, plan)),
+            )
 
     for rows, width in ((256, 1024), (2048, 1024)):  # by rows with a split product, by columns with a whole one
         for name, dtype in DTYPES.items():
@@ -147,10 +152,10 @@ def vicreg_cases() -> Iterator[Case]:
 
 def standardize_cases() -> Iterator[Case]:
     def cases(name: str, x: torch.Tensor, normalize: bool = True) -> Iterator[Case]:
-        how = normalize, 1e-5
-        out, *rest = standardize_triton.standardize_fwd_fake(x, *how, cosine_triton.wide(x))
-        yield Case(name, partial(standardize_triton.standardize_fwd_triton, x, *how, out.dtype))
-        yield Case(f"{name} backward", partial(standardize_triton.standardize_bwd_triton, out, out, x, *rest, *how))
+        how = standardize_triton.Standardization(normalize, 1e-5, cosine_triton.wide(x))
+        out, *rest = standardize_triton.standardize_fwd_empty(x, how)
+        yield Case(name, partial(standardize_triton.standardize_fwd.run, x, how))
+        yield Case(f"{name} backward", partial(standardize_triton.standardize_bwd.run, out, x, out, *rest, how))
 
     for name, dtype in DTYPES.items():
         yield from cases(name, torch.empty(1024, 1024, dtype=dtype))  # more than one run of rows

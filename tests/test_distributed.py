@@ -191,7 +191,9 @@ def costs_are_those_calculated(rank, world):
         )  # fmt: skip
         received.clear()
         with FlopCounterMode(display=False) as counter:
-            vicreg_ranks.vicreg_ranks_torch(y, g, dist.group.WORLD.group_name, route, *plan)
+            vicreg_ranks.vicreg_ranks_torch(
+                y, g, vicreg_ranks.RanksOptions(dist.group.WORLD.group_name, world, route, plan)
+            )
         assert sum(received) == pytest.approx(calculated.received)
         assert counter.get_total_flops() == calculated.operations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import upcast
-from .cosine_triton import cosine_rows_fake
+from .cosine_triton import RowOptions, cosine_rows_empty
 from .dispatch import blocks
 
 
@@ -94,34 +94,32 @@ def in_blocks(run: Callable, outputs: list[Tensor], student: Tensor, teacher: Te
 
 
 def cosine_rows_torch(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, alpha: Tensor | None, grad_output: Tensor | None,
-    kind: str, reduction: str, count: int, eps: float, for_student: bool, for_teacher: bool,
+    student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, grad_output: Tensor | None,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = cosine_rows_fake(
-        student, teacher, weight, alpha, grad_output, kind, reduction, count, eps, for_student, for_teacher
-    )
-    loss, value, *grads = out
-    elements, wanted = reduction == "elements", [for_student, for_teacher]
-    share = (loss.new_ones(()) if weight is None else weight.unsqueeze(-1)) / count
-    outer = share if alpha is None else share * alpha
-    scale = outer if grad_output is None else outer * (grad_output if elements else grad_output.unsqueeze(-1))
-    scale = scale.expand(student.shape[0], student.shape[1] if elements else 1)
+    loss, value, *grads = cosine_rows_empty(student, target, weight, scale, grad_output, options)
+    kind, reduction, divisor, eps, *needs_grad = options
+    elements = reduction == "elements"
+    share = (loss.new_ones(()) if weight is None else weight.unsqueeze(-1)) / divisor
+    outer = share if scale is None else share * scale
+    factor = outer if grad_output is None else outer * (grad_output if elements else grad_output.unsqueeze(-1))
+    factor = factor.expand(student.shape[0], student.shape[1] if elements else 1)
 
     run = partial(
-        some_rows, kind=kind, elements=elements, eps=eps, loss=grad_output is None, for_student=for_student,
-        for_teacher=for_teacher,
+        some_rows, kind=kind, elements=elements, eps=eps, loss=grad_output is None, for_student=options.for_student,
+        for_teacher=options.for_target,
     )  # fmt: skip
-    filled = [grad for grad, want in zip(grads, wanted, strict=True) if want]
+    filled = [grad for grad, needed in zip(grads, needs_grad, strict=True) if needed]
     if grad_output is None:
         filled.insert(0, loss.new_empty(student.shape if elements else student.shape[:1]))
-    made = in_blocks(run, filled, student, teacher, scale)
+    made = in_blocks(run, filled, student, target, factor)
     if grad_output is None:
         values = made.pop(0)
         if reduction != "sum":
             loss = values * (outer if elements else outer.squeeze(-1))
         else:
-            loss = (values if weight is None else values * weight).sum() / count
-            if alpha is not None:
-                loss, value = loss * alpha, loss
-    for_s, for_t = (made.pop(0) if want else grad for grad, want in zip(grads, wanted, strict=True))
+            loss = (values if weight is None else values * weight).sum() / divisor
+            if scale is not None:
+                loss, value = loss * scale, loss
+    for_s, for_t = (made.pop(0) if needed else grad for grad, needed in zip(grads, needs_grad, strict=True))
     return loss, value, for_s, for_t

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
-from .dispatch import acc_of, cdiv, define, rows_of
+from .dispatch import acc_of, cdiv, launched, rows_of
 from .tickets import ticket
 
 # Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
@@ -18,17 +18,32 @@ MANY_ROWS, ROWS_OF_MANY = 4096, 8
 RESCALE_BLOCK = 4096
 
 
-def cosine_rows_fake(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, alpha: Tensor | None, grad_output: Tensor | None,
-    kind: str, reduction: str, count: int, eps: float, for_student: bool, for_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What the op returns, not filled; empty where it is not wanted."""
-    shape = {"sum": (), "rows": student.shape[:1], "elements": student.shape}[reduction]
+class RowOptions(NamedTuple):
+    """What is computed of rows."""
+
+    kind: str  # cosine, mse, or raw: mse of rows as they are
+    reduction: str  # sum, rows or elements
+    divisor: int  # of the loss
+    eps: float  # the smallest norm that is divided by
+    for_student: bool = False  # whether the gradient is written: in the forward, for a grad_output of 1
+    for_target: bool = False
+
+
+def cosine_rows_empty(
+    student: Tensor,  # [N, D]
+    target: Tensor,  # [N, D]
+    weight: Tensor | None,  # [N]
+    scale: Tensor | None,  # []
+    grad_output: Tensor | None,  # [N], or [N, D] by elements; None: the forward
+    options: RowOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, it without scale, and the gradients of student and target; empty where it is not wanted."""
+    shape = {"sum": (), "rows": student.shape[:1], "elements": student.shape}[options.reduction]
     forward = grad_output is None
-    loss = student.new_empty(shape if forward else 0, dtype=wide(student, teacher))
-    value = loss.new_empty(() if forward and alpha is not None and reduction == "sum" else 0)
-    for_s = student.new_empty(student.shape if for_student else 0)
-    for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
+    loss = student.new_empty(shape if forward else 0, dtype=wide(student, target))
+    value = loss.new_empty(() if forward and scale is not None and options.reduction == "sum" else 0)
+    for_s = student.new_empty(student.shape if options.for_student else 0)
+    for_t = target.new_empty(target.shape if options.for_target else 0)
     return loss, value, for_s, for_t
 
 
@@ -42,38 +57,39 @@ def launch_options(loss: Tensor, rows: int, width: int, eps: float) -> dict[str,
     return {**constants, "ACC": acc_of(loss.dtype), "num_warps": CONFIGURATIONS[block], "enable_fp_fusion": True}
 
 
-def cosine_rows_triton(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, alpha: Tensor | None, grad_output: Tensor | None,
-    kind: str, reduction: str, count: int, eps: float, for_student: bool, for_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def launch_cosine_rows(
+    out: tuple[Tensor, ...], student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None,
+    grad_output: Tensor | None, how: RowOptions,
+) -> None:  # fmt: skip
     from ..kernels.cosine import cosine_rows_kernel
 
-    student, teacher = rows_of(student, teacher)
-    loss, value, for_s, for_t = cosine_rows_fake(
-        student, teacher, weight, alpha, grad_output, kind, reduction, count, eps, for_student, for_teacher
-    )
+    student, target = rows_of(student, target)
+    loss, value, for_s, for_t = out
     rows, width = student.shape
     if not rows:
         for x in (loss, value):
-            x.fill_(0.0 if count else float("nan"))  # a sum over nothing, and a mean
-        return loss, value, for_s, for_t
-    options = launch_options(loss, rows, width, eps)
+            x.fill_(0.0 if how.divisor else float("nan"))  # a sum over nothing, and a mean
+        return
+    options = launch_options(loss, rows, width, how.eps)
     programs = cdiv(rows, options["ROWS"])
-    summed = grad_output is None and reduction == "sum"
+    summed = grad_output is None and how.reduction == "sum"
     strides = (0, 0) if grad_output is None else (*grad_output.stride(), 0)[:2]
     with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
         cosine_rows_kernel[(programs,)](
-            student, teacher, weight, alpha, grad_output,
+            student, target, weight, scale, grad_output,
             loss if grad_output is None else None, value if value.numel() else None,
             loss.new_empty(programs) if summed else None, ticket(student) if summed else None,
-            for_s if for_student else None, for_t if for_teacher else None,
-            student.stride(0), teacher.stride(0), 0 if weight is None else weight.stride(0), *strides, rows, count,
-            KIND=kind, REDUCTION=reduction, **options,
+            for_s if how.for_student else None, for_t if how.for_target else None,
+            student.stride(0), target.stride(0), 0 if weight is None else weight.stride(0), *strides, rows, how.divisor,
+            KIND=how.kind, REDUCTION=how.reduction, **options,
         )  # fmt: skip
-    return loss, value, for_s, for_t
 
 
-def cosine_rescale_triton(grad: Tensor, grad_output: Tensor) -> None:
+def cosine_rescale_empty(grad: Tensor, grad_output: Tensor) -> None:
+    """Nothing: the op changes `grad`."""
+
+
+def launch_cosine_rescale_(out: None, grad: Tensor, grad_output: Tensor) -> None:
     """grad *= grad_output, which no program does where that is 1."""
     from ..kernels.cosine import cosine_rescale_kernel
 
@@ -86,13 +102,5 @@ def cosine_rescale_triton(grad: Tensor, grad_output: Tensor) -> None:
         )
 
 
-cosine_rows = define(
-    "cosine_rows(Tensor student, Tensor teacher, Tensor? weight, Tensor? alpha, Tensor? grad_output, str kind, "
-    "str reduction, SymInt count, float eps, bool for_student, bool for_teacher) "
-    "-> (Tensor loss, Tensor value, Tensor for_student_, Tensor for_teacher_)",
-    cosine_rows_triton,
-    cosine_rows_fake,
-)
-cosine_rescale_ = define(
-    "cosine_rescale_(Tensor(a!) grad, Tensor grad_output) -> ()", cosine_rescale_triton, lambda grad, grad_output: None
-)
+cosine_rows = launched("cosine_rows", cosine_rows_empty, launch_cosine_rows)
+cosine_rescale_ = launched("cosine_rescale_", cosine_rescale_empty, launch_cosine_rescale_)

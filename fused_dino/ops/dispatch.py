@@ -1,74 +1,125 @@
-"""What every op needs on its way to torch's dispatcher, to autograd and to a CPU's cache: written once."""
+"""Ops of torch's dispatcher, made from a function that allocates their results and one that fills them."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "fused_dino"
-CPU_ROWS = 256  # of some thousand columns: what one step makes of them is still in a core's cache for the next
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
+Shape = tuple[Any, ...]
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The opaque op of `schema`, "name(Tensor x, ...) -> Tensor", run by `launch`, shaped by `fake`; "!" in it
-    marks what it changes in place.
+class Op:
+    """The opaque op `name`: `run` computes its results, and `empty` makes them without their values.
+
+    Its arguments are written once: as the annotated parameters of `empty`. A NamedTuple among them passes the
+    dispatcher as its fields. An op whose name ends in "_" changes its first argument, and returns None.
 
     It has no gradient of its own: the op's autograd.Function has, and differentiating the op itself is refused, where
     torch 2.11 would return zeros. The CPU key serves the interpreter alone; the choice of a backend sees to that.
     """
-    name = schema.partition("(")[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CUDA", "CPU"):  # ROCm registers as CUDA too
-        library.impl(name, launch, device)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    if "!" not in schema:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def __init__(self, name: str, empty: Callable[..., Any], run: Callable[..., Any]) -> None:
+        parameters = get_type_hints(empty)
+        returns = parameters.pop("return")
+        self.run, self.shape = run, shape_of(parameters)
+        arguments = ", ".join(schema_of(parameters))
+        if name.endswith("_"):
+            arguments = arguments.replace("Tensor", "Tensor(a!)", 1)
+        library.define(f"{name}({arguments}) -> {schema_of_results(returns)}", tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CUDA", "CPU"):  # ROCm registers as CUDA too
+            library.impl(name, lambda *given: run(*whole(self.shape, iter(given))), device)
+        torch.library.register_fake(
+            f"{NAMESPACE}::{name}", lambda *given: empty(*whole(self.shape, iter(given))), lib=library
+        )
+        if not name.endswith("_"):
+            torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*flat(self.shape, args))
+
+
+def launched(name: str, empty: Callable[..., Any], launch: Callable[..., None]) -> Op:
+    """The op whose results are made by `empty` and filled by `launch(results, ...)`."""
+
+    def run(*args: Any) -> Any:
+        out = empty(*args)
+        launch(out, *args)
+        return out
+
+    return Op(name, empty, run)
+
+
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The fields of a NamedTuple and their types; none of another type."""
+    return get_type_hints(kind) if hasattr(kind, "_fields") else {}
+
+
+def shape_of(parameters: dict[str, Any]) -> Shape:
+    """Of each parameter: None, or a NamedTuple's class and the same of its fields."""
+    return tuple((kind, shape_of(fields)) if (fields := fields_of(kind)) else None for kind in parameters.values())
+
+
+def schema_of(parameters: dict[str, Any]) -> Iterator[str]:
+    """What the schema says of each argument that the dispatcher sees."""
+    for name, kind in parameters.items():
+        if fields := fields_of(kind):
+            yield from schema_of(fields)
+        elif get_origin(kind) is tuple:
+            yield f"{SCHEMA_TYPES[get_args(kind)[0]]}[] {name}"
+        else:
+            yield f"{SCHEMA_TYPES[kind]} {name}"
+
+
+def schema_of_results(kind: Any) -> str:
+    several = tuple(fields_of(kind).values()) or get_args(kind)
+    if several:
+        return f"({', '.join('Tensor' for _ in several)})"
+    return "()" if kind is type(None) else "Tensor"
+
+
+def flat(shape: Shape, args: tuple) -> list[Any]:
+    """The arguments as the dispatcher takes them."""
+    out: list[Any] = []
+    for part, value in zip(shape, args, strict=True):
+        out += [value] if part is None else flat(part[1], value)
+    return out
+
+
+def whole(shape: Shape, given: Iterator[Any]) -> list[Any]:
+    """The arguments as the op's functions take them."""
+    out: list[Any] = []
+    for part in shape:
+        if part is None:
+            value = next(given)
+            out.append(tuple(value) if isinstance(value, list) else value)
+        else:
+            out.append(part[0](*whole(part[1], given)))
+    return out
 
 
 def refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
     raise NotImplementedError("this op has no gradient of its own; differentiate the function of fused_dino.functional")
 
 
-def keep_signature(function: type[torch.autograd.Function]) -> Any:
-    """An autograd.Function whose forward keeps its signature: torch binds each call's arguments by it, and would take
-    longer to make it anew than a launch takes."""
-    forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)
-    return function
-
-
-def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under vmap, [B, N, D] as [B * N, D]: an op on rows needs no rule but this."""
-
-    def flat(x: Tensor | None, dim: int | None) -> Tensor | None:
-        if x is None:
-            return None
-        return (x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-    return tuple(map(flat, tensors, in_dims))
-
-
 def rows_of(*tensors: Tensor) -> list[Tensor]:
     """Tensors [N, D] whose last dimension is contiguous, which is all that the kernels ask."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether x is under one of torch's two vmaps, of which the older serves is_grads_batched; a torch.func.grad around
-    it, which has no storage to show either, is looked through."""
-    if not torch.compiler.is_compiling():  # Dynamo traces neither of the two
-        while torch._C._functorch.is_gradtrackingtensor(x):
-            x = torch._C._functorch.get_unwrapped(x)
-    try:
-        return x.untyped_storage() is None
-    except NotImplementedError:
-        return True
 
 
 def cdiv(a: int, b: int) -> int:
@@ -80,6 +131,9 @@ def acc_of(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+CPU_ROWS = 256  # of some thousand columns: what one step makes of them is still in a core's cache for the next
 
 
 def blocks(x: Tensor, size: int = CPU_ROWS) -> Iterator[slice]:

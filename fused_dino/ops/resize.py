@@ -9,7 +9,7 @@ scale = 1 / ((high - low) std) and shift = -(low / (high - low) + mean) / std.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..reference import resize as reference
 from ..reference.dtypes import upcast, wide, without_autocast
-from .dispatch import batched_rows, by_rows, define, is_batched, keep_signature
+from .dispatch import by_rows, launched
+from .function import batched_rows, make_function
 from .taps import antialias_sums, launch_options
 
 CPU_PIXELS = 2**21  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
@@ -39,9 +40,6 @@ class Options(NamedTuple):
     out_dtype: torch.dtype
     patch_size: int | None
 
-    def formula(self, images: Tensor) -> Tensor:
-        return reference.preprocess(images, **self._asdict())
-
     @property
     def scale(self) -> list[float]:
         low, high = self.input_range
@@ -58,14 +56,8 @@ class Options(NamedTuple):
         return list(self.input_range) if self.clamp else []
 
     @property
-    def launch(self) -> tuple:
-        """The arguments of the forward's launch."""
-        how = self.interpolation, self.antialias, self.out_dtype, self.patch_size or 0
-        return self.size, self.scale, self.shift, self.clip, *how
-
-    @property
-    def launch_backward(self) -> tuple:
-        return self.size, self.scale, self.clip, self.interpolation, self.antialias, self.patch_size or 0
+    def geometry(self) -> tuple[tuple[int, int], str, bool, int]:
+        return self.size, self.interpolation, self.antialias, self.patch_size or 0
 
 
 # --- closed form in plain torch ---------------------------------------------------------------------------------------
@@ -121,7 +113,7 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
         out = out if out.dtype == options.out_dtype else out.to(options.out_dtype)
         return out if out.is_contiguous() else out.contiguous()
     shift = torch.tensor(options.shift, dtype=dtype, device=images.device).unbind()
-    out = resize_fwd_fake(images, *options.launch)
+    out = resize_fwd_empty(images, options)
     step = images_a_block(images, options)
     direct = options.patch_size is None and options.out_dtype == dtype
     scratch = out if direct else images.new_empty(min(step, images.shape[0]), 3, h, w, dtype=dtype)
@@ -171,127 +163,86 @@ def resize_bwd_torch(grad: Tensor, images: Tensor, options: Options) -> Tensor:
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
-def resize_fwd_fake(
-    images: Tensor, size: Sequence[int], scale: Sequence[float], shift: Sequence[float], clip: Sequence[float],
-    interpolation: str, antialias: bool, dtype: torch.dtype, patch_size: int,
-) -> Tensor:  # fmt: skip
-    """What the forward returns, not filled: [B, 3, h, w], or patches [B, (h/p) (w/p), 3 p p]."""
-    (h, w), p = size, patch_size
+def resize_fwd_empty(images: Tensor, options: Options) -> Tensor:
+    """[B, 3, h, w], or patches [B, (h/p) (w/p), 3 p p]."""
+    (h, w), p = options.size, options.patch_size
     shape = (h // p * (w // p), 3 * p * p) if p else (3, h, w)
-    return images.new_empty((images.shape[0], *shape), dtype=dtype)
+    return images.new_empty((images.shape[0], *shape), dtype=options.out_dtype)
 
 
-def resize_bwd_fake(
-    grad: Tensor, images: Tensor, size: Sequence[int], scale: Sequence[float], clip: Sequence[float],
-    interpolation: str, antialias: bool, patch_size: int,
-) -> Tensor:  # fmt: skip
+def resize_bwd_empty(grad: Tensor, images: Tensor, options: Options) -> Tensor:
     return images.new_empty(images.shape)
 
 
 def launch_forward(
-    images: Tensor, out: Tensor | None, inside: Tensor | None, sums: Tensor | None, size: Sequence[int],
-    scale: Sequence[float], shift: Sequence[float], clip: Sequence[float], interpolation: str, antialias: bool,
-    patch_size: int,
-) -> None:  # fmt: skip
+    images: Tensor, out: Tensor | None, inside: Tensor | None, sums: Tensor | None, options: Options
+) -> None:
     from ..kernels.resize import resize_fwd_kernel
 
-    arguments, options, grid = launch_options(images, size, interpolation, antialias, patch_size, False)
+    arguments, constants, grid = launch_options(images, *options.geometry, False)
     resize_fwd_kernel[grid](
         images, sums, out, inside, *images.stride(), *arguments,
-        SCALE=tuple(scale), SHIFT=tuple(shift), CLIP=tuple(clip) or None,
-        INTERLEAVED=images.stride(1) == 1 and images.stride(3) == 3, **options,
+        SCALE=tuple(options.scale), SHIFT=tuple(options.shift), CLIP=tuple(options.clip) or None,
+        INTERLEAVED=images.stride(1) == 1 and images.stride(3) == 3, **constants,
     )  # fmt: skip
 
 
-def resize_fwd_triton(
-    images: Tensor, size: Sequence[int], scale: Sequence[float], shift: Sequence[float], clip: Sequence[float],
-    interpolation: str, antialias: bool, dtype: torch.dtype, patch_size: int,
-) -> Tensor:  # fmt: skip
-    out = resize_fwd_fake(images, size, scale, shift, clip, interpolation, antialias, dtype, patch_size)
+def launch_sums(images: Tensor, options: Options) -> Tensor | None:
+    return antialias_sums(images, options.size, options.interpolation) if options.antialias else None
+
+
+def launch_resize_fwd(out: Tensor, images: Tensor, options: Options) -> None:
     if images.shape[0]:
         with torch.cuda.device_of(images):  # the tensor's GPU need not be the current one; no-op on a CPU
-            sums = antialias_sums(images, size, interpolation) if antialias else None
-            launch_forward(
-                images, out, None, sums, size, scale, shift, clip, interpolation, antialias, patch_size
-            )  # fmt: skip
-    return out
+            launch_forward(images, out, None, launch_sums(images, options), options)
 
 
-def resize_bwd_triton(
-    grad: Tensor, images: Tensor, size: Sequence[int], scale: Sequence[float], clip: Sequence[float],
-    interpolation: str, antialias: bool, patch_size: int,
-) -> Tensor:  # fmt: skip
+def launch_resize_bwd(out: Tensor, grad: Tensor, images: Tensor, options: Options) -> None:
     """With a clamp the images are resized once more, to see what it clipped: nothing is kept for that."""
     from ..kernels.resize import resize_bwd_kernel
 
     grad = grad.contiguous()
-    out = resize_bwd_fake(grad, images, size, scale, clip, interpolation, antialias, patch_size)
     if images.shape[0]:
         with torch.cuda.device_of(images):
-            sums = antialias_sums(images, size, interpolation) if antialias else None
-            inside = grad.new_empty(grad.shape, dtype=torch.bool) if clip else None
-            if clip:
-                launch_forward(
-                    images, None, inside, sums, size, scale, scale, clip, interpolation, antialias, patch_size
-                )  # fmt: skip
-            arguments, options, grid = launch_options(images, size, interpolation, antialias, patch_size, True)
-            resize_bwd_kernel[grid](grad, inside, sums, out, *arguments, SCALE=tuple(scale), **options)
-    return out
+            sums = launch_sums(images, options)
+            inside = grad.new_empty(grad.shape, dtype=torch.bool) if options.clamp else None
+            if options.clamp:
+                launch_forward(images, None, inside, sums, options)
+            arguments, constants, grid = launch_options(images, *options.geometry, True)
+            resize_bwd_kernel[grid](grad, inside, sums, out, *arguments, SCALE=tuple(options.scale), **constants)
 
 
-resize_fwd = define(
-    "resize_fwd(Tensor images, SymInt[] size, float[] scale, float[] shift, float[] clip, str interpolation, "
-    "bool antialias, ScalarType dtype, int patch_size) -> Tensor",
-    resize_fwd_triton,
-    resize_fwd_fake,
-)
-resize_bwd = define(
-    "resize_bwd(Tensor grad, Tensor images, SymInt[] size, float[] scale, float[] clip, str interpolation, "
-    "bool antialias, int patch_size) -> Tensor",
-    resize_bwd_triton,
-    resize_bwd_fake,
-)
+resize_fwd = launched("resize_fwd", resize_fwd_empty, launch_resize_fwd)
+resize_bwd = launched("resize_bwd", resize_bwd_empty, launch_resize_bwd)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-@keep_signature
-class ResizeFunction(torch.autograd.Function):
-    """(images [B, 3, H, W], options, backend) -> [B, 3, h, w] or patches."""
+def forward(images: Tensor, options: Options, backend: str) -> Tensor:
+    return (resize_fwd if backend == "triton" else resize_fwd_torch)(images, options)
 
-    @staticmethod
-    def forward(images: Tensor, options: Options, backend: str) -> Tensor:
-        if backend == "triton":
-            return resize_fwd(images, *options.launch)
-        return resize_fwd_torch(images, options)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        images, ctx.options, ctx.backend = inputs
-        ctx.images = images.shape, images.dtype
-        ctx.save_for_backward(images if ctx.options.clamp else None)  # else its values are no part of the gradient
+def backward(ctx: Any, saved: tuple[Tensor], grads: tuple[Tensor], needs_grad: tuple[bool]) -> tuple[Tensor]:
+    run = resize_bwd if ctx.backend == "triton" else resize_bwd_torch
+    return (run(*grads, *saved, ctx.options),)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (images,), options = ctx.saved_tensors, ctx.options
-        if images is None:
-            shape, dtype = ctx.images
-            images = grad.new_empty((), dtype=dtype).expand(shape)
-        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True, or under vmap: the formula serves both
-            (for_images,) = torch.func.vjp(options.formula, images)[1](grad)
-        elif ctx.backend == "triton":
-            for_images = resize_bwd(grad, images, *options.launch_backward)
-        else:
-            for_images = resize_bwd_torch(grad, images, options)
-        return for_images, None, None  # images, options, backend
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, images: Tensor, options: Options, backend: str) -> tuple[Tensor, int]:
-        count = images.shape[1 if in_dims[0] == 0 else 0]
-        (images,) = batched_rows(info.batch_size, in_dims[:1], images)
-        out = ResizeFunction.apply(images, options, backend)
-        return out.unflatten(0, (info.batch_size, count)), 0
+def formula(images: Tensor, options: Options) -> Tensor:
+    return reference.preprocess(images, **options._asdict())
+
+
+def vmap(
+    apply: Callable, info: Any, in_dims: tuple, images: Tensor, options: Options, backend: str
+) -> tuple[Tensor, int]:
+    (images,) = batched_rows(info.batch_size, in_dims[:1], images)
+    out = apply(images, options, backend)
+    return out.unflatten(0, (info.batch_size, images.shape[0] // info.batch_size)), 0
+
+
+ResizeFunction = make_function(
+    "ResizeFunction", forward, backward, formula, inputs=1, vmap=vmap, linear=lambda options: not options.clamp
+)
 
 
 def preprocess(

@@ -10,10 +10,12 @@ from ..reference.dtypes import without_autocast
 from .columns_torch import centre, passes
 from .cosine_torch import unit
 from .dispatch import by_rows
+from .standardize_triton import Standardization
 
 
-def standardize_fwd_torch(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def standardize_fwd_torch(x: Tensor, options: Standardization) -> tuple[Tensor, Tensor, Tensor]:
     """The result, nothing, and the columns' sums of squares."""
+    normalize, eps, dtype = options
     if normalize:
         with without_autocast(x):  # to which vecdot is a matrix product
             (x,) = by_rows(lambda rows: unit(rows.to(dtype), NORM_EPS)[:1], (x.new_empty(x.shape, dtype=dtype),), x)
@@ -25,8 +27,9 @@ def standardize_fwd_torch(x: Tensor, normalize: bool, eps: float, dtype: torch.d
 
 
 def standardize_bwd_torch(
-    grad: Tensor, out: Tensor, x: Tensor, factors: Tensor, squares: Tensor, normalize: bool, eps: float
+    grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, options: Standardization
 ) -> Tensor:
+    normalize, eps, _ = options
     mean, along = torch.zeros_like(squares), torch.zeros_like(squares)
     for rows in passes(grad):
         mean += grad[rows].sum(0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.cosine import NORM_EPS
 from .columns import COLUMNS, ROWS, launch_statistics, runs_of
-from .dispatch import acc_of, cdiv, define, rows_of
+from .dispatch import acc_of, cdiv, launched, rows_of
 
 ELEMENTS, WIDEST = 2048, 512  # of a tile of the passes over rows
 
@@ -25,18 +25,25 @@ def tile_of(width: int) -> dict[str, int]:
     return {"BLOCK_N": ELEMENTS // block, "BLOCK_D": block}
 
 
-def standardize_fwd_fake(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What the forward returns, not filled: the result [N, D], what rows were multiplied by [N] or [0], and the
-    columns' sums of squares about their means [D]."""
-    out = x.new_empty(x.shape, dtype=dtype)
-    return out, out.new_empty(x.shape[0] if normalize else 0), out.new_empty(x.shape[1])
+class Standardization(NamedTuple):
+    normalize: bool  # rows are divided by their norms first
+    eps: float  # added to each deviation
+    dtype: torch.dtype  # of the result
 
 
-def standardize_fwd_triton(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def standardize_fwd_empty(x: Tensor, options: Standardization) -> tuple[Tensor, Tensor, Tensor]:
+    """The result [N, D], what rows were multiplied by [N] or [0], and the columns' sums of squares about their means
+    [D]."""
+    out = x.new_empty(x.shape, dtype=options.dtype)
+    return out, out.new_empty(x.shape[0] if options.normalize else 0), out.new_empty(x.shape[1])
+
+
+def launch_standardize_fwd(made: tuple[Tensor, Tensor, Tensor], x: Tensor, how: Standardization) -> None:
     from ..kernels import standardize as kernels
 
     (x,) = rows_of(x)
-    out, factors, squares = standardize_fwd_fake(x, normalize, eps, dtype)
+    out, factors, squares = made
+    normalize, eps, dtype = how
     rows, width = x.shape
     shift, scale = squares.new_empty(width, dtype=torch.float64), factors if normalize else None
     tile = tile_of(width)
@@ -48,22 +55,20 @@ def standardize_fwd_triton(x: Tensor, normalize: bool, eps: float, dtype: torch.
         kernels.standardize_fwd_kernel[(tiles, cdiv(width, tile["BLOCK_D"]))](
             x, scale, shift, squares, out, x.stride(0), rows, width, rows - 1, EPS=eps, **options
         )
-    return out, factors, squares
 
 
-def standardize_bwd_fake(
-    grad: Tensor, out: Tensor, x: Tensor, factors: Tensor, squares: Tensor, normalize: bool, eps: float
+def standardize_bwd_empty(
+    grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, options: Standardization
 ) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def standardize_bwd_triton(
-    grad: Tensor, out: Tensor, x: Tensor, factors: Tensor, squares: Tensor, normalize: bool, eps: float
-) -> Tensor:
+def launch_standardize_bwd(
+    grad_x: Tensor, grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, how: Standardization
+) -> None:
     from ..kernels import standardize as kernels
 
     grad, (x,) = grad.contiguous(), rows_of(x)
-    grad_x = standardize_bwd_fake(grad, out, x, factors, squares, normalize, eps)
     rows, width = x.shape
     runs, tile, options = runs_of(rows, width), tile_of(width), options_of(out.dtype)
     totals, along = (squares.new_empty((runs.number, width)) for _ in range(2))
@@ -77,21 +82,10 @@ def standardize_bwd_triton(
             totals, along, squares, mean, share, rows, width, runs.number, rows - 1, BLOCK=128, **options
         )
         kernels.standardize_bwd_kernel[(cdiv(rows, tile["BLOCK_N"]),)](
-            grad, out, x, factors if normalize else None, squares, mean, share, grad_x,
-            x.stride(0), rows, width, rows - 1, EPS=eps, NORM_EPS=NORM_EPS, **tile, **options,
+            grad, out, x, factors if how.normalize else None, squares, mean, share, grad_x,
+            x.stride(0), rows, width, rows - 1, EPS=how.eps, NORM_EPS=NORM_EPS, **tile, **options,
         )  # fmt: skip
-    return grad_x
 
 
-standardize_fwd = define(
-    "standardize_fwd(Tensor x, bool normalize, float eps, ScalarType dtype) "
-    "-> (Tensor out, Tensor factors, Tensor squares)",
-    standardize_fwd_triton,
-    standardize_fwd_fake,
-)
-standardize_bwd = define(
-    "standardize_bwd(Tensor grad, Tensor out, Tensor x, Tensor factors, Tensor squares, bool normalize, float eps) "
-    "-> Tensor",
-    standardize_bwd_triton,
-    standardize_bwd_fake,
-)
+standardize_fwd = launched("standardize_fwd", standardize_fwd_empty, launch_standardize_fwd)
+standardize_bwd = launched("standardize_bwd", standardize_bwd_empty, launch_standardize_bwd)

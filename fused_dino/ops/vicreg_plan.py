@@ -10,7 +10,7 @@ from ..reference.vicreg import covariance_divisor, wanted
 
 
 class Plan(NamedTuple):
-    """The options of one call, in the order in which the dispatcher's ops take them."""
+    """The options of one call."""
 
     gamma: float
     eps: float
@@ -36,13 +36,6 @@ class Plan(NamedTuple):
     @property
     def covariance(self) -> bool:
         return self.cov_weight != 0
-
-
-# The same as a dispatcher's schema.
-PLAN = (
-    "float gamma, float eps, bool unbiased, int divisor, bool gram, float inv_weight, float var_weight, "
-    "float cov_weight"
-)
 
 
 def make_plan(

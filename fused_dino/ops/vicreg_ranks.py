@@ -20,7 +20,7 @@ and the mean that DDP or FSDP takes is the full batch's gradient (see SumOverRan
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from torch import Tensor
 from ..distributed import all_counts, all_gather, all_reduce, gather_rows, group_of
 from ..reference.dtypes import wide, without_autocast
 from .columns_torch import centre
-from .dispatch import define
-from .vicreg_plan import PLAN, Plan, flags, make_plan
+from .dispatch import Op
+from .function import make_function
+from .vicreg_plan import Plan, flags, make_plan
 from .vicreg_torch import largest_of, own_share, product_energy, symmetric_product
 
 if TYPE_CHECKING:
@@ -42,16 +43,33 @@ def rows_travel_lighter(counts: list[int], width: int, itemsize: int, sum_itemsi
     return others * max(counts) * width * itemsize < 2 * others * width * width * sum_itemsize / len(counts)
 
 
-def vicreg_ranks_fake(student: Tensor, teacher: Tensor, group: str, route: str, *options: Any) -> tuple[Tensor, ...]:
-    """The three terms [], the count of all rows [], centred [N_r, D], squares [D], spread [N_r, D] (Z); not filled."""
-    dtype = wide(student, teacher)
+class RanksOptions(NamedTuple):
+    group: str
+    world: int
+    route: str
+    plan: Plan
+
+
+class Forward(NamedTuple):
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+    rows: Tensor  # [], how many in all
+    centred: Tensor  # [N_r, D]
+    squares: Tensor  # [D]
+    spread: Tensor  # [N_r, D], Z
+
+
+def vicreg_ranks_empty(student: Tensor, target: Tensor, options: RanksOptions) -> Forward:
+    dtype = wide(student, target)
     invariance, variance, covariance, count = (student.new_empty((), dtype=dtype) for _ in range(4))
     centred, spread = (student.new_empty(student.shape, dtype=dtype) for _ in range(2))
-    return invariance, variance, covariance, count, centred, student.new_empty(student.shape[1], dtype=dtype), spread
+    squares = student.new_empty(student.shape[1], dtype=dtype)
+    return Forward(invariance, variance, covariance, count, centred, squares, spread)
 
 
-def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str, *options: Any) -> tuple[Tensor, ...]:
-    plan, ranks = Plan(*options), group_of(group)
+def vicreg_ranks_torch(student: Tensor, teacher: Tensor, options: RanksOptions) -> Forward:
+    plan, route, ranks = options.plan, options.route, group_of(options.group)
     dtype, width = wide(student, teacher), student.shape[1]
     error = student.new_zeros((), dtype=dtype)
     if plan.invariance:
@@ -73,7 +91,7 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, group: str, route: str,
     zero = torch.zeros_like(count)
     variance = torch.relu(plan.gamma - sigma).mean() if plan.variance else zero
     invariance = error / (count * width) if plan.invariance else error
-    return invariance, variance, total / plan.divisor, count.clone(), centred, squares, spread
+    return Forward(invariance, variance, total / plan.divisor, count.clone(), centred, squares, spread)
 
 
 def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
@@ -122,70 +140,57 @@ def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: P
     return error, count, xc, squares, product.square().sum(), xc @ product.T
 
 
-vicreg_ranks = define(
-    f"vicreg_ranks(Tensor student, Tensor teacher, str group, str route, {PLAN}) -> (Tensor invariance, "
-    "Tensor variance, Tensor covariance, Tensor count, Tensor centred, Tensor squares, Tensor spread)",
-    vicreg_ranks_torch,
-    vicreg_ranks_fake,
+vicreg_ranks = Op("vicreg_ranks", vicreg_ranks_empty, vicreg_ranks_torch)
+
+
+def forward(student: Tensor, target: Tensor, options: RanksOptions, backend: str) -> tuple[Tensor, ...]:
+    """The three terms, then what it saves."""
+    return vicreg_ranks(student, target, options)
+
+
+def backward(
+    ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], needs_grad: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            'vicreg_loss over a group has no second derivatives in its fused form; use backend="reference"'
+        )
+    student, target, count, centred, squares, spread = saved
+    plan, world, width = ctx.options.plan, ctx.options.world, student.shape[1]
+    grad_invariance, grad_variance, grad_covariance = (None if g is None else world * g for g in grads)
+    dof = (count - 1).clamp(min=1)
+    over = dof if plan.unbiased else count
+    grad = torch.zeros_like(centred)
+    towards = torch.zeros_like(centred)
+    if plan.invariance and grad_invariance is not None:
+        towards = (student.to(centred.dtype) - target) * (2 * grad_invariance / (count * width))
+        grad = towards
+    if plan.variance and grad_variance is not None:
+        sigma = (squares / over + plan.eps).sqrt()
+        grad = grad - centred * (torch.where(sigma < plan.gamma, grad_variance / (width * over), 0) / sigma)
+    if plan.covariance and grad_covariance is not None:
+        grad = grad + spread * (4 * grad_covariance / (plan.divisor * dof))
+    return grad.to(student.dtype), -towards.to(target.dtype)
+
+
+VICRegOverRanks = make_function(
+    "VICRegOverRanks", forward, backward, None, inputs=2, outputs=3, saved=3, twice=True, vmap=None
 )
-
-
-class VICRegOverRanks(torch.autograd.Function):
-    """(student [N_r, D], teacher [N_r, D], plan, group, route, W) -> the three terms, then its own saved ones."""
-
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, plan: Plan, group: str, route: str, world: int) -> tuple[Tensor, ...]:
-        return vicreg_ranks(student, teacher, group, route, *plan)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        student, teacher, ctx.plan, *_, ctx.world = inputs
-        ctx.save_for_backward(student, teacher, *output[3:])
-        ctx.mark_non_differentiable(*output[3:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                'vicreg_loss over a group has no second derivatives in its fused form; use backend="reference"'
-            )
-        student, teacher, count, centred, squares, spread = ctx.saved_tensors
-        plan, width = ctx.plan, student.shape[1]
-        grad_invariance, grad_variance, grad_covariance = (None if g is None else ctx.world * g for g in grads[:3])
-        spare = (count - 1).clamp(min=1)
-        over = spare if plan.unbiased else count
-        grad = torch.zeros_like(centred)
-        towards = torch.zeros_like(centred)
-        if plan.invariance and grad_invariance is not None:
-            towards = (student.to(centred.dtype) - teacher) * (2 * grad_invariance / (count * width))
-            grad = towards
-        if plan.variance and grad_variance is not None:
-            sigma = (squares / over + plan.eps).sqrt()
-            grad = grad - centred * (torch.where(sigma < plan.gamma, grad_variance / (width * over), 0) / sigma)
-        if plan.covariance and grad_covariance is not None:
-            grad = grad + spread * (4 * grad_covariance / (plan.divisor * spare))
-        for_student, for_teacher = ctx.needs_input_grad[:2]
-        return (
-            grad.to(student.dtype) if for_student else None,
-            -towards.to(teacher.dtype) if for_teacher else None,
-            None, None, None, None,
-        )  # fmt: skip
 
 
 def vicreg_loss_over_ranks(
     student: Tensor,  # [N_r, D]
-    teacher: Tensor,  # [N_r, D]
+    target: Tensor,  # [N_r, D]
     *,
     group: ProcessGroup,
     route: str,
     inv_weight: float | Tensor,
     var_weight: float | Tensor,
     cov_weight: float | Tensor,
-    **options: Any,
+    **more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
-    plan = make_plan(*student.shape, **flags(weights), **options, route=route)
-    out = VICRegOverRanks.apply(student, teacher, plan, group.group_name, route, group.size())
-    invariance, variance, covariance = out[:3]
+    plan = make_plan(*student.shape, **flags(weights), **more, route=route)
+    options = RanksOptions(group.group_name, group.size(), route, plan)
+    invariance, variance, covariance = VICRegOverRanks.apply(student, target, options, "torch")[:3]
     return inv_weight * invariance + var_weight * variance + cov_weight * covariance, invariance, variance, covariance

@@ -7,7 +7,6 @@ the backward. Autocast leaves products in place, and into `out`, as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..reference.dtypes import wide
 from .columns_torch import centre_block, mean, off, passes
 from .vicreg_plan import Plan, weights_of
+from .vicreg_triton import BackwardOptions, Saved
 
 CPU_PANEL = 128  # rows of a symmetric product that are computed at a time, from the diagonal on
 
@@ -55,10 +55,9 @@ def symmetric_product(x: Tensor) -> Tensor:
     return mirror_(out)
 
 
-def vicreg_fwd_torch(student: Tensor, teacher: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def vicreg_fwd_torch(student: Tensor, teacher: Tensor, weights: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
     """loss, invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
     largest [], cross [D]; empty where unwanted."""
-    plan = Plan(*options)
     n, d = student.shape
     dtype = wide(student, teacher)
     zero = student.new_zeros((), dtype=dtype)
@@ -168,15 +167,15 @@ def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
 
 
 def vicreg_bwd_torch(
-    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
-    grad_output: Tensor, weights: Tensor | None, for_student: bool, for_teacher: bool, *options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    plan = Plan(*options)
+    student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved, options: BackwardOptions
+) -> tuple[Tensor, Tensor]:
+    for_student, for_target, plan = options
+    shift, squares, product, largest, cross = saved
     inv_weight, var_weight, cov_weight = weights_of(plan, weights)
     n, d = student.shape
-    dtype = wide(student, teacher)
+    dtype = wide(student, target)
     for_s = student.new_empty(student.shape if for_student else 0)
-    for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
+    for_t = target.new_empty(target.shape if for_target else 0)
     spare = max(n - 1, 1)
     column = matrix = towards = beside = None
     if plan.variance:
@@ -199,8 +198,8 @@ def vicreg_bwd_torch(
         if towards is None:
             grad.zero_()
         else:
-            torch.sub(block, teacher[part], out=grad).mul_(towards)
-        if for_teacher:
+            torch.sub(block, target[part], out=grad).mul_(towards)
+        if for_target:
             for_t[part] = -grad
         if not for_student:
             continue

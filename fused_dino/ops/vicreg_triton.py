@@ -6,15 +6,15 @@ they are added up: together they hold at most as many numbers as the student, bu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.dtypes import wide
 from .columns import COLUMNS, ROWS, launch_statistics
-from .dispatch import acc_of, cdiv, define, rows_of
-from .vicreg_plan import PLAN, Plan
+from .dispatch import acc_of, cdiv, launched, rows_of
+from .vicreg_plan import Plan
 
 PROGRAMS = 256  # that fill a GPU
 HALF = (torch.bfloat16, torch.float16)
@@ -59,14 +59,31 @@ def tile_options(student: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def vicreg_fwd_fake(student: Tensor, teacher: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    """What the forward returns, not filled: the loss and its three terms [], shift [D], squares [D], product [N, N] or
-    [D, D], and by rows largest [], cross [D].
+class Saved(NamedTuple):
+    """What the backward needs of the forward."""
 
-    The product is [0, 0] and cross [0] where no covariance is wanted.
-    """
-    plan = Plan(*options)
-    (n, d), dtype = student.shape, wide(student, teacher)
+    shift: Tensor  # [D]; the mean of a column is its first element plus this
+    squares: Tensor  # [D], of the centred columns
+    product: Tensor  # [N, N] or [D, D]; [0, 0] without a covariance
+    largest: Tensor  # [], the column that deviates most, where the product is that of rows
+    cross: Tensor  # [D], its covariances; [0] where the product is not that of rows
+
+
+class Forward(NamedTuple):
+    loss: Tensor
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+    shift: Tensor
+    squares: Tensor
+    product: Tensor
+    largest: Tensor
+    cross: Tensor
+
+
+def vicreg_fwd_empty(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Forward:
+    """The loss and its three terms [], then what the backward needs."""
+    (n, d), dtype = student.shape, wide(student, target)
     size = (n if plan.gram else d) if plan.covariance else 0
     loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
@@ -74,28 +91,26 @@ def vicreg_fwd_fake(student: Tensor, teacher: Tensor, weights: Tensor | None, *o
     by_rows = plan.covariance and plan.gram
     largest = student.new_empty((), dtype=torch.int32)
     cross = student.new_empty(d if by_rows else 0, dtype=dtype)
-    return loss, invariance, variance, covariance, shift, squares, product, largest, cross
+    return Forward(loss, invariance, variance, covariance, shift, squares, product, largest, cross)
 
 
-def vicreg_fwd_triton(student: Tensor, teacher: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def launch_vicreg_fwd(out: Forward, student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> None:
     from ..kernels import vicreg as kernels
 
-    plan = Plan(*options)
-    student, teacher = rows_of(student, teacher)
-    out = vicreg_fwd_fake(student, teacher, weights, *options)
+    student, target = rows_of(student, target)
     loss, invariance, variance, covariance, shift, squares, product, largest, cross = out
     n, d = student.shape
     if not n:
         both = plan.invariance or plan.variance
         for term, computed in ((loss, both), (invariance, plan.invariance), (variance, plan.variance)):
             term.fill_(float("nan") if computed else 0)
-        for kept in out[3:]:
-            kept.zero_()
-        return out
+        for x in out[3:]:
+            x.zero_()
+        return
     dtype = shift.dtype
     acc, spare = acc_of(dtype), max(n - 1, 1)
     with torch.cuda.device_of(student):
-        errors = launch_statistics(student, teacher if plan.invariance else None, None, shift, squares)
+        errors = launch_statistics(student, target if plan.invariance else None, None, shift, squares)
         sums, by_rows = None, plan.covariance and plan.gram
         if by_rows:
             kernels.vicreg_cross_kernel[(cdiv(d, COLUMNS),)](
@@ -114,7 +129,6 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, weights: Tensor | None, 
             GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance,
             BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return out
 
 
 def split(size: int, depth: int, tiles: int, step: int) -> tuple[int, int]:
@@ -150,69 +164,60 @@ def launch_product(
     return sums
 
 
-def vicreg_bwd_fake(
-    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
-    grad_output: Tensor, weights: Tensor | None, for_student: bool, for_teacher: bool, *options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the backward returns, not filled: the gradients, each [N, D] and contiguous, or empty where not wanted."""
-    for_s = student.new_empty(student.shape if for_student else 0)
-    for_t = teacher.new_empty(teacher.shape if for_teacher else 0)
+class BackwardOptions(NamedTuple):
+    """The plan, and whose gradients are made."""
+
+    for_student: bool
+    for_target: bool
+    plan: Plan
+
+
+def vicreg_bwd_empty(
+    student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved, options: BackwardOptions
+) -> tuple[Tensor, Tensor]:
+    """The gradients of student and target, each [N, D] and contiguous, or empty where not wanted."""
+    for_s = student.new_empty(student.shape if options.for_student else 0)
+    for_t = target.new_empty(target.shape if options.for_target else 0)
     return for_s, for_t
 
 
-def vicreg_bwd_triton(
-    student: Tensor, teacher: Tensor, shift: Tensor, squares: Tensor, product: Tensor, largest: Tensor, cross: Tensor,
-    grad_output: Tensor, weights: Tensor | None, for_student: bool, for_teacher: bool, *options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def launch_vicreg_bwd(
+    grads: tuple[Tensor, Tensor], student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None,
+    saved: Saved, options: BackwardOptions,
+) -> None:  # fmt: skip
     """A product of the student with a rounded matrix: bfloat16 in its own instructions, float16 in TF32, which holds it
     exactly and has the range that the product needs."""
     import triton.language as tl
 
     from ..kernels import vicreg as kernels
 
-    plan = Plan(*options)
-    student, teacher = rows_of(student, teacher)
-    grads = vicreg_bwd_fake(
-        student, teacher, shift, squares, product, largest, cross, grad_output, weights, for_student, for_teacher,
-        *options,
-    )  # fmt: skip
+    for_student, for_target, plan = options
+    student, target = rows_of(student, target)
     n, d = student.shape
-    if for_teacher and not plan.invariance:
+    if for_target and not plan.invariance:
         grads[1].zero_()
     if not n:
-        return grads
-    launch = tile_options(student, shift.dtype)
+        return
+    launch = tile_options(student, saved.shift.dtype)
     if launch["RAW"]:  # the matrix is float32
         launch["BLOCK_K"] //= 2
     if launch["RAW"] and student.dtype == torch.float16:
         launch |= {"OPERAND": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32"}
-    if for_teacher:
+    if for_target:
         launch["num_warps"] = 8  # a second gradient would fill the registers
     rounded = tl.bfloat16 if launch["RAW"] and student.dtype == torch.bfloat16 else launch["OPERAND"]
     spare = max(n - 1, 1)
     tile = launch["TILE"]
     with torch.cuda.device_of(student):
         kernels.vicreg_bwd_kernel[(cdiv(n, tile), cdiv(d, tile))](
-            student, teacher, shift, squares, product, largest, cross, grad_output, weights,
-            grads[0] if for_student else None, grads[1] if for_teacher else None,
-            student.stride(0), teacher.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor,
+            student, target, *saved, grad_output, weights,
+            grads[0] if for_student else None, grads[1] if for_target else None,
+            student.stride(0), target.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor,
             *plan.weights,
             INVARIANCE=plan.invariance, VARIANCE=plan.variance, COVARIANCE=plan.covariance and for_student,
             GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, ROUND=rounded, **launch,
         )  # fmt: skip
-    return grads
 
 
-vicreg_fwd = define(
-    f"vicreg_fwd(Tensor student, Tensor teacher, Tensor? weights, {PLAN}) -> (Tensor loss, Tensor invariance, "
-    "Tensor variance, Tensor covariance, Tensor shift, Tensor squares, Tensor product, Tensor largest, Tensor cross)",
-    vicreg_fwd_triton,
-    vicreg_fwd_fake,
-)
-vicreg_bwd = define(
-    "vicreg_bwd(Tensor student, Tensor teacher, Tensor shift, Tensor squares, Tensor product, Tensor largest, "
-    "Tensor cross, Tensor grad_output, Tensor? weights, bool for_student, bool for_teacher, "
-    f"{PLAN}) -> (Tensor, Tensor)",
-    vicreg_bwd_triton,
-    vicreg_bwd_fake,
-)
+vicreg_fwd = launched("vicreg_fwd", vicreg_fwd_empty, launch_vicreg_fwd)
+vicreg_bwd = launched("vicreg_bwd", vicreg_bwd_empty, launch_vicreg_bwd)

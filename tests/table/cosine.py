@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton
-from fused_dino.ops.cosine_triton import cosine_rows
+from fused_dino.ops.cosine_triton import RowOptions, cosine_rows
 from fused_dino.reference.cosine import reduce
 from proving import Case, Op
 
@@ -46,7 +46,7 @@ def mse_scales(
 def rows_arguments(kind: str, student: Tensor, teacher: Tensor, *made: Tensor) -> tuple:
     """Of cosine_rows: in the forward the loss alone, in the backward both gradients."""
     grad_output = made[0].expand(len(student)) if made else None
-    return student, teacher, None, None, grad_output, kind, "sum", len(student), 1e-12, bool(made), bool(made)
+    return student, teacher, None, None, grad_output, *RowOptions(kind, "sum", len(student), 1e-12, *[bool(made)] * 2)
 
 
 COSINE = Op(
@@ -70,8 +70,8 @@ COSINE = Op(
     ),
     scales=cosine_scales,
     rowwise=True,
-    forward=cosine_rows,
-    backward=cosine_rows,
+    forward=cosine_rows.overload,
+    backward=cosine_rows.overload,
     forward_arguments=partial(rows_arguments, "cosine"),
     backward_arguments=partial(rows_arguments, "cosine"),
 )
@@ -93,8 +93,8 @@ MSE = Op(
     ),
     scales=mse_scales,
     rowwise=True,
-    forward=cosine_rows,
-    backward=cosine_rows,
+    forward=cosine_rows.overload,
+    backward=cosine_rows.overload,
     forward_arguments=partial(rows_arguments, "mse"),
     backward_arguments=partial(rows_arguments, "mse"),
 )

@@ -72,12 +72,10 @@ PREPROCESS = Op(
         Case((2, 3, 5, 5), "another dtype", {"out_dtype": torch.float32}),
     ),
     scales=preprocess_scales,
-    forward=resize.resize_fwd,
-    backward=resize.resize_bwd,
-    forward_arguments=lambda x: (x, *preprocess_options(x).launch),
-    backward_arguments=lambda x, made: (
-        torch.ones_like(made), x, (4, 6), preprocess_options(x).scale, [], "bilinear", False, 0,
-    ),
+    forward=resize.resize_fwd.overload,
+    backward=resize.resize_bwd.overload,
+    forward_arguments=lambda x: (x, *preprocess_options(x)),
+    backward_arguments=lambda x, made: (torch.ones_like(made), x, *preprocess_options(x)),
     inputs=("images",),
     shape=lambda rows, width: (rows, 3, 3, min(width, 1200)),  # of several segments
 )  # fmt: skip

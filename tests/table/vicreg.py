@@ -45,7 +45,7 @@ def vicreg_plan(rows: int, width: int) -> tuple:
 
 def vicreg_backward_arguments(student: Tensor, teacher: Tensor, *made: Tensor) -> tuple:
     weights = torch.tensor((25.0, 10.0, 0.5), dtype=made[0].dtype, device=student.device)
-    return (student, teacher, *made[4:], torch.ones_like(made[0]), weights, True, True, *vicreg_plan(*student.shape))
+    return (student, teacher, torch.ones_like(made[0]), weights, *made[4:], True, True, *vicreg_plan(*student.shape))
 
 
 ALONE = {"inv_weight": 0.0, "var_weight": 0.0}  # so that the covariance cannot hide behind the other terms
@@ -76,8 +76,8 @@ VICREG = Op(
     ),
     scales=vicreg_scales,
     poisoned=True,
-    forward=vicreg_triton.vicreg_fwd,
-    backward=vicreg_triton.vicreg_bwd,
+    forward=vicreg_triton.vicreg_fwd.overload,
+    backward=vicreg_triton.vicreg_bwd.overload,
     forward_arguments=lambda s, t: (s, t, None, *vicreg_plan(*s.shape)),
     backward_arguments=vicreg_backward_arguments,
 )

@@ -1,0 +1,118 @@
+"""An op's autograd.Function, made from its mathematics."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def batch_by_batch(apply: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple:
+    """The vmap rule of an op whose rows belong together: one call a batch."""
+    *tensors, options, backend = args
+    parts = ([x] * info.batch_size if dim is None else x.unbind(dim) for x, dim in zip(tensors, in_dims, strict=False))
+    results = [apply(*batch, options, backend) for batch in zip(*parts, strict=True)]
+    stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+    return stacked, (0,) * len(stacked)
+
+
+def make_function(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., tuple] | None,
+    formula: Callable[..., Any] | None,
+    *,
+    inputs: int,
+    outputs: int = 1,
+    saved: int = 1,
+    twice: bool = False,
+    linear: Callable[[Any], bool] | None = None,
+    vmap: Callable[..., tuple] | None = batch_by_batch,
+) -> Any:
+    """The autograd.Function of an op: apply(*tensors, options, backend), whose options are a NamedTuple.
+
+    Args:
+        forward: (*tensors, options, backend) -> the results.
+        backward: (ctx, saved tensors, gradients of the first `outputs` results, which of the first `inputs` tensors
+            need one) -> their gradients; ctx has `options` and `backend`. None: the formula's.
+        formula: (*tensors, options) -> the first `outputs` results by formulas of torch's own. It serves where the
+            gradient itself is differentiated or batched.
+        inputs: How many of the tensors get a gradient, from the first one on.
+        outputs: How many of the results have one. The others are for the op itself.
+        saved: The first result that the backward needs. It gets all tensors as well.
+        twice: Whether the backward itself can be differentiated.
+        linear: (options) -> whether the gradient does not depend on the inputs' values, which are then not saved.
+        vmap: torch's rule, with the Function's apply before its arguments. None refuses.
+    """
+
+    def setup_context(ctx: Any, given: tuple, made: Any) -> None:
+        *tensors, ctx.options, ctx.backend = given
+        results = made if isinstance(made, tuple) else (made,)
+        ctx.meta = None
+        if linear is not None and linear(ctx.options):
+            ctx.meta = [(x.shape, x.dtype) for x in tensors[:inputs]]
+            tensors = [*([None] * inputs), *tensors[inputs:]]
+        ctx.save_for_backward(*tensors, *results[saved:])
+        if len(results) > outputs:
+            ctx.mark_non_differentiable(*results[outputs:])
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *every: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads, arguments = every[:outputs], len(ctx.needs_input_grad)
+        first = next((g for g in grads if g is not None), None)
+        if first is None:
+            return (None,) * arguments
+        tensors = ctx.saved_tensors
+        if ctx.meta is not None:
+            tensors = (*(first.new_empty((), dtype=t).expand(shape) for shape, t in ctx.meta), *tensors[inputs:])
+        needs_grad = ctx.needs_input_grad[:inputs]
+        by_formula = backward is None or (torch.is_grad_enabled() and not twice) or is_batched(first)
+        if by_formula and formula is not None:
+            others = tensors[inputs : arguments - 2]
+            made = gradient_of(lambda *x: formula(*x, *others, ctx.options), tensors[:inputs], grads)
+        else:
+            assert backward is not None
+            made = backward(ctx, tensors, grads, needs_grad)
+        wanted = (g if needed else None for g, needed in zip(made, needs_grad, strict=True))
+        return (*wanted, *((None,) * (arguments - inputs)))
+
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # torch binds every call by it
+    rules: dict[str, Any] = {"forward": forward, "setup_context": setup_context, "backward": differentiate}
+    function: Any = type(name, (torch.autograd.Function,), {rule: staticmethod(f) for rule, f in rules.items()})
+    if vmap is not None:
+        function.vmap = staticmethod(lambda *given: vmap(function.apply, *given))
+    return function
+
+
+def gradient_of(formula: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple:
+    """The gradients of the inputs, of one result or several."""
+    made, vjp = torch.func.vjp(formula, *inputs)[:2]
+    if isinstance(made, Tensor):
+        return vjp(grads[0])
+    return vjp(tuple(torch.zeros_like(x) if g is None else g for x, g in zip(made, grads, strict=True)))
+
+
+def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under vmap, [B, N, D] as [B * N, D]: an op on rows needs no rule but this."""
+
+    def flat(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    return tuple(map(flat, tensors, in_dims))
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x is under one of torch's two vmaps, of which the older serves is_grads_batched; a torch.func.grad around
+    it, which has no storage to show either, is looked through."""
+    if not torch.compiler.is_compiling():  # Dynamo traces neither of the two
+        while torch._C._functorch.is_gradtrackingtensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    try:
+        return x.untyped_storage() is None
+    except NotImplementedError:
+        return True
