@@ -199,7 +199,7 @@ class DinoSupervision(Taught):
             x_img (Tensor, optional): Images, as for ``encode``.
             features (dict, optional): What ``encode`` returned, in place of ``x_img``.
             tokens (Tensor, optional): Hidden tokens [B, N, token_dim], cast to the token projector's dtype.
-            alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``, no scale.
+            alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
 
         Returns:
             tuple: The loss, and detached logs: dino_global; dino_patch with ``use_patch``; dino_token with
