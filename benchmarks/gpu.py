@@ -38,7 +38,7 @@ def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, 
     """(the stage that it belongs to, what runs) of all, in their order."""
     module = [sys.executable, "-m"]
     smoke = Stage("smoke", [*module, "benchmarks.smoke", str(out), "--device", device, "--seconds", "{seconds}"], 150)
-    one: tuple[tuple[str, str], ...] = (("OMP_NUM_THREADS", "1"),)
+    one: tuple[tuple[str, str], ...] = (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1"))
     if device == "cpu":
         tests = device_tests.command("tests", out / "tests.jsonl", 1, ("test_ops.py", "test_kernels.py"))
         tests, environment = [*tests, "-k", HANDFUL], (*one, ("TRITON_INTERPRET", "1"))
@@ -97,12 +97,17 @@ def evidence_file(out: Path, device: str) -> Path:
     return out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="the folder for logs, evidence and summary.txt")
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="LIMIT", help=f"for everything; {SECONDS:g}")
     parser.add_argument("--only", choices=STAGES, action="append", default=[], help="this stage; may be given again")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run on what is smallest")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments()
     options = parser.parse_args(argv)
     import torch
 
@@ -114,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # One cache for all stages: what smoke compiles no test compiles again.
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"fused_dino-triton-{os.getuid()}"))
     signal.signal(signal.SIGTERM, interrupt)
+
+    digest.write(out, [])
 
     def ended(outcomes: list[Outcome]) -> None:
         digest.write(out, outcomes)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import evidence, gpu, stages
+from benchmarks import __main__, command, evidence, gpu, stages
 from benchmarks.smoke import OUT_OF_TIME
 from benchmarks.stages import Stage
 
@@ -162,6 +162,23 @@ def test_without_a_gpu_it_says_so_in_a_line(tmp_path, monkeypatch, capsys):
     assert "no GPU" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_every_command_of_the_page_is_understood(monkeypatch):
+    """They are written down before a GPU is paid for."""
+    page = (ROOT / "docs/gpu.md").read_text()
+    lines = [line.split()[2:] for line in map(str.strip, page.splitlines()) if line.startswith("python3 -m ")]
+    runs = []
+    monkeypatch.setattr(command, "bench", lambda **options: runs.append(options) or 0)
+    for module, *argv in lines:
+        if module == "benchmarks":
+            assert __main__.main(argv) == 0
+        else:
+            assert module == "benchmarks.gpu"
+            options = gpu.arguments().parse_args(argv)
+            assert options.seconds < 600
+    assert len(lines) >= 6
+    assert {run["op"] for run in runs} == {None, "vicreg_loss", "step"}
 
 
 KILLED = """
