@@ -1,4 +1,4 @@
-"""Room 4: the losses as modules, their options fixed and checked at construction."""
+"""The losses as modules, their options fixed and checked at construction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 1: images to a teacher's input."""
+"""Preprocess: images to a teacher's input."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Room 3: the student's latent to the teacher's width."""
+"""Projector: the student's latent to the teacher's width."""
 
 from typing import Any
 

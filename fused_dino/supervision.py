@@ -1,4 +1,4 @@
-"""The corridor: images through preprocessing and the teacher, latents and tokens through projectors, into losses."""
+"""DinoSupervision: images through preprocessing and the teacher, latents and tokens through projectors, into losses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .factories import Features, check_latent_shape, make_loss, make_preprocess, make_teacher
+from .legacy_checkpoint import adopt, watch_parents
 from .losses import CosineLoss, VICRegOutput, weighed
 from .patches import PATCH_TARGETS, Patches
 from .projector import Projector, reach
-from .recipe import adopt, watch_parents
-from .rooms import Features, check_latent_shape, make_loss, make_preprocess, make_teacher
 from .schedule import Schedule, check_step
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
@@ -104,7 +104,7 @@ class DinoSupervision(Taught):
         TypeError: If an argument is of a wrong type.
     """
 
-    loads_recipes = True
+    loads_legacy = True
     projector: Projector
     local_projector: Projector
     token_projector: nn.Module
@@ -176,7 +176,7 @@ class DinoSupervision(Taught):
             grids = self.token_grids.token_grid, self.teacher_grid
             self.token_projector = make_token_projector(token_projector, token_dim, width, *grids)
         # Of regions and tokens. The teacher's side is detached before: queries want a gradient behind it.
-        self.rows = CosineLoss(detach_teacher=False, backend=backend)
+        self.row_loss = CosineLoss(detach_teacher=False, backend=backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         adopt(self, state_dict, prefix, prefix)
@@ -225,10 +225,10 @@ class DinoSupervision(Taught):
             if isinstance(out, VICRegOutput):
                 logs.update(zip(("dino_vic_inv", "dino_vic_var", "dino_vic_cov"), out[1:], strict=True))
             if self.use_patch:
-                logs["dino_patch"], loss = weighed(self.rows, *self._regions(z_text, features), self.w_patch, alpha)
+                logs["dino_patch"], loss = weighed(self.row_loss, *self._regions(z_text, features), self.w_patch, alpha)
                 losses.append(loss)
         if tokens is not None:
-            logs["dino_token"], loss = weighed(self.rows, *self._tokens(tokens, features), self.w_token, alpha)
+            logs["dino_token"], loss = weighed(self.row_loss, *self._tokens(tokens, features), self.w_token, alpha)
             losses.append(loss)
         if features.get("patch") is None and (replaced := [name for name in PATCH_LOGS if name in logs]):
             logs.update({f"{name}_is_global": torch.ones_like(logs[name]) for name in replaced})

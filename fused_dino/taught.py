@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .factories import Features, check_features
 from .preprocess import Preprocess
-from .rooms import Features, check_features
 from .teacher import read_patch_size
 from .validation import check_images, check_size, check_tensor, check_values
 

@@ -1,4 +1,4 @@
-"""Room 2: the frozen teacher, a normalised image -> {'global': [B, D], 'patch': [B, N, D]}."""
+"""The frozen teacher: a normalised image -> {'global': [B, D], 'patch': [B, N, D]}."""
 
 from __future__ import annotations
 
