@@ -187,7 +187,7 @@ from benchmarks import gpu, stages
 from benchmarks.stages import Stage
 
 code = "import time; print('began', flush=True); time.sleep(60)"
-found = [("smoke", Stage("smoke", [sys.executable, "-c", "print('7 of 7 rows, 0 wrong, 0 whose bits differ')"], 9.0)),
+found = [("smoke", Stage("smoke", [sys.executable, "-c", "print('7 rows')"], 9.0)),
          ("tests", Stage("tests", [sys.executable, "-c", code], 60.0)),
          ("benchmarks", Stage("benchmarks", [sys.executable, "-c", "print('never')"], 9.0))]
 gpu.stages = lambda *_: found
@@ -207,7 +207,7 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, number):
     run.send_signal(number)
     assert run.wait(timeout=30) == 1
     text = (out / "summary.txt").read_text()
-    assert "7 of 7 rows, 0 wrong" in text
+    assert " 7 rows" in text
     assert "tests      interrupted" in text
     assert not (out / "benchmarks.log").exists()
 
