@@ -1,5 +1,6 @@
 """The tests that a GPU's run takes: which are selected, and that each is told of at once."""
 
+import ast
 import json
 import re
 import subprocess
@@ -71,6 +72,18 @@ class TestSelection:
         found = {name for name, text in texts.items() if "\nfrom proving" in text and by_implementation.search(text)}
         assert found - {*device_tests.ALONE} == {*device_tests.SHARED, *device_tests.RANDOM}
         assert all((ROOT / "tests" / name).exists() for name in device_tests.ALONE)
+
+    def test_no_file_needs_a_package_that_may_be_missing_where_a_gpu_is_rented(self):
+        """What is imported at the top of a file keeps all of its tests from running."""
+        there = {"fused_dino", "benchmarks", "torch", "functorch", "numpy", "einops", "pytest", "triton", "timm"}
+        there |= {path.stem for path in (ROOT / "tests").iterdir()}
+        for name in (*device_tests.ALONE, *device_tests.SHARED, "conftest.py", "proving.py", "interpreter.py"):
+            for node in ast.parse((ROOT / "tests" / name).read_text()).body:
+                modules = (
+                    [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in getattr(node, "names", ())]
+                )
+                for module in modules:
+                    assert module.partition(".")[0] in there | sys.stdlib_module_names, f"{name} imports {module}"
 
     def test_each_known_failure_is_a_test_and_no_kernels(self, collected):
         selected, left_out = collected
