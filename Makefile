@@ -52,7 +52,7 @@ results: .venv/.dev  ## measure this machine, keep the evidence in benchmarks/re
 report: .venv/.dev  ## render docs/performance.md and the README's table from benchmarks/results/
 	$(BIN)/python -m benchmarks report
 
-gpu: .venv/.dev  ## on a GPU: tests, memory checkers and benchmarks, into gpu/ (ARGS="--seconds 600")
+gpu: .venv/.dev  ## on a GPU: smoke, tests, memory checkers and benchmarks, into gpu/ (ARGS="--seconds 1800")
 	$(BIN)/python -m benchmarks.gpu gpu $(ARGS)
 
 dist: .venv/.dev  ## build the sdist and the wheel into dist/

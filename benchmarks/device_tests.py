@@ -1,10 +1,10 @@
-"""Which tests need a GPU, and a plugin of pytest that runs them: it selects, and tells of each test at once.
+"""Run the tests that need a GPU: a plugin of pytest selects them, and reports each at once.
 
     python3 -m pytest -p benchmarks.device_tests --stage tests --report tests.jsonl FILES
 
-A failure is printed when it happens, and every test is a line of the report, so that a run which is killed leaves what
-it found. What is known to fail (known.py) is told apart and does not fail the run. A process whose GPU is lost ends,
-since each of its later tests would fail: pytest-xdist starts another.
+A failure is printed when it happens, and every test becomes a line of the report: a run that is killed leaves its
+findings. Tests that are known to fail (known.py) are reported apart and do not fail the run. A process whose GPU is
+lost ends, since each of its later tests would fail; pytest-xdist starts another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 from . import known, measure
 
 STAGES = ("tests", "wide")
-# By files whose cases are of one implementation each. What only a device can show comes first.
+# Files of which every test runs, then files of which the cases of the kernels run.
 ALONE = ("test_gpu.py", "test_kernels.py")
 SHARED = (
     "test_ops.py", "test_vicreg.py", "test_vicreg_limits.py", "test_vicreg_definitions.py", "test_resize.py",
@@ -33,7 +33,7 @@ WORKERS = 12  # at most: the kernels compile on the CPU
 
 
 def command(stage: str, report: Path, cpus: int, files: tuple[str, ...] | None = None) -> list[str]:
-    """What runs the tests of a stage on so many CPUs: two are left to others."""
+    """Return the command for the tests of a stage. Two of the CPUs are left to others."""
     chosen = files or (*ALONE, *SHARED, *(RANDOM if stage == "wide" else ()))
     workers = min(WORKERS, cpus - 2) if find_spec("xdist") else 1
     several = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
@@ -43,8 +43,10 @@ def command(stage: str, report: Path, cpus: int, files: tuple[str, ...] | None =
 
 
 def needed(item: pytest.Item) -> bool:
-    """Whether a test is of the stage `tests`: of the kernels or of a GPU, but for random shapes, of which each is
-    compiled anew, and offsets that take gigabytes."""
+    """Tell whether a test belongs to the stage `tests`: it runs the kernels, or needs a GPU.
+
+    Random shapes do not, since each is compiled anew; nor do offsets past 2^31, which take gigabytes.
+    """
     of_kernels = item.path.name in ALONE or "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
     random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
     return of_kernels and not random and "31st" not in item.name
@@ -74,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Runner:
-    """Of a process that runs tests, a worker of pytest-xdist or the only one."""
+    """Watches the GPU of a process that runs tests: a worker of pytest-xdist, or the only process."""
 
     def __init__(self, alone: bool) -> None:
         self.alone = alone
@@ -88,7 +90,7 @@ class Runner:
 
 
 class Teller:
-    """Of the process that has the report: a line a test that begins, ends or cannot be collected."""
+    """Writes the report: a line for each test that begins, ends or cannot be collected."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
@@ -128,7 +130,7 @@ class Teller:
 
 
 def cause(text: str) -> str:
-    """The first line of an exception in a traceback as pytest prints it, else the last line."""
+    """Return the first line of the exception in a traceback of pytest, else its last line."""
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line[1:].strip() for line in lines if line.startswith("E  ")]
     return (errors or [line.strip() for line in lines[-1:]] or [""])[0][:300]

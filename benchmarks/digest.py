@@ -1,6 +1,6 @@
-"""The summary of a run on a GPU, on a screen: the stages, what failed by name, and a line a row.
+"""Summarise a run on a GPU on one screen: the stages, failures by name, and a line a row.
 
-`python3 -m benchmarks.digest OUT` says what is in the folder of a run that was killed.
+`python3 -m benchmarks.digest OUT` summarises the folder of a run that was killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write(out: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def text(out: Path, outcomes: Sequence[Outcome]) -> str:
-    """At most HEIGHT lines of WIDTH: where there is more, its number, and the file that has it."""
+    """Return at most HEIGHT lines of WIDTH; lines that do not fit are counted, and their file is named."""
     head, *lines = smoke.read(out / "smoke.jsonl") or [{}]
     told = [x for stage in ("tests", "wide") for x in tests(out / f"{stage}.jsonl")]
     runs = list(evidences(out))
@@ -68,10 +68,8 @@ def line(outcome: Outcome, out: Path) -> str:
 
 
 def says_smoke(out: Path, name: str) -> str:
-    """Its own count, or where it did not come so far, the rows that there are."""
-    lines = smoke.read(out / "smoke.jsonl")[1:]
-    counted = re.findall(r"^\d+ of \d+ rows, .*", log_of(out, name), re.MULTILINE)
-    return counted[-1] if counted else smoke.count_of(lines, len(lines)) if lines else says_log(out, name)
+    head, *lines = smoke.read(out / "smoke.jsonl") or [{}]
+    return smoke.count_of(lines, head["planned"]) if "planned" in head else says_log(out, name)
 
 
 def says_tests(out: Path, name: str) -> str:
@@ -89,7 +87,7 @@ def says_benchmarks(out: Path, name: str) -> str:
 
 
 def says_log(out: Path, name: str) -> str:
-    """The line in which a memory checker counts, else the last."""
+    """Return the line in which a memory checker counts, else the last."""
     lines = [x.strip(" =") for x in log_of(out, name).splitlines() if x.strip(" =")]
     counts = [x for x in lines if re.search(r"ERROR SUMMARY|RACECHECK SUMMARY", x)]
     return (counts or lines or [""])[-1]
@@ -104,7 +102,7 @@ def log_of(out: Path, name: str) -> str:
 
 
 def tests(path: Path) -> list[Line]:
-    """The last that is told of each test, but a failure stays one."""
+    """Return the last line of each test; a test that failed once stays failed."""
     told: dict[str, Line] = {}
     for x in smoke.read(path):
         if told.get(x["test"], {}).get("outcome") not in ("failed", "known"):
@@ -113,7 +111,7 @@ def tests(path: Path) -> list[Line]:
 
 
 def known_of(told: list[Line]) -> list[str]:
-    """What is known to fail: those that did by their reasons, and those that passed after all."""
+    """Name the tests that are known to fail: a line a reason for those that did, and one for those that passed."""
     reasons: dict[str, list[str]] = {}
     for x in told:
         if x["outcome"] == "known":
@@ -127,7 +125,7 @@ def known_of(told: list[Line]) -> list[str]:
 
 
 def rows_of(head: Line, lines: list[Line]) -> list[str]:
-    """A line a row in its last direction, and in the other where it is wrong; then where our host is slow."""
+    """Return a line for each row's last direction, and for another that is wrong; then count where our host is slow."""
     last: dict[tuple, Line] = {}
     for x in lines:
         key = x["op"], x["row"], x["precision"]
@@ -197,7 +195,7 @@ def evidences(out: Path) -> list[Evidence]:
 
 
 def comparisons(run: Evidence) -> list[str]:
-    """A line each prediction whose row was measured beside its rivals; without one, a line an op."""
+    """Return a line for each prediction whose row was measured beside its rivals; without any, a line an op."""
     gpu, found = judge.gpu_of(run.device["name"]) or 0, judge.compared(run)
     if found:
         header = ["reached/target beside rivals", "us", "eager", "compile", "share", "verdict"]

@@ -1,9 +1,9 @@
-"""One small case of every variant of a kernel, by Triton alone: what a memory checker watches.
+"""Run one small case of every variant of a kernel, by Triton alone, for a memory checker to watch.
 
     compute-sanitizer python3 -m benchmarks.exercise [--seconds S]
 
-Each case is named before it runs and is waited for, so that what the checker says belongs to the case above it. The
-exit status is 0, or OUT_OF_TIME where cases are left.
+Each case is named before it runs and is waited for: a finding of the checker belongs to the case above it. The exit
+status is 0, or OUT_OF_TIME where cases are left.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MANY_ROWS = 4200  # of which a program takes several
 
 
 def cases(device: str) -> list[Case]:
-    """The most telling of each op first, the ops by turns: a checker may run out of time."""
+    """Return the cases, the most telling of each op first and the ops by turns: a checker may run out of time."""
     ops = [list(of(device)) for of in (cosine, resize, vicreg, standardize)]
     turns = [(i / len(found), case) for found in ops for i, case in enumerate(found)]
     return [case for _, case in sorted(turns, key=lambda turn: turn[0])]
 
 
 def gradients(call: Callable[..., Tensor], *inputs: Tensor, wanted: int = 1, **options: Any) -> object:
-    """Backward to the first `wanted` of the inputs, forward alone where that is 0. No number of grad_output is 1."""
+    """Run the backward to the first `wanted` of the inputs, or the forward alone. No number of grad_output is 1."""
     leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(inputs)]
     out = call(*leaves, backend="triton", **options)
     if not wanted:

@@ -2,10 +2,10 @@
 
     python3 -m benchmarks.gpu OUT [--seconds 540] [--only STAGE] [--device cuda|cpu]
 
-runs uninstalled. A log for each stage goes into the folder OUT, with a line a row and a line a test as they end
-(smoke.jsonl, tests.jsonl), the evidence, written anew after every row, and summary.txt, written anew after every stage:
-a run that is killed leaves what it found. A stage that fails, crashes or takes too long costs its own share of the time
-and no more. On a CPU every stage runs on what is smallest, which shows that it runs and proves nothing of a GPU.
+runs uninstalled. The folder OUT gets a log for each stage; a line for each row and each test as it ends (smoke.jsonl,
+tests.jsonl); the evidence, written anew after every row; and summary.txt, written anew after every stage. A run that is
+killed leaves them. A stage that fails, crashes or takes too long costs its own share of the time and no more. On a CPU
+every stage runs on its smallest cases, which shows that it runs and proves nothing of a GPU.
 
 The exit status is 0; 1 where a row, a test or a memory checker failed or did not end; 2 where there is no GPU.
 """
@@ -35,10 +35,10 @@ HANDFUL = "(test_is_as_accurate_as_eager and cosine_loss and (3x16 or 5x37)) or 
 
 
 def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, Stage]]:
-    """(the stage that it belongs to, what runs) of all, in their order."""
+    """Return all stages in their order, each with the name by which it is asked for."""
     module = [sys.executable, "-m"]
     smoke = Stage("smoke", [*module, "benchmarks.smoke", str(out), "--device", device, "--seconds", "{seconds}"], 150)
-    one: tuple[tuple[str, str], ...] = (("OMP_NUM_THREADS", "1"),)
+    one: tuple[tuple[str, str], ...] = (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1"))
     if device == "cpu":
         tests = device_tests.command("tests", out / "tests.jsonl", 1, ("test_ops.py", "test_kernels.py"))
         tests, environment = [*tests, "-k", HANDFUL], (*one, ("TRITON_INTERPRET", "1"))
@@ -58,13 +58,13 @@ def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, 
 
 
 def chosen(out: Path, device: str, seconds: float, only: Sequence[str]) -> list[Stage]:
-    """The stages that are asked for, or all that need not be asked for."""
+    """Return the stages that are asked for, or all that need not be asked for."""
     wanted = only or [name for name in STAGES if name not in ASKED]
     return [stage for name, stage in stages(out, device, seconds) if name in wanted]
 
 
 def checker(name: str, seconds: float, device: str) -> Stage:
-    """One of compute-sanitizer's tools over a small case of every variant of a kernel."""
+    """Return the stage of one of compute-sanitizer's tools, over a small case of every variant of a kernel."""
     tool = sanitizer() if device == "cuda" else None
     if tool is None:
         where = "is neither on PATH nor beside nvcc" if device == "cuda" else "is looked for where there is a GPU"
@@ -76,7 +76,7 @@ def checker(name: str, seconds: float, device: str) -> Stage:
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer on PATH, beside nvcc, or in the CUDA toolkit that the environment names."""
+    """Find compute-sanitizer on PATH, beside nvcc, or in the CUDA toolkit that the environment names."""
     nvcc = shutil.which("nvcc")
     folders = [os.path.dirname(os.path.realpath(nvcc))] if nvcc else []
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -90,19 +90,24 @@ def cpus() -> int:
 
 
 def evidence_file(out: Path, device: str) -> Path:
-    """Named after the device, as benchmarks/results/ has it."""
+    """Name the evidence after the device, as benchmarks/results/ does."""
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="the folder for logs, evidence and summary.txt")
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="LIMIT", help=f"for everything; {SECONDS:g}")
     parser.add_argument("--only", choices=STAGES, action="append", default=[], help="this stage; may be given again")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run on what is smallest")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments()
     options = parser.parse_args(argv)
     import torch
 
@@ -115,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"fused_dino-triton-{os.getuid()}"))
     signal.signal(signal.SIGTERM, interrupt)
 
+    digest.write(out, [])
+
     def ended(outcomes: list[Outcome]) -> None:
         digest.write(out, outcomes)
         print(digest.line(outcomes[-1], out), flush=True)
@@ -125,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interrupt(*_: Any) -> None:
-    """Whoever ends the run gets the summary of what there is."""
+    """End the run as Ctrl-C does: the summary of its findings is still written."""
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""Prediction and target beside what was measured: for docs/gpu.md, docs/performance.md and the summary of a run."""
+"""Compare predictions and targets with measurements: for docs/gpu.md, docs/performance.md and a run's summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Times = Mapping[str, float | None]  # figure -> microseconds
 
 
 def gpu_of(name: str) -> int | None:
-    """Which of the predicted GPUs a device is, by its name."""
+    """Return which of the predicted GPUs a device is, by its name."""
     return next((i for i, gpu in enumerate(GPUS) if gpu in name), None)
 
 
@@ -25,12 +25,12 @@ def predictions_of(op: str, row: str, direction: str, precision: str) -> list[Pr
 
 
 def share_of(p: Prediction, share: float) -> float:
-    """Of the roof, by all that the row has to move; in whole percents, as it is printed."""
+    """Return the share of the roof by all bytes that the row has to move, in whole percents as it is printed."""
     return round(share * p.traffic, 2)
 
 
 def met(p: Prediction, gpu: int, ours: Times, share: float | None, eager: Times, compiled: Times) -> bool | None:
-    """Whether all of a row's targets are reached that what was measured can judge; None where there is none."""
+    """Tell whether the targets that these measurements can judge are reached; None where they can judge none."""
     mine = ours.get(p.figure)
     checks = []
     if p.share is not None and share is not None:
@@ -57,7 +57,7 @@ def at_least(factor: float | None) -> str:
 
 
 def alone(p: Prediction, gpu: int) -> list[str]:
-    """The targets that need no rival."""
+    """Return the targets that need no rival."""
     share = [] if p.share is None else [percent(p.share[gpu])]
     return share if p.most_us is None else [*share, f"{p.most_us:g} us"]
 
@@ -70,7 +70,7 @@ def predicted(p: Prediction, gpu: int) -> str:
 
 
 def expected() -> Table:
-    """Every prediction, for both GPUs."""
+    """Return every prediction, for both GPUs."""
     header = ["op", "row", "precision", "direction", "figure", *(f"{gpu}, us" for gpu in GPUS), "limiter",
               *(f"{gpu}, target" for gpu in GPUS), "vs eager", "vs compile"]  # fmt: skip
     both = range(len(GPUS))
@@ -97,7 +97,7 @@ class Compared:
 
 
 def compared(evidence: Evidence) -> list[Compared]:
-    """Nothing on a device that nothing is predicted for."""
+    """Compare each prediction with its row; a device without predictions has none."""
     gpu = gpu_of(evidence.device["name"])
     if evidence.kind != "cuda" or gpu is None:
         return []
@@ -119,7 +119,7 @@ def ratio(theirs: float | None, mine: float | None) -> float | None:
 
 
 def beside(evidence: Evidence) -> Table | None:
-    """A line each prediction whose row was measured; None where there is none."""
+    """Return a line for each prediction whose row was measured; None where there is none."""
     header = ["op", "row", "precision", "direction", "figure", "predicted, us", "measured, us", "limiter", "roof",
               "vs eager", "vs compile", "target", "met"]  # fmt: skip
     gpu = gpu_of(evidence.device["name"]) or 0
@@ -135,7 +135,7 @@ def beside(evidence: Evidence) -> Table | None:
 
 
 def times_of(record: Record, role: str) -> dict[str, float | None]:
-    """Of a role's fastest provider."""
+    """Return the times of a role's fastest provider, in microseconds."""
     timing = record.of(role)
     if timing is None:
         return {}

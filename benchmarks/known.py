@@ -1,7 +1,6 @@
 """Tests that are known to fail on a GPU through no fault of ours, each with its reason. Data alone.
 
-A run reports them by name, apart from failures, and says which of them passed after all. A pattern is searched in the
-test's id.
+A run names them apart from failures, and says which of them passed after all. Each pattern is searched in a test's id.
 """
 
 import re
@@ -14,5 +13,5 @@ KNOWN = {
 
 
 def reason(test: str) -> str | None:
-    """Why a test is known to fail, or None."""
+    """Return why a test is known to fail, or None."""
     return next((why for pattern, why in KNOWN.items() if re.search(pattern, test)), None)

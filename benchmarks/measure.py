@@ -103,7 +103,7 @@ def gpu_sampler(calls: Sequence[Callable[[], Any]]) -> Callable[[], Sample]:
 
 
 def enqueue(call: Callable[[], Any], cuda: Any = torch.cuda, clock: Clock = time.perf_counter) -> float:
-    """Seconds in which the host enqueues a call on a GPU that has nothing else to do: the median of HOST_ROUNDS."""
+    """Return the seconds in which the host enqueues a call on an idle GPU: the median of HOST_ROUNDS."""
     call()
     spent = []
     for _ in range(HOST_ROUNDS):
@@ -117,7 +117,7 @@ def enqueue(call: Callable[[], Any], cuda: Any = torch.cuda, clock: Clock = time
 
 
 def cold(call: Callable[[], Any], host: float, cuda: Any = torch.cuda, flush: Callable[[], Any] | None = None) -> float:
-    """GPU seconds of a call whose inputs are not in the L2: the median of COLD_ROUNDS.
+    """Return the GPU seconds of a call whose inputs are not in the L2: the median of COLD_ROUNDS.
 
     host: seconds in which it is enqueued. The GPU sleeps meanwhile, so that it has the whole call when it reaches the
     start event. A round in which it got there first is taken again, after a longer sleep.
@@ -147,7 +147,7 @@ def other_data() -> Tensor:
 
 
 def empty_the_cache() -> None:
-    """By reading other data: after a write the call would pay for what the L2 has to write back."""
+    """Read other data into the L2. Had they been written, the call would pay for writing them back."""
     other_data().sum()
 
 
@@ -188,7 +188,7 @@ def replay(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def lost() -> bool:
-    """Whether an error has taken the GPU from this process for good, as a wrong address does."""
+    """Tell whether an error, such as a wrong address, has taken the GPU from this process for good."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What each row is expected to take on a GPU, what limits it, and what it is to reach. Data alone.
+"""The time that each row is expected to take on a GPU, its limiter, and its targets. Data alone.
 
 The times are computed from the machine code that the kernels compile to, and from the roofs of the two GPUs: none is
 measured. `make report` renders them into docs/gpu.md, and beside the measurements of a results file.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from . import evidence, harness, measure, roofs
 from .evidence import Evidence, Record, Timing
-from .harness import Bench, Provider
+from .harness import Bench
 from .shapes import Row
 
+Sampler = Callable[[], measure.Sample]
 SECONDS = {True: 1.0, False: 2.0}  # quick or not: of rounds, beyond the least
 
 
@@ -99,20 +101,19 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
     bench, row, direction = case.bench, case.row, case.direction
     torch.compiler.reset()  # each row is compiled for its own sizes
     moved, computed = bench.work(row, direction)
-    timings, samplers = [], {}
+    timings: list[Timing] = []
+    samplers: dict[str, Sampler] = {}
     with roofs.matrix_precision(row.tf32):
         inputs = harness.draw(bench, row, device)
-        for provider, timing, function in checked(case, device, inputs, twice):
+        for timing, function in checked(case, device, inputs, twice):
             timings.append(timing)
             if function is not None:
-                try:
-                    samplers[provider.name] = sampler(timing, case, function, inputs, device)
-                except Exception as error:
-                    timing.why = f"could not be timed: {evidence.clean(error)}"
+                prepare(samplers, timing, partial(sampler, timing, case, function, inputs, device))
         if bench.rooms is not None:
             for name, call in bench.rooms(row, *inputs).items():
                 timings.append(Timing(name, "room"))
-                samplers[name] = measure.gpu_sampler([call]) if device == "cuda" else measure.host_sampler(call)
+                make = partial(measure.gpu_sampler, [call]) if device == "cuda" else partial(measure.host_sampler, call)
+                prepare(samplers, timings[-1], make)
         rounds = measure.interleave(samplers, seconds)
     for timing in timings:
         timing.rounds = rounds.get(timing.name, [])
@@ -132,9 +133,16 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
     )
 
 
+def prepare(samplers: dict[str, Sampler], timing: Timing, make: Callable[[], Sampler]) -> None:
+    try:
+        samplers[timing.name] = make()
+    except Exception as error:  # it waits for the GPU, or its copies do not fit
+        timing.why = f"could not be timed: {evidence.clean(error)}"
+
+
 def checked(
     case: Case, device: str, inputs: tuple[Tensor, ...], twice: bool
-) -> Iterator[tuple[Provider, Timing, harness.Function | None]]:
+) -> Iterator[tuple[Timing, harness.Function | None]]:
     """Each provider with what was found of it; no function where it cannot run or is wrong. Eager comes first."""
     bench, row, direction = case.bench, case.row, case.direction
     true = harness.truth(bench, row, inputs, direction)
@@ -153,12 +161,10 @@ def checked(
             timing.why = f"not run: {reason}"
         except Exception as error:  # what a compiler or a peer raises is a finding, and ends no run
             timing.why = f"could not run: {evidence.clean(error)}"
-        yield provider, timing, None if timing.why else function
+        yield timing, None if timing.why else function
 
 
-def sampler(
-    timing: Timing, case: Case, function: harness.Function, inputs: tuple[Tensor, ...], device: str
-) -> Callable[[], measure.Sample]:
+def sampler(timing: Timing, case: Case, function: harness.Function, inputs: tuple[Tensor, ...], device: str) -> Sampler:
     def bind(x: tuple[Tensor, ...]) -> Callable[[], list]:
         return harness.bind(case.bench, case.row, function, x, case.direction)
 

@@ -1,10 +1,10 @@
-"""Every row of our kernels alone, checked against float64 and timed: the first that is asked of a GPU.
+"""Check every row of our kernels against float64, and time it: the first thing that a GPU is asked.
 
     python3 -m benchmarks.smoke OUT [--seconds 150] [--op NAME] [--device cuda|cpu]
 
-Nothing is compiled but the kernels, and of eager only the error and the host time are taken: a row is a second. Each
-is a line of OUT/smoke.jsonl as soon as it is measured, the most telling ones first. A row that takes the GPU from the
-process, as a wrong address does, costs itself alone: a new process goes on with the next.
+A row takes about a second: nothing is compiled but the kernels, and eager gives its error and its host time alone. The
+most telling rows come first. Each becomes a line of OUT/smoke.jsonl as soon as it is measured. A wrong address takes
+the GPU from the process: a new one goes on with the next row.
 
 The exit status is 0; 1 where a row is wrong or its bits differ from run to run; OUT_OF_TIME where rows are left.
 """
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.resume:
         found = roofs.measure_roofs(device, {case.row.precision for case in cases}) if device == "cuda" else {}
         described = evidence.describe(device)
-        path.write_text(json.dumps({"device": described["name"], "roofs": found, **evidence.versions()}) + "\n")
+        head = {"device": described["name"], "planned": len(cases), "roofs": found, **evidence.versions()}
+        path.write_text(json.dumps(head) + "\n")
     head, *lines = read(path)
     done = {(x["op"], x["row"], x["precision"], x["direction"]) for x in lines}
     for case in cases:
@@ -71,7 +72,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def chosen(benches: Iterable[harness.Bench], device: str, op: str | None = None) -> list[Case]:
-    """All rows of the ops that have kernels; on a CPU, which only shows that this runs, the smallest of each op."""
+    """All rows of the ops that have kernels. A CPU only shows that this runs, and takes the smallest row of each op."""
     plan = [c for c in session.plan(benches, device, quick=False) if c.bench.rooms is None and op in (None, c.bench.op)]
     if device == "cuda":
         return plan
@@ -82,7 +83,7 @@ def chosen(benches: Iterable[harness.Bench], device: str, op: str | None = None)
 
 
 def order(cases: list[Case]) -> list[Case]:
-    """Rows in their last direction first, those that something is predicted of before others, the ops by turns."""
+    """Put each row's last direction first, and rows with a prediction before others; the ops take turns."""
 
     def rank(case: Case) -> tuple[bool, bool, bool]:
         known = judge.predictions_of(case.bench.op, str(case.row), case.direction, case.row.precision)
@@ -95,7 +96,7 @@ def order(cases: list[Case]) -> list[Case]:
 
 
 def row_of(case: Case, device: str, found: roofs.Roofs) -> Line:
-    """What is found of a row. A crash is a finding too."""
+    """Measure a row. A crash is a finding too."""
     line: Line = {"op": case.bench.op, "row": str(case.row), "precision": case.row.precision,
                   "direction": case.direction, "wrong": None}  # fmt: skip
     try:
@@ -149,20 +150,21 @@ def kernels(call: Callable[[], Any]) -> dict[str, float] | str:
                 call()
             torch.cuda.synchronize()
         spent = {event.key[:60]: event.device_time_total / PROFILED for event in profile.key_averages()}
-    except RuntimeError as error:
+    except Exception as error:  # whatever a profiler lacks here: the rest of the row stands
         return f"no profiler: {evidence.clean(error)}"
     return {name: round(us, 2) for name, us in spent.items() if us} or "no profiler: it saw no kernel"
 
 
 def go_on(options: argparse.Namespace, seconds: float) -> None:
-    """In a new process in the place of this one, whose GPU is lost."""
+    """Put a new process in the place of this one, whose GPU is lost."""
     command = [sys.executable, "-m", "benchmarks.smoke", str(options.out), "--resume", "--seconds", f"{seconds:.0f}"]
     print("  the GPU is lost: a new process goes on", flush=True)
     os.execv(sys.executable, command + (["--op", options.op] if options.op else []))
 
 
 def read(path: Path) -> list[Line]:
-    """What smoke.jsonl has: of the run, then a line a row. A line that was cut short is left out."""
+    """Read the lines of a file, such as smoke.jsonl: one for the run, then one a row. A line that a kill cut short is
+    left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -177,7 +179,7 @@ def bad(line: Line) -> bool:
 
 
 def count_of(lines: list[Line], planned: int) -> str:
-    """The stage in a line."""
+    """Say in a line what the rows show."""
     wrong = sum(bool(line["wrong"]) for line in lines)
     differ = sum(not line.get("repeats", True) for line in lines)
     return f"{len(lines)} of {planned} rows, {wrong} wrong, {differ} whose bits differ"

@@ -1,4 +1,4 @@
-"""Commands that run one after the other, each within a limit, whatever one of them does."""
+"""Run commands one after the other, each within a limit, whatever one of them does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_all(
     ended: Callable[[list[Outcome]], object] = lambda outcomes: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
-    """Within `seconds` together. ended: told of the outcomes after each stage. Ctrl-C ends a stage and all after it."""
+    """Run the stages within `seconds` together, and tell `ended` of the outcomes after each. Ctrl-C ends the run."""
     end = clock() + seconds
     scale = min(1.0, seconds / sum(stage.seconds for stage in stages))
     outcomes: list[Outcome] = []
@@ -67,7 +67,7 @@ def run_all(
 
 
 def run_stage(stage: Stage, log: Path, limit: float) -> Outcome:
-    """Runs a stage in a process group of its own, which is ended as a whole when the limit is over."""
+    """Run a stage in a process group of its own, which is ended as a whole when the limit is over."""
     if not stage.command:
         return Outcome(stage, "not found", 0.0, stage.missing)
     inner = max(1.0, limit - 2 * GRACE)  # for a stage that can end by itself
@@ -94,7 +94,7 @@ def run_stage(stage: Stage, log: Path, limit: float) -> Outcome:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Asks what is left of the process and its children to end, as Ctrl-C does, then ends it."""
+    """Ask the process and its children to end, as Ctrl-C does, then kill those that are left."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

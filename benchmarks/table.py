@@ -152,10 +152,10 @@ def of_op(op: str, evidences: Iterable[Evidence]) -> Table:
 
 
 def summary(evidences: Iterable[Evidence]) -> Table:
-    """A line a row, in its last direction: ours beside eager and torch.compile. Of one device, as of_op."""
+    """A line an op, its most telling row: ours beside eager and torch.compile. Of one device, as of_op."""
     evidences = list(evidences)
     same_device(evidences)
-    rows = [line(record, e) for e in evidences for record in last_directions(e.records)]
+    rows = [line(telling(op, e), e) for e in evidences for op in dict.fromkeys(record.op for record in e.records)]
     header = ["op", "row", "precision", "direction", "eager", "torch.compile", "fused_dino", "vs eager", "vs compile",
               "roof"]  # fmt: skip
     return Table("", header, rows)

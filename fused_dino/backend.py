@@ -37,11 +37,22 @@ def check_backend(name: str, where: str = "backend") -> str:
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the block every op whose call names no backend runs on `name`.
+    """Context manager: within it, calls that name no backend run on this one.
 
-    name: "auto" (triton on a GPU, torch elsewhere), "reference" (eager formulas: the specification), "torch" (closed
-    forms in plain PyTorch) or "triton". The choice is one per process, not per thread. Unknown names raise ValueError
-    where the block begins; a backend that cannot run an op raises where the op is called.
+    The choice is one a process, not one a thread.
+
+    Args:
+        name (str): ``"auto"`` (triton on a GPU, torch elsewhere), ``"reference"`` (eager formulas, the specification),
+            ``"torch"`` (closed forms in plain PyTorch) or ``"triton"``.
+
+    Raises:
+        ValueError: If the name is unknown. A backend that cannot run an op raises where the op is called.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     choice = requested(None)
+        >>> choice
+        ('reference', 'use_backend')
     """
     global _selected
     previous, _selected = _selected, check_backend(name)
@@ -68,14 +79,26 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
 
 
 def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> str:
-    """Which implementation `op` would run on `tensor`, and why, as one line that begins with its name.
+    """Says in one line which implementation an op would run on a tensor, and why.
 
-    op: "preprocess", "cosine_loss", "mse_loss", "vicreg_loss", or "vicreg_loss(group)" for the rows of a process group
-        of two ranks and more; ValueError for any other.
-    tensor: what the op would run on; TypeError for what is none.
-    backend: as in the op's call; None: see use_backend.
+    Args:
+        op (str): ``"preprocess"``, ``"cosine_loss"``, ``"mse_loss"``, ``"vicreg_loss"``, or ``"vicreg_loss(group)"``
+            for the rows of a process group of two or more ranks.
+        tensor (Tensor): What the op would run on.
+        backend (str, optional): As in the op's call. Default: see ``use_backend``.
 
-    Where the choice cannot run, the line begins with "none" and holds the error that the call would raise.
+    Returns:
+        str: A line that begins with the implementation's name. It begins with ``none`` where the choice cannot run, and
+        holds the error that the call would raise.
+
+    Raises:
+        ValueError: If the op or the backend is unknown.
+        TypeError: If ``tensor`` is no tensor.
+
+    Example:
+        >>> import torch
+        >>> explain_backend("cosine_loss", torch.ones(2, 8), backend="reference")
+        'reference: reference by the argument backend='
     """
     if not isinstance(op, str) or op not in FLOORS:
         raise ValueError(f"op is {op!r}; use one of {', '.join(FLOORS)}")

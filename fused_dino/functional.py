@@ -48,12 +48,21 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+__all__ = ["cosine_loss", "mse_loss", "preprocess", "vicreg_loss"]
+
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
 class VICRegOutput(NamedTuple):
-    """What vicreg_loss returns, each a scalar; only `loss` carries a gradient."""
+    """Result of ``vicreg_loss``: scalars, of which ``loss`` alone carries a gradient.
+
+    Attributes:
+        loss (Tensor): Weighted sum of the three terms.
+        invariance (Tensor): Mean squared difference of student and teacher.
+        variance (Tensor): Mean hinge of the columns' deviations.
+        covariance (Tensor): Squared covariances off the diagonal.
+    """
 
     loss: Tensor
     invariance: Tensor
@@ -75,27 +84,48 @@ def preprocess(
     patch_size: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Images as a teacher wants them: resized, brought to 0..1 and normalised per channel.
+    r"""Resizes images, brings them to 0..1 and normalises each channel, as a teacher wants them.
 
-        out = ((resize(images) - low) / (high - low) - mean) / std
+    .. math:: y = ((\operatorname{resize}(x) - low) / (high - low) - mean) / std
 
-    Equal to the usual `F.interpolate(((images - low) / (high - low) - mean) / std, size, mode=interpolation,
-    align_corners=False, antialias=antialias)`, since the weights of a resize sum to one.
+    Equals ``F.interpolate(((images - low) / (high - low) - mean) / std, size, mode=interpolation, align_corners=False,
+    antialias=antialias)``, since the weights of a resize sum to one. Computed in float32.
 
-    images: [B, 3, H, W] of any H and W, contiguous or not; float16, bfloat16, float32, float64, or uint8. An empty
-        batch gives an empty result.
-    size: an int is a square (never the shorter side); or (h, w), in pixels, in Triton 262,144 at most.
-    input_range: (low, high), the values that mean black and white; None: (-1, 1) for floats, (0, 255) for uint8.
-    mean, std: per channel, on the scale 0..1; std is positive, and what it divides stays within float32.
-    antialias: as in F.interpolate: the filter widens when it shrinks an image.
-    clamp: clip the resized pixels to input_range before they are normalised (bicubic overshoots).
-    out_dtype: of the result; None: the images' own, float32 for uint8.
-    patch_size: None gives [B, 3, h, w]; p gives the patches [B, (h/p) (w/p), 3 p p], row by row, each in the order of
-        a Conv2d weight [D, 3, p, p], so that a patch embedding is one matrix product.
-    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+    Args:
+        images (Tensor): Images of any height and width, contiguous or channels-last: float16, bfloat16, float32,
+            float64 or uint8. An empty batch gives an empty result.
+        size (int or sequence of two ints): Height and width in pixels. An int is a square, never the shorter side. The
+            kernels take at most 262,144 a side. Default: 224.
+        input_range (sequence of two floats, optional): Values that mean black and white. Default: ``(-1, 1)`` for
+            floats, ``(0, 255)`` for uint8.
+        mean (sequence of three floats): Mean of each channel on the scale 0..1. Default: ImageNet's.
+        std (sequence of three floats): Deviation of each channel on the scale 0..1, positive. Default: ImageNet's.
+        interpolation (str): ``"bilinear"`` or ``"bicubic"``. Default: ``"bilinear"``.
+        antialias (bool): Widens the filter where it shrinks an image, as in ``F.interpolate``. Default: ``False``.
+        clamp (bool): Clips the resized pixels to ``input_range`` before they are normalised: bicubic overshoots.
+            Default: ``False``.
+        out_dtype (torch.dtype, optional): Dtype of the result. Default: the images' own, float32 for uint8.
+        patch_size (int, optional): Side ``p`` of the patches to return in place of an image. It divides ``size``.
+        backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
-    Raises ValueError (TypeError for what is no dense tensor, or no bool) naming the argument; NotImplementedError for
-    a backend without this op. Source: the transforms that DINOv2 was published with (arXiv 2304.07193).
+    Shape:
+        - images: :math:`(B, 3, H, W)`
+        - Output: :math:`(B, 3, h, w)`, or with ``patch_size`` :math:`(B, h w / p^2, 3 p^2)`: patches row by row, each
+          in the order of a Conv2d weight :math:`(D, 3, p, p)`, so that a patch embedding is one matrix product
+
+    Returns:
+        Tensor: Normalised images or patches, differentiable in ``images``.
+
+    Raises:
+        ValueError: If an argument is out of range. The message names it, what came and what would do.
+        TypeError: If ``images`` is no dense tensor, or a flag is no bool.
+        NotImplementedError: If the backend has no such op.
+
+    Example:
+        >>> preprocess(torch.zeros(2, 3, 256, 320, dtype=torch.uint8), 224).shape
+        torch.Size([2, 3, 224, 224])
+
+    Source: the transforms that DINOv2 was published with (arXiv 2304.07193).
     """
     check_images(images)
     size = check_size(size)
@@ -127,25 +157,42 @@ def cosine_loss(
     eps: float = 1e-12,
     backend: Backend | None = None,
 ) -> Tensor:
-    """One minus the cosine between rows.
+    r"""One minus the cosine similarity of rows, averaged.
 
-        loss_i = 1 - <s_i / max(|s_i|, eps), t_i / max(|t_i|, eps)>
+    .. math:: \ell_i = 1 - \langle s_i / \max(\|s_i\|, \epsilon),\; t_i / \max(\|t_i\|, \epsilon) \rangle
 
-    Equal to `(1 - (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1)).mean()`, in float32.
+    Equals ``(1 - F.cosine_similarity(student, teacher, dim=-1)).mean()``, computed in float32. It is 0 for the same
+    direction, 1 for orthogonal rows, 2 for opposite ones.
 
-    student, teacher: [..., D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you like.
-    weight: broadcasts to [...]; a mask is one. "mean" divides by the weights' sum, and is 0 where that is 0. It gets
-        no gradient: one that requires it is refused.
-    alpha: a factor of the loss, a number or a scalar tensor on the same device (a warm-up: it may change every step).
-        Given here and not multiplied in outside it is part of the gradient that the forward writes, which the
-        backward then need not scale. It gets no gradient.
-    reduction: "mean" -> [], "sum" -> [], "none" -> [...]. A mean over no rows is NaN, as in torch.
-    eps: the smallest norm that is divided by; a row below it has a gradient of order 1 / eps.
-    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+    Args:
+        student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
+        teacher (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
+        weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
+            the sum of the weights, and is 0 where that is 0. A weight that requires a gradient is refused.
+        alpha (float or Tensor, optional): Scale of the loss: a number, or a scalar tensor on the same device without a
+            gradient. Faster than multiplying the result: it is folded into the gradient that the forward computes.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. A mean over no rows is NaN, as in torch. Default:
+            ``"mean"``.
+        eps (float): Smallest norm that divides. A row below it has a gradient of order ``1 / eps``. Default: 1e-12.
+        backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
-    Returns float32, float64 if an input is. 0 is the same direction, 1 orthogonal, 2 opposite. Raises ValueError
-    (TypeError for what is no tensor) naming the argument; NotImplementedError for a backend without this op.
-    Source: the negative cosine similarity of SimSiam (arXiv 2011.10566), plus one.
+    Shape:
+        - student, teacher: :math:`(..., D)`
+        - Output: scalar, or :math:`(...)` with ``reduction="none"``
+
+    Returns:
+        Tensor: float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If shapes, devices or dtypes do not fit. The message names the argument and what would do.
+        TypeError: If an input is no dense tensor.
+        NotImplementedError: If the backend has no such op.
+
+    Example:
+        >>> loss = cosine_loss(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
+        >>> loss.backward()
+
+    Source: negative cosine similarity of SimSiam (arXiv 2011.10566), plus one.
     """
     options = {"eps": check_number("eps", eps, minimum=0)}
     return rows_loss("cosine_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]
@@ -163,25 +210,44 @@ def mse_loss(
     eps: float = 1e-5,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Squared error between elements, of rows of length one unless told otherwise.
+    r"""Squared error between elements, of rows of length one unless told otherwise.
 
-        loss_ij = (s_ij - t_ij)^2
+    .. math:: \ell_{ij} = (s_{ij} - t_{ij})^2
 
-    normalize: rows are divided by max(|row|, 1e-12) first. The mean is then 2 (1 - cosine) / D: at D = 1024 some five
-        hundred times weaker than cosine_loss. reduction="sum" gives 2 (1 - cosine) a row.
-    whiten: columns are standardised next, (x - mean) / (deviation + eps) over all rows, the deviation unbiased. This
-        standardises each dimension; it does not decorrelate them. Needs two rows.
-    student, teacher: [..., D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you like.
-    weight: broadcasts to [...], one weight a row; a mask is one. "mean" divides by the weights' sum times D, and is 0
-        where that is 0. It gets no gradient: one that requires it is refused.
-    alpha: a factor of the loss, as in cosine_loss.
-    reduction: "mean" -> [], "sum" -> [], "none" -> [..., D], as in F.mse_loss, which this is with normalize=False.
-    eps: what is added to a deviation where columns are standardised; nothing else uses it.
-    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+    Equals ``F.mse_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))``, computed in float32. That is
+    :math:`2 (1 - \cos) / D`, at D = 1024 some five hundred times weaker than ``cosine_loss``.
 
-    Returns float32, float64 if an input is. A mean over no rows is NaN. Raises ValueError (TypeError for what is no
-    tensor) naming the argument; NotImplementedError for a backend without this op.
-    Source: of rows of length one, the loss of BYOL (arXiv 2006.07733).
+    Args:
+        student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
+        teacher (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
+        normalize (bool): Divides rows by their norms, of at least 1e-12, first. Default: ``True``.
+        whiten (bool): Standardises each column over all rows next: ``(x - mean) / (std + eps)`` with the unbiased
+            deviation. It does not decorrelate columns. Needs two rows. Default: ``False``.
+        weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
+            the sum of the weights times D, and is 0 where that is 0. A weight that requires a gradient is refused.
+        alpha (float or Tensor, optional): Scale of the loss, as in ``cosine_loss``.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.mse_loss``. A mean over no rows is NaN. Default:
+            ``"mean"``.
+        eps (float): Added to a deviation where ``whiten`` is set. Default: 1e-5.
+        backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
+
+    Shape:
+        - student, teacher: :math:`(..., D)`
+        - Output: scalar, or :math:`(..., D)` with ``reduction="none"``
+
+    Returns:
+        Tensor: float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If shapes, devices or dtypes do not fit, or ``whiten`` gets one row. The message names the argument.
+        TypeError: If an input is no dense tensor, or a flag is no bool.
+        NotImplementedError: If the backend has no such op.
+
+    Example:
+        >>> loss = mse_loss(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64), whiten=True)
+        >>> loss.backward()
+
+    Source: the loss of BYOL (arXiv 2006.07733), for rows of length one.
     """
     options: dict[str, Any] = {
         "normalize": check_flag("normalize", normalize),
@@ -234,34 +300,54 @@ def vicreg_loss(
     group: ProcessGroup | None = None,
     backend: Backend | None = None,
 ) -> VICRegOutput:
-    """VICReg against a frozen teacher: variance and covariance are the student's alone.
+    r"""VICReg against a frozen teacher: variance and covariance are the student's alone.
 
-        loss       = inv_weight * invariance + var_weight * variance + cov_weight * covariance
-        invariance = mean_ij (y_ij - g_ij)^2
-        variance   = mean_j relu(gamma - sqrt(var_j + eps))
-        covariance = sum_{i != j} c_ij^2 / D^2,   c = yc^T yc / max(N - 1, 1),   yc = y - mean(y)
+    .. math::
+        \ell = w_{inv} \, \operatorname{mean}_{ij} (y_{ij} - g_{ij})^2
+        + w_{var} \, \operatorname{mean}_j \max(0, \gamma - \sqrt{var_j + \epsilon})
+        + w_{cov} \sum_{i \ne j} c_{ij}^2 / D^2
 
-    student, teacher: y and g, [N, D], the same shape and device; float16, bfloat16, float32 or float64, mixed as you
-        like. One row is finite (its deviations are 0) and warns, unless compiled; no rows are NaN.
-    inv_weight, var_weight, cov_weight: numbers or scalar tensors on the same device, which get no gradient. The number
-        0 leaves its term out: it is not computed, and reported as 0.
-    cov_reduction: "mean" divides by D^2, "sum_over_d" by D, as VICReg was published.
-    gamma: the deviation below which a column is pushed apart. eps: what is added to a variance, at least 0.
-    unbiased: the variance divides by N - 1, as VICReg was published, instead of N. (The covariance always does.)
-    route: how the covariance is computed, by the [N, N] or the [D, D] product; auto takes the smaller. The same
-        function; the reference always takes the [D, D] one. By rows a difference is taken, of which the column that
-        deviates most is no part. It loses digits only where a second one deviates 1,000 times as much as the others,
-        too, and has nothing in common with the first, and some roundings where "gram" is asked for and many rows have
-        two or three columns: "covariance" is as accurate as eager there.
-    group: None: the rows of this process; a ProcessGroup: the rows of all its ranks, which may bring different numbers
-        of rows. Every rank gets the same loss, and a gradient that DDP's mean over the ranks makes the full batch's;
-        each does its share. Ranks exchange their counts on the host first, unless route is "covariance" or
-        cov_weight the number 0; only who knows the counts can warn of one row. A group of one rank is None.
-    backend: auto, reference, torch or triton; None: see fused_dino.use_backend.
+    with the covariances :math:`c = y_c^T y_c / \max(N - 1, 1)` of the centred student. Computed in float32.
 
-    Returns VICRegOutput(loss, invariance, variance, covariance) in float32, float64 if an input is. Raises ValueError
-    (TypeError for what is no tensor) naming the argument; NotImplementedError for a backend without this op.
-    Source: arXiv 2105.04906; `cov_reduction="sum_over_d", unbiased=True` are its definitions.
+    Args:
+        student (Tensor): Rows ``y``: float16, bfloat16, float32 or float64, of any layout. One row warns, and has
+            deviations of 0. No rows give NaN.
+        teacher (Tensor): Rows ``g``, of the same shape and device. Gets a gradient if it requires one.
+        inv_weight (float or Tensor): Weight of the invariance, a number or a scalar tensor on the same device. The
+            number 0 leaves a term out: it is not computed, and reported as 0. Default: 25.
+        var_weight (float or Tensor): Weight of the variance. Default: 10.
+        cov_weight (float or Tensor): Weight of the covariance. Default: 0.5.
+        gamma (float): Deviation below which a column is pushed apart. Default: 1.
+        eps (float): Added to a variance. Default: 1e-4.
+        cov_reduction (str): ``"mean"`` divides by :math:`D^2`, ``"sum_over_d"`` by D, as published. Default:
+            ``"mean"``.
+        unbiased (bool): Divides the variance by N - 1, as published, in place of N. Default: ``False``.
+        route (str): Product that gives the covariance: ``"gram"`` of rows [N, N], ``"covariance"`` of columns [D, D],
+            ``"auto"`` the smaller. The Gram route subtracts two sums and leaves the largest column out, so that it
+            cannot cancel. Accuracy drops if two uncorrelated columns dominate: 1e-3 when both are 100 times the others,
+            meaningless at 10,000 times. Use ``"covariance"`` there. Default: ``"auto"``.
+        group (ProcessGroup, optional): Ranks whose rows count together; they may bring different numbers of rows.
+            Gradients are scaled so that DDP's averaging gives the full-batch gradient. Ranks exchange their counts on
+            the host, unless ``route="covariance"`` or ``cov_weight=0``. Default: the rows of this process.
+        backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
+
+    Shape:
+        - student, teacher: :math:`(N, D)`
+        - Output: four scalars
+
+    Returns:
+        VICRegOutput: ``(loss, invariance, variance, covariance)`` in float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If shapes, devices or dtypes do not fit. The message names the argument and what would do.
+        TypeError: If an input is no dense tensor, or ``group`` is no process group.
+        NotImplementedError: If the backend has no such op.
+
+    Example:
+        >>> out = vicreg_loss(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
+        >>> out.loss.backward()
+
+    Source: VICReg (arXiv 2105.04906), whose definitions are ``cov_reduction="sum_over_d", unbiased=True``.
     """
     check_matching(student, teacher)
     if student.ndim != 2:

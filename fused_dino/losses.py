@@ -1,4 +1,4 @@
-"""Room 4: the losses as modules, their options fixed and checked at construction."""
+"""The losses as modules, their options fixed and checked at construction."""
 
 from __future__ import annotations
 
@@ -52,10 +52,24 @@ class Loss(nn.Module):
 
 
 class CosineLoss(Loss):
-    """`functional.cosine_loss` as a module: 1 - <s / |s|, t / |t|> of rows, a scalar, or [...] for reduction="none".
+    """One minus the cosine similarity of rows: ``functional.cosine_loss`` as a module.
 
-    detach_teacher: True: the teacher gets no gradient, as in the usual recipe. False lets it pass.
-    options: reduction, eps, alpha, backend, as in the function, whose dtypes and errors are this module's.
+    Args:
+        detach_teacher (bool): Lets no gradient reach the teacher. Default: ``True``.
+        **options: Keyword arguments of ``functional.cosine_loss``: alpha, reduction, eps, backend.
+
+    Shape:
+        - student, teacher: :math:`(..., D)`
+        - weight, of a call: broadcastable to :math:`(...)`
+        - Output: as the function's
+
+    Raises:
+        ValueError: If an option is out of range. The message names it.
+        TypeError: If an option is unknown, or is ``weight``, which belongs to a call.
+
+    Example:
+        >>> loss = CosineLoss()(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
+        >>> loss.backward()
     """
 
     op = staticmethod(FD.cosine_loss)
@@ -66,11 +80,25 @@ class CosineLoss(Loss):
 
 
 class MSELoss(Loss):
-    """`functional.mse_loss` as a module: (s / |s| - t / |t|)^2 of rows, a scalar, or [..., D] for reduction="none".
+    """Squared error of rows of length one: ``functional.mse_loss`` as a module.
 
-    detach_teacher: True: the teacher gets no gradient, as in the usual recipe. False lets it pass.
-    options: normalize, whiten, reduction, eps, alpha, backend, as in the function, whose dtypes and errors are this
-        module's.
+    Args:
+        detach_teacher (bool): Lets no gradient reach the teacher. Default: ``True``.
+        **options: Keyword arguments of ``functional.mse_loss``: normalize, whiten, alpha, reduction, eps,
+            backend.
+
+    Shape:
+        - student, teacher: :math:`(..., D)`
+        - weight, of a call: broadcastable to :math:`(...)`
+        - Output: as the function's
+
+    Raises:
+        ValueError: If an option is out of range. The message names it.
+        TypeError: If an option is unknown, or is ``weight``, which belongs to a call.
+
+    Example:
+        >>> loss = MSELoss()(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
+        >>> loss.backward()
     """
 
     op = staticmethod(FD.mse_loss)
@@ -93,14 +121,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class VICRegLoss(Loss):
-    """`functional.vicreg_loss` as a module: weighted invariance, variance and covariance of rows.
+    """Weighted invariance, variance and covariance of rows: ``functional.vicreg_loss`` as a module.
 
-    detach_teacher: True: the teacher gets no gradient, as in the usual recipe. False lets it pass.
-    group: "auto" is the default process group once torch.distributed is initialised and this process's rows alone
-        before; None is always this process's rows; a ProcessGroup names the data-parallel ranks where tensor or context
-        parallelism makes them fewer than all.
-    options: inv_weight, var_weight, cov_weight, gamma, eps, cov_reduction, unbiased, route, backend, as in the
-        function, whose dtypes and errors are this module's.
+    Args:
+        group (ProcessGroup or str, optional): Ranks whose rows count together. ``"auto"`` is the default process group
+            once torch.distributed is initialised, and this process before. ``None`` is this process. A ProcessGroup
+            names the data-parallel ranks where tensor or context parallelism makes them fewer. Default: ``"auto"``.
+        **options: ``detach_teacher`` (default ``True``: no gradient reaches the teacher) and the keyword arguments of
+            ``functional.vicreg_loss``: inv_weight, var_weight, cov_weight, gamma, eps, cov_reduction, unbiased, route,
+            backend.
+
+    Shape:
+        - student, teacher: :math:`(N, D)`
+        - Output: VICRegOutput of four scalars
+
+    Raises:
+        ValueError: If an option is out of range. The message names it.
+        TypeError: If an option is unknown, or ``group`` is none of these.
+
+    Example:
+        >>> out = VICRegLoss.preset("vicreg")(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
+        >>> out.loss.backward()
     """
 
     op = staticmethod(FD.vicreg_loss)
@@ -119,14 +160,27 @@ class VICRegLoss(Loss):
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> VICRegLoss:
-        """The loss with the constants of a definition in use; options override them.
+        """The loss with the constants of a definition in use.
 
-        name: "recipe" (the defaults), "vicreg" (facebookresearch/vicreg, main_vicreg.py), "lightly" (lightly's
-            VICRegLoss, the same), or "solo" (solo-learn, losses/vicreg.py, whose variance weighs twice as much).
+        The definitions regularise both branches. Here the teacher is frozen: the student's gradient is theirs, and the
+        loss is theirs less the teacher's own variance and covariance, which are constants. lightly takes each rank's
+        statistics alone unless told otherwise, as ``group=None`` does.
 
-        Those three regularise both branches. Here the teacher is frozen: the student's gradient is theirs, and the loss
-        is theirs less the teacher's own variance and covariance, which are constants. (lightly takes the statistics of
-        each rank alone unless told otherwise: group=None does.) Raises ValueError for other names.
+        Args:
+            name (str): ``"recipe"`` (the defaults), ``"vicreg"`` (facebookresearch/vicreg, main_vicreg.py),
+                ``"lightly"`` (lightly's VICRegLoss, the same) or ``"solo"`` (solo-learn, losses/vicreg.py, whose
+                variance weighs twice as much).
+            **options: Options that override the definition's.
+
+        Returns:
+            VICRegLoss: A new loss.
+
+        Raises:
+            ValueError: If the name is unknown.
+
+        Example:
+            >>> VICRegLoss.preset("solo").options["var_weight"]
+            25.0
         """
         return cls(**{**PRESETS[check_choice("name", name, tuple(PRESETS))], **options})
 

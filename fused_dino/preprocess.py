@@ -1,4 +1,4 @@
-"""Room 1: images to a teacher's input."""
+"""Preprocess: images to a teacher's input."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,24 @@ from .validation import check_range
 
 
 class Preprocess(nn.Module):
-    """`functional.preprocess` with its options fixed: images [B, 3, H, W] -> [B, 3, h, w], or patches [B, N, 3 p p].
+    """``functional.preprocess`` as a module, its options fixed and checked at construction.
 
-        out = ((resize(images) - low) / (high - low) - mean) / std
+    Args:
+        size (int or sequence of two ints): Height and width of the result in pixels. Default: 224.
+        **options: Keyword arguments of ``functional.preprocess``: input_range, mean, std, interpolation, antialias,
+            clamp, out_dtype, patch_size, backend.
 
-    size: in pixels; an int is a square; or (h, w).
-    options: the keyword arguments of `functional.preprocess` (input_range, mean, std, interpolation, antialias, clamp,
-        out_dtype, patch_size, backend). A wrong one raises here, not in training.
+    Shape:
+        - images: :math:`(B, 3, H, W)`
+        - Output: :math:`(B, 3, h, w)`, or patches :math:`(B, N, 3 p^2)` with ``patch_size``
+
+    Raises:
+        ValueError: If an option is out of range. The message names it.
+        TypeError: If an option is unknown.
+
+    Example:
+        >>> Preprocess(224, antialias=True)(torch.zeros(2, 3, 300, 400)).shape
+        torch.Size([2, 3, 224, 224])
     """
 
     def __init__(self, size: int | Sequence[int] = 224, **options: Any) -> None:

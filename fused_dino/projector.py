@@ -1,4 +1,4 @@
-"""Room 3: the student's latent to the teacher's width."""
+"""Projector: the student's latent to the teacher's width."""
 
 from typing import Any
 
@@ -7,11 +7,26 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Sequential):
-    """Linear(in_dim, hidden_dim), GELU, LayerNorm, Linear(hidden_dim, out_dim): [..., in_dim] -> [..., out_dim].
+    r"""Projects features to the teacher's width: Linear, GELU, LayerNorm, Linear.
 
-    A plain Sequential of the usual recipe's layers in its order, so that its parameters carry the recipe's names
-    (0.weight, 0.bias, 2.weight, 2.bias, 3.weight, 3.bias) and the recipe's initial values from the same seed. Input and
-    result have the parameters' dtype. Raises ValueError for a width that is no positive int.
+    A plain Sequential, so that its parameters carry the names of the code that it replaces (0.weight, 0.bias, 2.weight,
+    2.bias, 3.weight, 3.bias), and that code's initial values from the same seed.
+
+    Args:
+        in_dim (int): Width of the input. Default: 8192.
+        hidden_dim (int): Width between the two Linear layers. Default: 4096.
+        out_dim (int): Width of the result, the teacher's. Default: 1024.
+
+    Shape:
+        - Input: :math:`(..., in\_dim)`, in the parameters' dtype
+        - Output: :math:`(..., out\_dim)`
+
+    Raises:
+        ValueError: If a width is no positive int.
+
+    Example:
+        >>> Projector(32, 64, 16)(torch.randn(4, 32)).shape
+        torch.Size([4, 16])
     """
 
     def __init__(self, in_dim: int = 8192, hidden_dim: int = 4096, out_dim: int = 1024) -> None:

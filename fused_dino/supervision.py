@@ -1,4 +1,4 @@
-"""The corridor: images through preprocessing and the teacher, latents and tokens through projectors, into losses."""
+"""DinoSupervision: images through preprocessing and the teacher, latents and tokens through projectors, into losses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .factories import Features, check_latent_shape, make_loss, make_preprocess, make_teacher
+from .legacy_checkpoint import adopt, watch_parents
 from .losses import CosineLoss, VICRegOutput, weighed
 from .patches import PATCH_TARGETS, Patches
 from .projector import Projector, reach
-from .recipe import adopt, watch_parents
-from .rooms import Features, check_latent_shape, make_loss, make_preprocess, make_teacher
 from .schedule import Schedule, check_step
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
@@ -26,55 +26,85 @@ PATCH_LOGS = ("dino_patch", "dino_token")  # of the terms that want the teacher'
 
 
 class DinoSupervision(Taught):
-    """Pulls a student's latent, or its tokens, to the features that a frozen teacher sees in the real image.
+    r"""Adds a loss that aligns your model's latent, or its hidden tokens, with a frozen teacher's features.
 
-        loss = w_global * loss_type(projector(z_text), teacher.global)
-             + w_patch  * mean(1 - cos(local_projector(pool(z_map)), target(teacher.patch)))    with use_patch
-             + w_token  * mean(1 - cos(token_projector(tokens), teacher.patch))                 with token_dim
-        loss_dino = alpha * min(1, step / warmup_steps) * loss
+    Example:
+        >>> teacher = DINOv2Backbone("vits14", pretrained=False)  # random weights; leave pretrained out for DINOv2's
+        >>> dino = DinoSupervision(in_dim=64, teacher=teacher, hidden_dim=32, input_range=(-1, 1))
+        >>> z_text, images = torch.randn(2, 64), torch.rand(2, 3, 256, 256) * 2 - 1
+        >>> losses = dino.loss_dict(z_text, images)
+        >>> losses["loss_dino"].backward()
+        >>> list(losses)
+        ['loss_dino', 'dino_global']
 
-    in_dim: the width of z_text, [B, in_dim]. None: there is no z_text, and tokens alone are aligned.
-    teacher: a DINOv2 variant (see DINOv2Backbone), or any module with `embed_dim` that returns {'global': [B, D],
-        'patch': [B, N, D] or None}; its `mean`, `std` and `patch_size` are read where it has them, else ImageNet's
-        and 14. It is frozen, put in eval mode and kept out of modules(), parameters() and state_dict(), so that no
-        optimizer, EMA, DDP or checkpoint sees it, while .to(), deepcopy and pickle carry it along.
-    img_size: of the teacher's input in pixels, an int or (h, w), multiples of the teacher's patch size.
-    loss_type: of the global term: "cosine", "mse" (normalised), "vicreg", or any module (student [B, D], teacher
-        [B, D]) -> a scalar.
-    alpha, warmup_steps: the weight of the loss in loss_dict, and the steps over which it rises to it linearly.
-    stop_step: from this step on loss_dict gives an exact zero that still reaches every parameter, and the teacher does
-        not run. None: never.
-    w_global, w_patch, w_token: the weights of the terms.
-    use_patch: also align regions: z_text, read as a map of latent_shape (C, h, w), is pooled to patch_grid (rows,
-        columns).
-    patch_target: what a region is aligned with: "region" pools the teacher's tokens on the same grid; "mean" is the
-        mean of all; "nearest" the token that is most similar to it; "attention" a mean by learnt queries, patch_queries
-        [rows * columns, D], which may collapse onto tokens that are easy to meet (see patches.Patches).
-    token_dim: the width C of a denoiser's hidden tokens [B, N, C], to be aligned with the teacher's patch tokens.
-        None: there are none.
-    token_projector: "mlp" (REPA's, arXiv 2410.06940), "conv" (one 3 x 3 convolution over the grid), or any module
-        (tokens [B, N, C]) -> [B, N, D].
-    token_grid: (rows, columns) of the tokens. None: the teacher's where N is its count, else a square. The smaller of
-        the two grids is resampled bilinearly to the larger, in rows and in columns.
-    token_standardize: bring the teacher's tokens to mean 0 and deviation 1 over an image's positions, per channel,
-        before they are aligned; 1e-6 is added to the deviation.
-    stopgrad_image: False lets the gradient of the loss pass through the teacher to the image, which must be floats.
-    hidden_dim: of the projector. The local projector's is 256, the tokens' 2048.
-    pretrained, teacher_dtype: of a teacher given by name; teacher_dtype also casts a module. None keeps the weights'.
-    group: whose rows VICReg's statistics are taken over: "auto" (all processes once torch.distributed is initialised),
-        None (this process) or a ProcessGroup. A loss_type that is a module has its own.
-    preprocess: "bilinear", "bicubic", or any module (images) -> the teacher's input, such as
-        Preprocess(224, antialias=True, mean=..., std=...).
-    input_range: the values (low, high) that mean black and white in the images. None: (-1, 1) for floats, (0, 255) for
-        uint8. A preprocess module has its own. check(images) says whether a batch lies in it.
-    backend: of every op in it but those of modules that are given: auto, reference, torch or triton; None: see
-        use_backend.
+    .. math::
+        loss = w_{global} \, L(P(z), g) + w_{patch} \operatorname{mean}(1 - \cos(P_l(z_k), g_k))
+        + w_{token} \operatorname{mean}(1 - \cos(P_t(h_n), g_n))
 
-    Losses are float32, float64 where an input or the projector is. Raises ValueError or TypeError at construction,
-    naming the argument.
+    with the projectors P, the latent z and its regions, hidden tokens h, and the teacher's global token and patch
+    tokens g. ``loss_dict`` weighs it: ``loss_dino = alpha * min(1, step / warmup_steps) * loss``.
+
+    The teacher is frozen, in eval mode, and in no ``modules()``, ``parameters()`` or ``state_dict()``: no optimizer,
+    EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along.
+
+    Args:
+        in_dim (int, optional): Width of ``z_text``. None: there is no ``z_text``, and tokens alone are aligned.
+            Default: 8192.
+        teacher (str or nn.Module): A DINOv2 variant (see DINOv2Backbone), or a module with ``embed_dim`` that returns
+            {'global': [B, D], 'patch': [B, N, D] or None}. Its ``mean``, ``std`` and ``patch_size`` are read where it
+            has them, else ImageNet's and 14. Default: ``"vitl14"``.
+        img_size (int or sequence of two ints): Height and width of the teacher's input in pixels, multiples of its
+            patch size. Default: 224.
+        loss_type (str or nn.Module): Loss of the global term: ``"cosine"``, ``"mse"`` (normalised), ``"vicreg"``, or a
+            module (student [B, D], teacher [B, D]) -> scalar. Default: ``"cosine"``.
+        alpha (float): Weight of the loss in ``loss_dict``. Default: 0.2.
+        warmup_steps (int): Steps over which that weight rises linearly. Default: 5000.
+        stop_step (int, optional): Step from which ``loss_dict`` gives an exact zero that still reaches every parameter,
+            and the teacher does not run. Default: never.
+        w_global (float): Weight of the global term. Default: 1.
+        use_patch (bool): Also aligns regions: ``z_text``, read as a map, is pooled to ``patch_grid``. Default:
+            ``False``.
+        w_patch (float): Weight of the regions' term. Default: 0.2.
+        patch_grid (sequence of two ints): Rows and columns of regions. Default: (2, 2).
+        latent_shape (sequence of three ints): Channels, rows and columns of ``z_text`` as a map. Default: (4, 32, 32).
+        patch_target (str): Target of a region: ``"region"`` pools the teacher's tokens in it, ``"mean"`` all tokens,
+            ``"nearest"`` takes the most similar token, ``"attention"`` a mean by learnt queries, which may collapse
+            onto tokens that are easy to meet. Default: ``"region"``.
+        token_dim (int, optional): Width of hidden tokens [B, N, token_dim], to be aligned with the teacher's patch
+            tokens. Default: there are none.
+        w_token (float): Weight of the tokens' term. Default: 0.5.
+        token_projector (str or nn.Module): ``"mlp"`` (REPA's, arXiv 2410.06940), ``"conv"`` (one 3 x 3 convolution over
+            the grid), or a module [B, N, token_dim] -> [B, N, D]. Default: ``"mlp"``.
+        token_grid (sequence of two ints, optional): Rows and columns of the tokens. Default: the teacher's where N is
+            its count, else a square. The smaller grid is resampled bilinearly to the larger.
+        token_standardize (bool): Brings each channel of the teacher's tokens to mean 0 and deviation 1 over an image's
+            positions, with 1e-6 added to the deviation. Default: ``False``.
+        stopgrad_image (bool): False lets the gradient pass through the teacher to the image, which must be floats.
+            Default: ``True``.
+        hidden_dim (int): Hidden width of the projector. The local projector's is 256, the tokens' 2048. Default: 4096.
+        pretrained (bool): Weights of a teacher given by name; False gives random ones. Default: ``True``.
+        teacher_dtype (torch.dtype, optional): Dtype to cast the teacher to. Default: the one of its weights.
+        group (ProcessGroup or str, optional): Ranks over whose rows VICReg's statistics are taken: ``"auto"`` (all
+            processes once torch.distributed is initialised), None (this process) or a group. A ``loss_type`` that is a
+            module has its own. Default: ``"auto"``.
+        preprocess (str or nn.Module): ``"bilinear"``, ``"bicubic"``, or a module (images) -> the teacher's input, such
+            as ``Preprocess(224, antialias=True)``. Default: ``"bilinear"``.
+        input_range (sequence of two floats, optional): Values that mean black and white in the images; a preprocess
+            module has its own. ``check(images)`` says whether a batch lies in it. Default: ``(-1, 1)`` for floats,
+            ``(0, 255)`` for uint8.
+        backend (str, optional): Backend of every op but those of given modules: ``"auto"``, ``"reference"``,
+            ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
+
+    Shape:
+        - z_text: :math:`(B, in\_dim)`; x_img: :math:`(B, 3, H, W)` of any size; tokens: :math:`(B, N, token\_dim)`
+        - Output: a scalar in float32, float64 where an input or the projector is, and a dict of detached scalars
+
+    Raises:
+        ValueError: If an argument is out of range. The message names it, what came and what would do.
+        TypeError: If an argument is of a wrong type.
     """
 
-    loads_recipes = True
+    loads_legacy = True
     projector: Projector
     local_projector: Projector
     token_projector: nn.Module
@@ -146,7 +176,7 @@ class DinoSupervision(Taught):
             grids = self.token_grids.token_grid, self.teacher_grid
             self.token_projector = make_token_projector(token_projector, token_dim, width, *grids)
         # Of regions and tokens. The teacher's side is detached before: queries want a gradient behind it.
-        self.rows = CosineLoss(detach_teacher=False, backend=backend)
+        self.row_loss = CosineLoss(detach_teacher=False, backend=backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         adopt(self, state_dict, prefix, prefix)
@@ -161,17 +191,24 @@ class DinoSupervision(Taught):
         tokens: Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, logs): the loss, and its terms detached, without weights and alpha.
+        """The loss without alpha and warm-up, and its terms.
 
-        z_text: [B, in_dim], cast to the projector's dtype. x_img: as for encode; or `features`, what encode returned.
-        tokens: [B, N, token_dim], where token_dim is given; cast to token_projector's dtype. z_text may then be None:
-            the loss is the tokens' alone, and all other parameters get an exact zero gradient.
-        alpha: a factor of the loss, a number or a scalar tensor, as in functional.cosine_loss. None is 1.
-        logs: dino_global; dino_patch with use_patch; dino_token with token_dim; dino_vic_inv, dino_vic_var and
-            dino_vic_cov with VICReg; dino_patch_is_global and dino_token_is_global, 1 each, where the teacher gives no
-            patch tokens and its global token stands for them.
+        Args:
+            z_text (Tensor, optional): Latents [B, in_dim], cast to the projector's dtype. None with ``tokens``: the
+                loss is the tokens' alone, and all other parameters get an exact zero gradient.
+            x_img (Tensor, optional): Images, as for ``encode``.
+            features (dict, optional): What ``encode`` returned, in place of ``x_img``.
+            tokens (Tensor, optional): Hidden tokens [B, N, token_dim], cast to the token projector's dtype.
+            alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
 
-        Raises ValueError (TypeError for what is no tensor) naming the argument.
+        Returns:
+            tuple: The loss, and detached logs: dino_global; dino_patch with ``use_patch``; dino_token with
+            ``token_dim``; dino_vic_inv, dino_vic_var, dino_vic_cov with VICReg; dino_patch_is_global and
+            dino_token_is_global, 1 each, where the teacher gives no patch tokens and its global token stands for them.
+
+        Raises:
+            ValueError: If an input does not fit. The message names it.
+            TypeError: If an input is no tensor.
         """
         self._check(z_text, x_img, features, tokens)
         features = self._features(x_img, features)
@@ -188,10 +225,10 @@ class DinoSupervision(Taught):
             if isinstance(out, VICRegOutput):
                 logs.update(zip(("dino_vic_inv", "dino_vic_var", "dino_vic_cov"), out[1:], strict=True))
             if self.use_patch:
-                logs["dino_patch"], loss = weighed(self.rows, *self._regions(z_text, features), self.w_patch, alpha)
+                logs["dino_patch"], loss = weighed(self.row_loss, *self._regions(z_text, features), self.w_patch, alpha)
                 losses.append(loss)
         if tokens is not None:
-            logs["dino_token"], loss = weighed(self.rows, *self._tokens(tokens, features), self.w_token, alpha)
+            logs["dino_token"], loss = weighed(self.row_loss, *self._tokens(tokens, features), self.w_token, alpha)
             losses.append(loss)
         if features.get("patch") is None and (replaced := [name for name in PATCH_LOGS if name in logs]):
             logs.update({f"{name}_is_global": torch.ones_like(logs[name]) for name in replaced})
@@ -207,12 +244,23 @@ class DinoSupervision(Taught):
         features: Features | None = None,
         tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """{'loss_dino': alpha * min(1, step / warmup_steps) * loss, ...}: forward's logs beside the weighted loss.
+        """The weighted loss and its logs, for trainers that add up every key that contains "loss".
 
-        Made for trainers that add up every key that contains "loss": no other key does, and no other value has a
-        gradient. step: the training step; None counts the calls of this method in training mode with gradients enabled,
-        the first being 1, in the buffer `step`. From stop_step on the dict holds loss_dino alone, an exact zero. Raises
-        as forward does, before the step is counted.
+        Args:
+            z_text (Tensor, optional): As in ``forward``.
+            x_img (Tensor, optional): As in ``forward``.
+            step (int, optional): The training step. Default: counts the calls of this method in training mode with
+                gradients enabled, the first being 1, in the buffer ``step``. A call that is refused does not count.
+            features (dict, optional): As in ``forward``.
+            tokens (Tensor, optional): As in ``forward``.
+
+        Returns:
+            dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
+            From ``stop_step`` on ``loss_dino`` alone, an exact zero.
+
+        Raises:
+            ValueError: If an input does not fit. The message names it.
+            TypeError: If an input is no tensor.
         """
         self._check(z_text, x_img, features, tokens)  # before the step is counted
         if step is None:

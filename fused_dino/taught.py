@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .factories import Features, check_features
 from .preprocess import Preprocess
-from .rooms import Features, check_features
 from .teacher import read_patch_size
 from .validation import check_images, check_size, check_tensor, check_values
 
@@ -45,21 +45,35 @@ class Taught(nn.Module):
 
     @torch.no_grad()
     def encode(self, x_img: Tensor) -> Features:
-        """The teacher's {'global': [B, D], 'patch': [B, N, D] or None}, detached: to cache, or to compute ahead.
+        """The teacher's features of images, detached: to cache, or to compute ahead.
 
-        x_img: [B, 3, H, W], floats in -1..1 or uint8 in 0..255, any size, unless `preprocess` says otherwise; it is
-            moved to the teacher's device. The features have the teacher's dtype. Raises ValueError (TypeError for what
-            is no tensor) naming x_img, or the teacher's result where this is none.
+        Args:
+            x_img (Tensor): Images [B, 3, H, W] of any size, floats in -1..1 or uint8 in 0..255 unless ``input_range``
+                or ``preprocess`` says otherwise. They are moved to the teacher's device.
+
+        Returns:
+            dict: ``'global'`` [B, D] and ``'patch'`` [B, N, D] or None, in the teacher's dtype.
+
+        Raises:
+            ValueError: If the images, or the teacher's result, are not of these shapes. The message names them.
+            TypeError: If ``x_img`` is no tensor.
         """
         return self._teach(x_img)
 
     @torch.no_grad()
     def check(self, x_img: Tensor) -> str:
-        """Says how a batch of images lies in `input_range`. Call it once before training: it waits for the device.
+        """Says how a batch of images lies in ``input_range``. Call it once, before training: it waits for the device.
 
-        x_img: as for encode. Returns a sentence with the least and the largest value. Raises ValueError where values
-        are not finite, over 1% of them lie outside, or all lie in one half of the range, as those of 0..1 do in -1..1;
-        and TypeError where `preprocess` is no Preprocess, whose range is not known here.
+        Args:
+            x_img (Tensor): Images, as for ``encode``.
+
+        Returns:
+            str: A sentence with the least and the largest value, and the share that lies outside.
+
+        Raises:
+            ValueError: If values are not finite, over 1% of them lie outside, or all lie in one half of the range, as
+                those of 0..1 do in -1..1.
+            TypeError: If ``preprocess`` is no Preprocess, whose range is not known here.
         """
         if not isinstance(self.preprocess, Preprocess):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Room 2: the frozen teacher, a normalised image -> {'global': [B, D], 'patch': [B, N, D]}."""
+"""The frozen teacher: a normalised image -> {'global': [B, D], 'patch': [B, N, D]}."""
 
 from __future__ import annotations
 
@@ -25,48 +25,62 @@ PATCH_KEYS = ("patch", "x_norm_patchtokens", "patch_tokens")
 class DINOv2Backbone(nn.Module):
     """A frozen DINOv2, or any other vision model in its place, as a source of features.
 
-        backbone(x)  ->  {'global': [B, D], 'patch': [B, N, D]}      x [B, 3, H, W], normalised with .mean and .std
+    The weights stay frozen and in eval mode, whatever a parent does with ``train()``. They are out of ``state_dict()``:
+    ``backbone.model.state_dict()`` has them. A parent's checkpoint without them leaves them as they are; one with
+    them under ``model.`` loads them.
 
-    x may also be patches [B, N, 3 p p], as preprocess(patch_size=p) writes them: the features are the same.
+    Args:
+        variant (str): vits14, vitb14, vitl14 or vitg14, each also with four registers as ``*_reg``, in any case, or by
+            the names of hub (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m) and transformers
+            (facebook/dinov2-small, facebook/dinov2-with-registers-small). Default: ``"vitl14"``.
+        img_size (int or sequence of two ints): Height and width in pixels, multiples of the patch size. Default: 224.
+        use_timm_fallback (bool): Whether ``"auto"`` tries timm where hub fails. Default: ``True``.
+        source (str): ``"hub"``, the official model from torch hub, which RUNS THE CODE of
+            github.com/facebookresearch/dinov2 at a pinned revision in this process; ``"timm"``, timm's model with the
+            weights that it publishes; ``"local"``, timm's model with the weights of a file. These never fall back.
+            ``"auto"`` is ``"local"`` where ``weights`` is given, else hub and then timm, the one in the cache first. A
+            full cache is read without network. Of several processes one downloads. Default: ``"auto"``.
+        weights (path, optional): A .safetensors file or a checkpoint of torch.save (read with ``weights_only=True``),
+            of the official or timm's parameter names, at any square training resolution.
+        pretrained (bool): False gives random weights without network, through timm unless ``source="hub"``. Default:
+            ``True``.
+        dtype (torch.dtype, optional): Dtype of the weights. Default: the one in which they are stored.
+        pos_embed (str): How position embeddings reach ``img_size``: ``"official"`` as the official code resamples them,
+            ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224. Default:
+            ``"official"``.
+        model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
+            or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
+            'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
+            num_prefix_tokens, else 1); a map [B, D, h, w] (or NHWC by its output_fmt); or pooled features [B, D], which
+            leave 'patch' None. Without a class token 'global' is what its head pools, else the mean of the patches.
 
-    'global' is the normalised class token, 'patch' the normalised patch tokens in row-major order, without class and
-    register tokens: N = (H / patch_size) * (W / patch_size). Both have the weights' dtype, to which x is cast. The
-    forward is differentiable in x; wrap it in torch.no_grad() where no gradient to the image is wanted.
+    Attributes:
+        model (nn.Module): The frozen model.
+        embed_dim (int): Width D of the features.
+        patch_size (int): Side of a patch in pixels.
+        mean (tuple of three floats): Mean of images in 0..1 that the model was trained with.
+        std (tuple of three floats): Their deviation.
+        grid (tuple of two ints): Rows and columns of patch tokens.
+        source (str): Where the weights came from: hub, timm, local, random or model.
 
-    variant: vits14, vitb14, vitl14, vitg14, each also with four registers as *_reg; in any case, or as one of the
-        names that hub (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m) and transformers (facebook/dinov2-small,
-        facebook/dinov2-with-registers-small) give them.
-    img_size: H and W in pixels, an int for a square or (h, w), multiples of the patch size.
-    use_timm_fallback: whether "auto" tries timm where hub fails.
-    source: "hub" is the official model from torch hub, which RUNS THE CODE of github.com/facebookresearch/dinov2 at a
-        pinned revision in this process (its models unpickle only where that code is imported); "timm" is timm's model
-        with the weights that it publishes at Hugging Face; "local" is timm's model with the weights of a file. These
-        three never fall back. "auto" is "local" where `weights` is given, else hub and then timm, the one that is in
-        the cache first. A full cache is read without network; where it is empty, one process per cache directory
-        downloads and the others wait.
-    weights: a .safetensors file or a checkpoint of torch.save (read with weights_only=True), of the official or timm's
-        parameter names, at any square training resolution.
-    pretrained: False gives random weights without network, through timm unless source="hub".
-    dtype: of the weights, a floating dtype; None keeps what they are stored in.
-    pos_embed: how position embeddings reach img_size: "official" as the official code resamples them, "timm" as timm
-        does: antialiased, which moves the patch features by some percent at 224. The same with registers.
-    model: another model in place of variant, source and weights: the name of a timm model, or any nn.Module. Where it
-        has `forward_features`, this is called, else the module. Its result is a dict of {'global', 'patch'}, of the
-        official names or of {'cls_token', 'patch_tokens'}, tokens [B, P + N, D] (P = its num_prefix_tokens, else 1), a
-        map [B, D, h, w] (or NHWC by its output_fmt), or pooled features [B, D], which leave 'patch' None. Without a
-        class token 'global' is what its head pools, else the mean of the patches. It is frozen and put in eval mode.
+    Shape:
+        - x: :math:`(B, 3, H, W)`, normalised with mean and std; or patches :math:`(B, N, 3 p^2)`, as
+          ``preprocess(patch_size=p)`` writes them
+        - Output: a dict of ``'global'`` :math:`(B, D)`, the normalised class token, and ``'patch'`` :math:`(B, N, D)`,
+          the normalised patch tokens row by row, without class and register tokens
 
-    Attributes: model; embed_dim (D) and patch_size, ints; mean and std, of three floats for images in 0..1; img_size
-    (H, W) and grid (H / patch_size, W / patch_size); variant; source, where the weights came from: "hub", "timm",
-    "local", "random" or "model".
+    Raises:
+        ValueError: If an argument is out of range. The message names it.
+        TypeError: If ``dtype`` or ``model`` is none.
+        FileNotFoundError: If ``weights`` is missing.
+        RuntimeError: If no source gives the weights. The message has each attempt with its cause.
 
-    The weights stay frozen and in eval mode, whatever a parent does with train(), and out of state_dict(): they are
-    `backbone.model.state_dict()`. Loading a parent's checkpoint without them leaves them as they are; one that holds
-    them under "model." loads them.
+    Example:
+        >>> backbone = DINOv2Backbone("vits14", pretrained=False)
+        >>> {name: list(x.shape) for name, x in backbone(torch.zeros(1, 3, 224, 224)).items()}
+        {'global': [1, 384], 'patch': [1, 256, 384]}
 
-    Raises ValueError naming the argument at construction (TypeError for a dtype that is none), FileNotFoundError for a
-    missing file, RuntimeError with each attempt and its cause where no source gives the weights.
-    Source: Oquab et al., DINOv2, arXiv 2304.07193; Darcet et al., registers, arXiv 2309.16588.
+    Source: DINOv2 (arXiv 2304.07193), registers (arXiv 2309.16588).
     """
 
     model: nn.Module

@@ -347,6 +347,12 @@ class TestRuns:
         run = session.run(session.plan([bench], "cpu", True), device="cpu")
         assert "of fused_dino torch: kitchen" in show.report(run, 1)
 
+    def test_a_room_that_cannot_be_timed_ends_no_run(self):
+        bench = tiny(rooms=lambda row, x, y: {"kitchen": lambda: 1 / 0})
+        (record,) = session.run(session.plan([bench], "cpu", True), device="cpu").records
+        assert record.timings[-1].why == "could not be timed: ZeroDivisionError: division by zero"
+        assert record.of("ours") is not None
+
     def test_evidence_tells_where_it_was_made_and_no_secret(self, tmp_path):
         import getpass
         import platform

@@ -36,7 +36,7 @@ def every_line(**changes):
 
 
 def smoked(out, *lines, device=H200):
-    head = {"device": device, "roofs": {}, "torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.0"}
+    head = {"device": device, "planned": 54, "roofs": {}, "torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.0"}
     (out / "smoke.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (head, *lines)))
 
 
@@ -150,11 +150,10 @@ def test_stages_tell_what_they_found(tmp_path):
         tmp_path, ("a", "began", ""), ("a", "passed", ""), ("b", "began", ""), ("c", "failed", "ValueError: no"),
         ("c", "failed", "worker 'gw1' crashed"), ("d", "skipped", ""),
     )  # fmt: skip
-    (tmp_path / "smoke.log").write_text("...\n31 of 54 rows, 2 wrong, 0 whose bits differ\n")
     (tmp_path / "memcheck.log").write_text("a case\n========= ERROR SUMMARY: 3 errors\nTraceback\n  the last\n")
     measured(tmp_path, TOKENS)
     text = digest.text(tmp_path, outcomes(smoke="out of time", memcheck="failed"))
-    assert "smoke      out of time   99 s  31 of 54 rows, 2 wrong" in text
+    assert "smoke      out of time   99 s  2 of 54 rows, 1 wrong, 0 whose bits differ" in text
     assert "tests      passed        99 s  1 passed, 1 failed, 1 skipped, 1 unfinished" in text
     assert "memcheck   failed        99 s  ERROR SUMMARY: 3 errors" in text
     assert "benchmarks passed        99 s  1 rows (out of time)" in text

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""What the README and the pages of docs/ say is so: their Python runs, and what they name is there."""
 
 import re
 import subprocess
@@ -8,24 +8,52 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = ROOT / "README.md"
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (README, *sorted(ROOT.glob("docs/*.md")))}
+BLOCKS = [
+    pytest.param(code, id=f"{name}-{i}")
+    for name, text in PAGES.items()
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
+each_page = pytest.mark.parametrize("name", PAGES)
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("code", BLOCKS)
 def test_every_python_block_runs(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_files_that_it_names_exist():
-    named = re.findall(r"\]\(([^)#:]+)\)|`([A-Za-z_/]+\.(?:md|py|png))`", README)
-    for name in {a or b for a, b in named}:
-        assert (ROOT / name).exists(), name
+def anchors(text):
+    """Of its headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-def test_every_make_target_that_it_names_exists():
+@each_page
+def test_every_link_leads_somewhere(name):
+    for target in re.findall(r"\]\(([^):]+)\)", PAGES[name]):
+        path, _, anchor = target.partition("#")
+        page = (ROOT / name).parent / path if path else ROOT / name
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page.read_text()), target
+
+
+@each_page
+def test_every_file_that_it_names_exists(name):
+    for path in re.findall(
+        r"`((?:tests|benchmarks|docs|examples|kernels|ops|reference)/[\w/]+\.(?:md|py|png|json))`", PAGES[name]
+    ):
+        assert any((folder / path).exists() for folder in (ROOT, ROOT / "fused_dino")), path
+
+
+@each_page
+def test_every_make_target_that_it_names_exists(name):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", PAGES[name], re.MULTILINE))
     assert {a or b for a, b in named} <= targets
+
+
+def test_a_newcomer_reads_it_in_three_screens():
+    assert len(PAGES["README.md"].splitlines()) <= 130
     assert len(BLOCKS) >= 3

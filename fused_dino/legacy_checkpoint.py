@@ -1,8 +1,7 @@
-"""Checkpoints that the eager recipe saved: its names become ours while they load.
+"""Loads checkpoints of the seed, the eager code that DinoSupervision replaces: renames their keys while they load.
 
-The recipe keeps `dino_t_head`, `dino_local_head` and the teacher, `dino_model`, as attributes of the user's own model;
-here they live in one submodule of it. So its keys are looked for where a DinoSupervision stands and where its parent
-does.
+The seed keeps `dino_t_head`, `dino_local_head` and the teacher, `dino_model`, as attributes of the user's own model.
+Here they live in one submodule of it. So the keys are looked for at a DinoSupervision's prefix and at its parent's.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ DROPPED = "dino_model"
 
 
 def adopt(module: nn.Module, state_dict: dict[str, Any], prefix: str, theirs: str, taken: Any = ()) -> None:
-    """Renames in place the recipe's keys under `theirs` to those of `module` under `prefix`, and says what it did.
+    """Renames in place the seed's keys under `theirs` to those of `module` under `prefix`, and says what it did.
 
     taken: names under `theirs` that belong to other modules, and are left alone. A key without a place, such as the
     local head of a module that has none, stays, and strict loading reports it.
@@ -38,7 +37,7 @@ def adopt(module: nn.Module, state_dict: dict[str, Any], prefix: str, theirs: st
             moved += 1
     if not moved and not dropped:
         return
-    message = f"loading a recipe's checkpoint: {moved} tensors renamed"
+    message = f"loading a checkpoint of the seed: {moved} tensors renamed"
     if dropped:
         message += f", {dropped} of {theirs}{DROPPED} dropped (the teacher is loaded on its own)"
     step = "schedule.step"
@@ -49,7 +48,7 @@ def adopt(module: nn.Module, state_dict: dict[str, Any], prefix: str, theirs: st
 
 
 def adopt_from_parent(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A pre-hook of the parent's load_state_dict; with two supervisions the recipe's keys are ambiguous, and stay."""
+    """Pre-hook of the parent's load_state_dict. Two supervisions make the seed's keys ambiguous, and they stay."""
     children = {name: child for name, child in parent._modules.items() if child is not None and is_supervision(child)}
     if len(children) == 1:
         ((name, child),) = children.items()
@@ -57,12 +56,12 @@ def adopt_from_parent(parent: nn.Module, state_dict: dict[str, Any], prefix: str
 
 
 def is_supervision(module: nn.Module | None) -> bool:
-    return getattr(type(module), "loads_recipes", False)
+    return getattr(type(module), "loads_legacy", False)
 
 
 @cache
 def watch_parents() -> None:
-    """From now on a module that gets a supervision as its child also loads the recipe's names.
+    """Makes every module that gets a supervision as its child load the seed's names too, from now on.
 
     torch hands a child only the keys under its own prefix, so that the parent has to rename them, and a module learns
     of its parent in no other way.

@@ -1,4 +1,4 @@
-"""What stands in each room of a supervision: a name that is known here, or any module in its place."""
+"""Factories of a supervision's parts: each takes a known name, or any module in its place."""
 
 from __future__ import annotations
 
