@@ -5,25 +5,18 @@ An explicit choice never falls back: it runs or raises.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
+
+from .registry import OPS
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("auto", "reference", "torch", "triton")
 VARIABLE = "FUSED_DINO_BACKEND"
-
-# Which faster implementations an op has beside its reference.
-FLOORS: dict[str, tuple[str, ...]] = {
-    "preprocess": ("torch", "triton"),
-    "cosine_loss": ("torch", "triton"),
-    "mse_loss": ("torch", "triton"),
-    "vicreg_loss": ("torch", "triton"),
-    "vicreg_loss(group)": ("torch",),  # on a GPU as on a CPU: its products are torch's
-}
 
 _selected: str | None = None  # a plain global: a ContextVar breaks full-graph compilation on torch 2.11
 
@@ -73,9 +66,10 @@ def requested(backend: str | None) -> tuple[str, str]:
     return "auto", "default"
 
 
-def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
-    """The implementation that `op` runs on `tensor`: "reference", "torch" or "triton"; raises where none can."""
-    return decide(op, tensor, backend)[0]
+def choose(op: str, tensor: Tensor, backend: str | None = None) -> tuple[str, Callable[..., Any]]:
+    """What `op` runs on `tensor`: "reference", "torch" or "triton", and its function; raises where none can run."""
+    name = decide(op, tensor, backend)[0]
+    return name, getattr(OPS[op], name)
 
 
 def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> str:
@@ -100,8 +94,8 @@ def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> 
         >>> explain_backend("cosine_loss", torch.ones(2, 8), backend="reference")
         'reference: reference by the argument backend='
     """
-    if not isinstance(op, str) or op not in FLOORS:
-        raise ValueError(f"op is {op!r}; use one of {', '.join(FLOORS)}")
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"op is {op!r}; use one of {', '.join(OPS)}")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor is a {type(tensor).__name__}; give the tensor that the op would run on")
     try:
@@ -119,7 +113,7 @@ def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
     if name == "reference":
         return name, reason
     if name == "triton":
-        if "triton" not in FLOORS[op]:
+        if OPS[op].triton is None:
             raise NotImplementedError(
                 f"{op} has no Triton kernel yet, and {reason} never falls back; use auto or torch"
             )
@@ -128,9 +122,9 @@ def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
         return name, reason
     if name == "auto":
         reason += f", a tensor on {tensor.device.type}"
-        obstacle = "no kernel" if "triton" not in FLOORS[op] else triton_obstacle(tensor, interpreter=False)
+        obstacle = "no kernel" if OPS[op].triton is None else triton_obstacle(tensor, interpreter=False)
         name = "torch" if obstacle else "triton"
-    if name not in FLOORS[op]:
+    if getattr(OPS[op], name) is None:
         return "reference", f"{reason}; {op} has no closed form yet, so that its reference formula runs"
     return name, reason
 

@@ -17,13 +17,6 @@ from torch import Tensor
 
 from . import distributed
 from .backend import Backend, check_backend, choose
-from .ops import cosine as ops_cosine
-from .ops import resize as ops_resize
-from .ops import vicreg as ops_vicreg
-from .ops.vicreg_ranks import vicreg_loss_over_ranks
-from .reference import cosine as reference_cosine
-from .reference import resize as reference_resize
-from .reference import vicreg as reference_vicreg
 from .reference.dtypes import wide
 from .validation import (
     check_choice,
@@ -141,10 +134,7 @@ def preprocess(
         or (images.dtype if images.is_floating_point() else torch.float32),
         "patch_size": check_patch_size(patch_size, size),
     }
-    name = choose("preprocess", images, backend)
-    if name == "reference":
-        return reference_resize.preprocess(images, size, **options)
-    return ops_resize.preprocess(images, size, **options, backend=name)
+    return choose("preprocess", images, backend)[1](images, size, **options)
 
 
 def cosine_loss(
@@ -267,7 +257,7 @@ def rows_loss(
     backend: str | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of "cosine_loss" or "mse_loss": (the loss, the loss without alpha and without a gradient: for logs)."""
+    """Of an op by rows: (the loss, the loss without alpha and without a gradient: for logs)."""
     check_matching(student, teacher)
     if options.get("whiten") and math.prod(student.shape[:-1]) < 2:
         raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
@@ -276,13 +266,13 @@ def rows_loss(
     if alpha is not None:
         alpha = check_scalar("alpha", alpha, student.device)
         alpha = alpha.to(wide(student, teacher)) if isinstance(alpha, Tensor) else alpha
-    name = choose(op, student, backend)
+    name, implementation = choose(op, student, backend)
     if name == "reference":
-        value = getattr(reference_cosine, op)(student, teacher, **options)
+        value = implementation(student, teacher, **options)
         return (value if alpha is None else alpha * value), value.detach()
     if isinstance(alpha, float):
         alpha = student.new_full((), alpha, dtype=wide(student, teacher))
-    return getattr(ops_cosine, op)(student, teacher, scale=alpha, **options, backend=name)
+    return implementation(student, teacher, scale=alpha, **options)
 
 
 def vicreg_loss(
@@ -370,14 +360,14 @@ def vicreg_loss(
     for weight in ("inv_weight", "var_weight", "cov_weight"):
         if isinstance(options[weight], Tensor):
             options[weight] = options[weight].to(wide(student, teacher))
-    name = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
+    name, implementation = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
     if name == "reference":
-        total = partial(distributed.sum_over_ranks, group=group)
-        loss, *terms = reference_vicreg.vicreg_loss(student, teacher, **options, total=total)
-    elif group is not None:
-        loss, *terms = vicreg_loss_over_ranks(student, teacher, **options, route=route, group=group)
+        options["total"] = partial(distributed.sum_over_ranks, group=group)
     else:
-        loss, *terms = ops_vicreg.vicreg_loss(student, teacher, **options, route=route, backend=name)
+        options["route"] = route
+        if group is not None:
+            options["group"] = group
+    loss, *terms = implementation(student, teacher, **options)
     return VICRegOutput(loss, *(x.detach() for x in terms))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import functional as FD
 from .functional import VICRegOutput
+from .registry import OPS
 from .validation import check_choice, check_flag, check_group
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def default_group() -> ProcessGroup | None:
     return None
 
 
-WEIGHED: dict[type, str] = {CosineLoss: "cosine_loss", MSELoss: "mse_loss"}  # a subclass may have a forward of its own
+OURS = (CosineLoss, MSELoss, VICRegLoss)  # a subclass may have a forward of its own
 
 
 def weighed(
@@ -204,16 +205,16 @@ def weighed(
 ) -> tuple[Any, Tensor]:
     """(what the loss returned, weight * alpha * its scalar), the factor in the op where the op is known to take one."""
     factor = weight if alpha is None else weight * alpha
-    watched = isinstance(loss, Loss) and (loss._forward_hooks or loss._forward_pre_hooks)
     if (
-        type(loss) in WEIGHED
+        type(loss) in OURS
+        and OPS[loss.op.__name__].rowwise
         and loss.settings["reduction"] != "none"
         and loss.settings["alpha"] is None
-        and not watched
+        and not (loss._forward_hooks or loss._forward_pre_hooks)
     ):
         settings = {**loss.settings, "alpha": None if alpha is None and weight == 1 else factor}
         teacher = teacher.detach() if loss.detach_teacher else teacher
-        scaled, value = FD.rows_loss(WEIGHED[type(loss)], student, teacher, **settings)
+        scaled, value = FD.rows_loss(loss.op.__name__, student, teacher, **settings)
         return value, scaled
     out = loss(student, teacher)
     value = out.loss if isinstance(out, VICRegOutput) else out

@@ -58,6 +58,18 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """An op without a kernel has no cases of Triton."""
+
+    def runs(item: pytest.Item) -> bool:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        return getattr(given.get("op"), "forward", True) is not None or given.get("backend") != "triton"
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails the run")
 

@@ -63,7 +63,7 @@ class Op:
     run(*inputs, backend, **options) -> a tensor.
     scales(*inputs, grad_output, **options) -> how large the terms are of which the value and the gradients of the
         inputs are made: the unit of their errors, which cancellation in the result does not shrink.
-    forward, backward: the dispatcher ops, each launched once.
+    forward, backward: the dispatcher ops, each launched once; None where the op has no kernel.
     forward_arguments(*inputs), backward_arguments(*inputs, *forward's results): for inputs of `shape`.
     inputs: their names; all are of one shape.
     shape(rows, width): of inputs with so many examples, whose last dimension is so wide.
@@ -77,10 +77,10 @@ class Op:
     run: Callable[..., Tensor]
     cases: tuple[Case, ...]
     scales: Callable[..., tuple[Tensor, ...]]
-    forward: Any
-    backward: Any
-    forward_arguments: Callable[..., tuple]
-    backward_arguments: Callable[..., tuple]
+    forward: Any = None
+    backward: Any = None
+    forward_arguments: Callable[..., tuple] = tuple
+    backward_arguments: Callable[..., tuple] = tuple
     inputs: tuple[str, ...] = ("student", "teacher")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, width: (rows, width)
     rowwise: bool = False

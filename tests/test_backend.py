@@ -4,21 +4,26 @@ import pytest
 import torch
 
 import fused_dino
-from fused_dino import backend as registry
+import table
+from fused_dino import backend as selection
 from fused_dino import functional as FD
+from fused_dino import registry
+from fused_dino.registry import OpInfo
 
 X = torch.ones(2, 4)
-IMAGES = torch.zeros(1, 3, 4, 4)
-CALLS = {
-    "preprocess": lambda **k: FD.preprocess(IMAGES, 4, **k),
-    "cosine_loss": lambda **k: FD.cosine_loss(X, X, **k),
-    "mse_loss": lambda **k: FD.mse_loss(X, X, **k),
-    "vicreg_loss": lambda **k: FD.vicreg_loss(X, X, **k),
-}
+
+
+def call(op):
+    inputs = tuple(x.cpu() for x in op.draw(op.shape(2, 4)))
+    return lambda **options: op.run(*inputs, **options)
+
+
+CALLS = {op.name: call(op) for op in table.OPS if not op.part_of}
+WITH_KERNELS = [name for name, op in registry.OPS.items() if name in CALLS and op.triton is not None]
 
 
 def test_every_op_is_listed():
-    assert set(CALLS) == {name.partition("(")[0] for name in registry.FLOORS}
+    assert set(CALLS) == {name.partition("(")[0] for name in registry.OPS}
 
 
 GROUP = "vicreg_loss(group)"  # VICReg over the rows of a process group
@@ -32,13 +37,13 @@ def test_a_group_runs_on_torch_everywhere():
 
 @pytest.mark.parametrize("op", CALLS)
 def test_what_runs_on_a_cpu_without_a_choice(op, monkeypatch):
-    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    monkeypatch.delenv(selection.VARIABLE, raising=False)
     assert fused_dino.explain_backend(op, X).startswith("torch: ")
     for backend in (None, "auto", "torch", "reference"):
         assert CALLS[op](backend=backend) is not None
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_triton_on_a_cpu_raises_and_says_why(op, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=f"{op} cannot run on triton.*the tensor is on cpu"):
@@ -47,7 +52,7 @@ def test_triton_on_a_cpu_raises_and_says_why(op, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert fused_dino.explain_backend(op, X, backend="triton").startswith("triton: ")
     assert fused_dino.explain_backend(op, X).startswith("torch: "), "only an explicit choice takes the interpreter"
-    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    monkeypatch.setattr(selection, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         CALLS[op](backend="triton")
     assert CALLS[op]() is not None
@@ -55,7 +60,7 @@ def test_triton_on_a_cpu_raises_and_says_why(op, monkeypatch):
 
 @pytest.mark.parametrize("op", CALLS)
 def test_triton_without_a_kernel_raises_and_names_the_op(op, monkeypatch):
-    monkeypatch.setitem(registry.FLOORS, op, ())
+    monkeypatch.setitem(registry.OPS, op, OpInfo(registry.OPS[op].reference))
     assert "no closed form yet" in fused_dino.explain_backend(op, X)
     for choose in (lambda: CALLS[op](backend="triton"), under("triton", CALLS[op])):
         with pytest.raises(NotImplementedError, match=op):
@@ -72,9 +77,9 @@ def under(name, call):
 
 
 def test_the_argument_beats_the_context_beats_the_variable(monkeypatch):
-    monkeypatch.setitem(registry.FLOORS, "mse_loss", ())
-    monkeypatch.setenv(registry.VARIABLE, "triton")
-    with pytest.raises(NotImplementedError, match=registry.VARIABLE):
+    monkeypatch.setitem(registry.OPS, "mse_loss", OpInfo(registry.OPS["mse_loss"].reference))
+    monkeypatch.setenv(selection.VARIABLE, "triton")
+    with pytest.raises(NotImplementedError, match=selection.VARIABLE):
         FD.mse_loss(X, X)
     with fused_dino.use_backend("torch"):
         FD.mse_loss(X, X)
@@ -86,8 +91,8 @@ def test_the_argument_beats_the_context_beats_the_variable(monkeypatch):
             with pytest.raises(NotImplementedError, match="use_backend"):
                 FD.mse_loss(X, X)
         FD.mse_loss(X, X)
-    assert registry.VARIABLE in fused_dino.explain_backend("mse_loss", X)
-    monkeypatch.setenv(registry.VARIABLE, "reference")
+    assert selection.VARIABLE in fused_dino.explain_backend("mse_loss", X)
+    monkeypatch.setenv(selection.VARIABLE, "reference")
     assert fused_dino.explain_backend("mse_loss", X).startswith("reference: reference by the environment variable")
 
 
@@ -100,8 +105,8 @@ def test_the_context_ends_with_an_error_too():
 def test_unknown_names_raise_at_once(monkeypatch):
     with pytest.raises(ValueError, match="^backend is 'fast'"), fused_dino.use_backend("fast"):
         pass
-    monkeypatch.setenv(registry.VARIABLE, "fast")
-    with pytest.raises(ValueError, match=f"{registry.VARIABLE} is 'fast'"):
+    monkeypatch.setenv(selection.VARIABLE, "fast")
+    with pytest.raises(ValueError, match=f"{selection.VARIABLE} is 'fast'"):
         FD.cosine_loss(X, X)
     with pytest.raises(ValueError, match="^op is 'cosine'"):
         fused_dino.explain_backend("cosine", X)
@@ -110,7 +115,7 @@ def test_unknown_names_raise_at_once(monkeypatch):
 
 
 def test_a_compiled_function_follows_the_context(monkeypatch):
-    monkeypatch.setitem(registry.FLOORS, "mse_loss", ())
+    monkeypatch.setitem(registry.OPS, "mse_loss", OpInfo(registry.OPS["mse_loss"].reference))
     compiled = torch.compile(lambda x: FD.mse_loss(x, x + 1), fullgraph=True, backend="eager")
     expected = compiled(X)
     with fused_dino.use_backend("reference"):

@@ -24,7 +24,10 @@ from fused_dino.ops import cosine_triton, tickets
 from fused_dino.ops.vicreg_plan import make_plan
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, grad_output_of, results
-from table import OPS, PREPROCESS, VICREG
+from table import OPS as ALL
+from table import PREPROCESS, VICREG
+
+OPS = [op for op in ALL if op.forward is not None]
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 rowwise_op = pytest.mark.parametrize("op", [op for op in OPS if op.rowwise], ids=lambda op: op.name)

@@ -6,9 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fused_dino import __version__, explain_backend
+from fused_dino import __version__, explain_backend, registry
 
-OPS = ("preprocess", "cosine_loss", "mse_loss", "vicreg_loss")
+OPS = tuple(name for name in registry.OPS if "(" not in name)  # as they are called
 
 
 def run() -> int:

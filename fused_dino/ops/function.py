@@ -15,6 +15,8 @@ def batch_by_batch(apply: Callable, info: Any, in_dims: tuple, *args: Any) -> tu
     *tensors, options, backend = args
     parts = ([x] * info.batch_size if dim is None else x.unbind(dim) for x, dim in zip(tensors, in_dims, strict=False))
     results = [apply(*batch, options, backend) for batch in zip(*parts, strict=True)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
     stacked = tuple(map(torch.stack, zip(*results, strict=True)))
     return stacked, (0,) * len(stacked)
 

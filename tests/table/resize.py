@@ -20,7 +20,7 @@ def pixels(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
     return drawn.to(DEVICE, dtype)
 
 
-def preprocess(images: Tensor, *, backend: str, size: tuple[int, int] = (4, 6), **options: Any) -> Tensor:
+def preprocess(images: Tensor, *, backend: str | None = None, size: tuple[int, int] = (4, 6), **options: Any) -> Tensor:
     return FD.preprocess(images, size, backend=backend, **options)
 
 

@@ -1,0 +1,71 @@
+"""docs/adding-an-op.md adds an op in five files, which then has the proofs of every other."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```py\n# (\S+)\n(.*?)```", (ROOT / "docs/adding-an-op.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the project to which the page's code was added: new files, and the ends of those there are."""
+    for name in ("fused_dino", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name, code in BLOCKS:
+        with (tmp_path / name).open("a") as file:
+            file.write(f"\n\n{code}")
+    return tmp_path
+
+
+def python(tree, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_five_files():
+    assert len({name for name, _ in BLOCKS}) == len(BLOCKS) == 5
+
+
+def test_the_op_is_proven_like_every_other(tree):
+    proofs = "accurate or mixed or derivatives or functional or autocast or aot_eager or no_rows or checkpointing"
+    chosen = ("tests/test_ops.py", "tests/test_backend.py", "-k", f"smooth_l1 and ({proofs} or cpu or kernel)")
+    run = python(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 40, run.stdout
+
+
+def test_a_wrong_closed_form_is_caught(tree):
+    file = tree / "fused_dino/ops/smooth_l1.py"
+    source = file.read_text()
+    assert ".clamp_(-1, 1)" in source
+    file.write_text(source.replace(".clamp_(-1, 1)", ""))
+    run = python(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", "smooth_l1")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "1 failed" in run.stdout
+
+
+def test_it_is_refused_on_triton_by_name_and_listed(tree):
+    code = """
+import torch, fused_dino
+from fused_dino import functional as FD
+x = torch.ones(2, 3)
+print(fused_dino.explain_backend("smooth_l1_loss", x))
+try:
+    FD.smooth_l1_loss(x, x, backend="triton")
+except NotImplementedError as error:
+    print(error)
+"""
+    torch_line, refusal = python(tree, "-c", code).stdout.splitlines()
+    assert torch_line.startswith("torch: ")
+    assert refusal.startswith("smooth_l1_loss has no Triton kernel yet")
+    assert "smooth_l1_loss on cpu" in python(tree, "-m", "fused_dino", "doctor").stdout
