@@ -35,22 +35,23 @@ def cosine_rows_kernel(
     stride_student, stride_teacher, stride_weight, stride_grad_row, stride_grad_column,
     rows, count,
     KIND: tl.constexpr, REDUCTION: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns ROWS rows, one after the other. Where a block holds a row, the loops over columns run once and
-    # the compiler keeps the row in registers; wider rows come out of the cache again. The product of two rows is taken
-    # of rows of length one, since of the rows themselves it can leave the range.
+    # One program of P owns every P-th row, one after the other. Where a block holds a row, the loops over columns run
+    # once and the compiler keeps the row in registers; wider rows come out of the cache again. The product of two rows
+    # is taken of rows of length one, since of the rows themselves it can leave the range.
     GRADIENT: tl.constexpr = grad_student is not None or grad_teacher is not None
     ELEMENTS: tl.constexpr = REDUCTION == "elements"
     program = tl.program_id(0)
-    first = program.to(tl.int64) * ROWS  # int64: row * stride passes 2**31
+    programs = tl.num_programs(0)
+    first = program.to(tl.int64)  # int64: row * stride passes 2**31
     eps = tl.full((), EPS, ACC)  # Triton 3.6 compares with a constant in float32
     outer = tl.full((), 1, ACC)
     if alpha is not None:
         outer = tl.load(alpha).to(ACC)
     total = tl.zeros((), ACC)
-    for i in range(0, tl.minimum(ROWS, rows - first)):
-        row = first + i
+    for i in range(0, tl.cdiv(rows - program, programs)):
+        row = first + i * programs
         s_row = student + row * stride_student
         t_row = teacher + row * stride_teacher
         share = tl.full((), 1, ACC)
@@ -140,9 +141,8 @@ def cosine_rows_kernel(
                     store_row(grad_teacher + row * WIDTH, start, t_scale * for_t, WIDTH, BLOCK)
 
     if loss is not None and REDUCTION == "sum":
-        # The program that finishes last adds up what all have left, in the order of the rows.
+        # The program that finishes last adds up what all have left, in their order.
         tl.store(partial + program, total)
-        programs = tl.num_programs(0)
         if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
             index = tl.arange(0, BLOCK)
             sums = tl.zeros((BLOCK,), ACC)

@@ -51,7 +51,8 @@ def weigh_rows(
             else:
                 there = live
             if INTERLEAVED:
-                at = source + tl.cast(row, tl.int64) * stride_y + start * 3 + lane
+                # Four elements a thread: more would meet in the banks of shared memory.
+                at = tl.max_contiguous(source + tl.cast(row, tl.int64) * stride_y + start * 3 + lane, 4)
                 # Upcast right at the load: half precision must not reach the products.
                 r += weight * tl.load(at, mask=there, other=0).to(ACC)
             elif BACKWARD:
@@ -78,10 +79,39 @@ def weigh_rows(
 
 
 @triton.jit
-def pick(row, at, weight, there):
-    """Not by a weight of 0: what is not there may be infinite. there: None where all of it is."""
-    value = weight * tl.gather(row, at, 0)
-    return value if there is None else tl.where(there, value, 0.0)
+def place(
+    x, k, start, W, w, scale_x, sums, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr,
+    PIXEL: tl.constexpr, SEGMENT: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """(at, weight, there): where the k-th element that a column sums lies in the segment. ALL: every one is there."""
+    s, weight, there = term(x, k, W, w, scale_x, sums, CUBIC, ANTIALIAS, BACKWARD)
+    at = s - start
+    if not ALL:
+        there = there & (at >= 0) & (at < SEGMENT)
+        at = tl.where(there, at, 0)
+    return at * PIXEL, weight, there
+
+
+@triton.jit
+def add(total, value, weight, there, ALL: tl.constexpr):
+    """What is not there gets no weight of 0, since it may be infinite."""
+    value = weight * value
+    return total + (value if ALL else tl.where(there, value, 0.0))
+
+
+@triton.jit
+def add_tap(total, row, offset, one):
+    return add(total, tl.gather(row, one[0] + offset, 0), one[1], one[2], False)
+
+
+@triton.jit
+def add_pair(total, row, offset, one, two, ALL: tl.constexpr):
+    """Two taps of each column by one gather, so that the row goes to shared memory once for both."""
+    count: tl.constexpr = total.shape[0]
+    at = tl.reshape(tl.join(one[0], two[0]), (2 * count,))
+    first, second = tl.split(tl.reshape(tl.gather(row, at + offset, 0), (count, 2)))
+    total = add(total, first, one[1], one[2], ALL)
+    return add(total, second, two[1], two[2], ALL)
 
 
 @triton.jit
@@ -91,35 +121,33 @@ def resample_segment(
     PATCH: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What the source's columns [start, start + SEGMENT) have of one row of the target, in three channels."""
-    if ANTIALIAS or BACKWARD:
-        STEP: tl.constexpr = 1
-    else:
-        STEP: tl.constexpr = 4 if CUBIC else 2
-        taps_y = STEP
-        taps_x = STEP
+    FIXED: tl.constexpr = not (ANTIALIAS or BACKWARD)  # as many taps for every row and column
+    TAPS: tl.constexpr = 4 if CUBIC else 2
+    ALL: tl.constexpr = FIXED and WHOLE
     PIXEL: tl.constexpr = 3 if INTERLEAVED else 1  # elements from one pixel to the next, on the chip
     r, g, b = weigh_rows(
-        source, inside, y, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, taps_y,
-        CUBIC, ANTIALIAS, BACKWARD, INTERLEAVED, PATCH, SEGMENT, STEP, ACC,
+        source, inside, y, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, TAPS if FIXED else taps_y,
+        CUBIC, ANTIALIAS, BACKWARD, INTERLEAVED, PATCH, SEGMENT, TAPS if FIXED else 1, ACC,
     )  # fmt: skip
     red = tl.zeros(x.shape, ACC)
     green = tl.zeros(x.shape, ACC)
     blue = tl.zeros(x.shape, ACC)
-    for turn in range(0, taps_x, STEP):
-        for j in tl.static_range(STEP):
-            s, weight, there = term(
-                x, turn + j, W, w, scale_x, sums + h if ANTIALIAS else sums, CUBIC, ANTIALIAS, BACKWARD
-            )
-            at = s - start
-            if WHOLE and not (ANTIALIAS or BACKWARD):
-                there = None
-            else:
-                there = there & (at >= 0) & (at < SEGMENT)
-                at = tl.where(there, at, 0)
-            at *= PIXEL
-            red += pick(r, at, weight, there)
-            green += pick(g, at + PIXEL // 3, weight, there)
-            blue += pick(b, at + PIXEL // 3 * 2, weight, there)
+    if FIXED:
+        for k in tl.static_range(0, TAPS, 2):
+            one = place(x, k, start, W, w, scale_x, sums, CUBIC, False, False, PIXEL, SEGMENT, ALL)
+            two = place(x, k + 1, start, W, w, scale_x, sums, CUBIC, False, False, PIXEL, SEGMENT, ALL)
+            red = add_pair(red, r, 0, one, two, ALL)
+            green = add_pair(green, g, PIXEL // 3, one, two, ALL)
+            blue = add_pair(blue, b, PIXEL // 3 * 2, one, two, ALL)
+    else:  # two at a time would take too many registers
+        for k in range(taps_x):
+            one = place(
+                x, k, start, W, w, scale_x, sums + h if ANTIALIAS else sums,
+                CUBIC, ANTIALIAS, BACKWARD, PIXEL, SEGMENT, False,
+            )  # fmt: skip
+            red = add_tap(red, r, 0, one)
+            green = add_tap(green, g, PIXEL // 3, one)
+            blue = add_tap(blue, b, PIXEL // 3 * 2, one)
     return red, green, blue
 
 
@@ -161,7 +189,7 @@ def resize_fwd_kernel(
     stride_b, stride_c, stride_y, stride_x, H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, CLIP: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
     INTERLEAVED: tl.constexpr, PATCH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACTIVE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns `rows` rows of COLUMNS columns of one image in three channels, so that the weights of its columns
     # are computed once for all of them.
@@ -170,7 +198,11 @@ def resize_fwd_kernel(
     top = tl.program_id(0) % blocks * rows
     left = tl.program_id(1) * COLUMNS
     right = tl.minimum(left + COLUMNS, w)
-    column = left + tl.arange(0, BLOCK)
+    # A warp's lanes own neighbouring columns, which lie in different banks of shared memory. Where those of 32 columns
+    # would meet, only the first ACTIVE lanes own one.
+    lane = tl.arange(0, BLOCK)
+    column = left + lane // 32 * ACTIVE + tl.minimum(lane % 32, ACTIVE - 1)
+    live = (lane % 32 < ACTIVE) & (column < right)
     scale_y = scale_of(H, h, scale_y, ACC)
     scale_x = scale_of(W, w, scale_x, ACC)
     x = tl.minimum(column, right - 1)
@@ -190,11 +222,11 @@ def resize_fwd_kernel(
                 low = tl.full((), CLIP[0], ACC)
                 high = tl.full((), CLIP[1], ACC)
                 if inside is not None:
-                    tl.store(inside + at, (pixel > low) & (pixel < high), mask=column < right)
+                    tl.store(inside + at, (pixel > low) & (pixel < high), mask=live)
                 # tl.where, not tl.clamp: NaN must stay NaN.
                 pixel = tl.where(pixel < low, low, tl.where(pixel > high, high, pixel))
             if out is not None:
-                store(out + at, normalise(pixel, SCALE[c], SHIFT[c], ACC), column < right)
+                store(out + at, normalise(pixel, SCALE[c], SHIFT[c], ACC), live)
 
 
 @triton.jit

@@ -4,10 +4,13 @@
 
 A budget holds for a kernel or, as "<kernel> <first word of the case>", for some of its cases: at most so many
 `registers` and bytes of `shared` memory, and a widest `load` and `store` of at least so many bytes a thread; each is a
-number, or one for every backend. Nothing may spill or use a stack. A kernel with dots must have matrix instructions,
-unless its budget says "matrix": 0. A case that says how many `values` one thread makes in a turn of its outermost loop,
-and how many `turns` that loop takes, has its instructions counted in the machine code of sm_90, against a budget of at
-most so many `instructions` a value.
+number, or one for every backend. Where a compiler needs limits of its own, they stand in the budget under its version.
+Nothing may spill or use a stack. A kernel with dots must have matrix instructions, unless its budget says "matrix": 0.
+A kernel of another dtype than fp64 may have no `f64` instruction, unless its budget says how many.
+
+A case that says how many `values` one thread makes in a turn of its outermost loop, and how many `turns` that loop
+takes, is counted in the machine code of sm_90: at most so many `instructions` a value, and at most so many `wavefronts`
+of shared memory, `barriers`, and `conflicts` in the worst access to it, a turn.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import aot_shared
+
 ROOT = Path(__file__).parent.parent
 # With the KiB of shared memory that a block can have there: past them a kernel compiles, and its launch fails.
 TARGETS = {
@@ -44,6 +49,9 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
+COUNTED = ("instructions", "wavefronts", "conflicts", "barriers")  # where a case says how many values it has
+LIMITS = dict.fromkeys(("registers", "shared", "f64", *COUNTED), max) | dict.fromkeys(("load", "store"), min)
+COMPILER = ".".join(triton.__version__.split(".")[:2])
 JOBS: list[tuple[dict[str, Any], str]] = []  # a launch and its target; global, so that workers inherit it
 
 
@@ -60,8 +68,12 @@ class Row:
     load: int = 0  # bytes of a thread's widest
     store: int = 0
     matrix: str = "-"  # how many matrix instructions, and which; - without a dot
+    f64: int = 0  # instructions that compute in float64 or convert
     instructions: str = "-"  # a value, on sm_90; - where the case does not say how many values there are
-    error: str = ""  # why it does not compile
+    wavefronts: str = "-"  # a turn, as barriers: see aot_shared.py
+    conflicts: str = "-"
+    barriers: str = "-"
+    error: str = ""  # why there is nothing to see
 
     def __str__(self) -> str:
         return f"{self.kernel}, {self.case} {self.options}".rstrip() + f", {self.target}"
@@ -113,7 +125,7 @@ def instructions(sass: str, values: float, turns: int) -> float:
 
 
 def cuda_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, int]], list[str]]:
-    """Registers, spills and stack; the bytes of each load and store; the matrix instructions."""
+    """Registers, spills, stack and f64 instructions; the bytes of each load and store; the matrix instructions."""
     used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", dump(asm, "--dump-resource-usage"))}
     stack = used["STACK"] + used["LOCAL"]
     sass = dump(asm, "-sass") if stack or "tt.dot" in asm["ttir"] else ""  # takes longer than all the rest
@@ -121,7 +133,9 @@ def cuda_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str,
     vectors = re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s", asm["ptx"])
     moves = [(kind, int(count or 1) * int(bits) // 8) for kind, count, bits in vectors]
     moves += [("ld", int(size, 0)) for size in re.findall(r"\bcp\.async\.c[ag]\..*?\], *\[.*?\], (\w+)", asm["ptx"])]
-    return {"registers": used["REG"], "spills": spills, "stack": stack}, moves, re.findall(r"\b[A-Z]+MMA\b", sass)
+    f64 = len(re.findall(r"^\s*(?:@\S+\s+)?(?!ld|st|mov)\w+[\w.]*\.f64\b", asm["ptx"], re.MULTILINE))
+    resources = {"registers": used["REG"], "spills": spills, "stack": stack, "f64": f64}
+    return resources, moves, re.findall(r"\b[A-Z]+MMA\b", sass)
 
 
 def hip_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, int]], list[str]]:
@@ -132,6 +146,7 @@ def hip_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, 
     move = r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?[us]?(dword|short|byte)(?:x(\d))?"
     moves = [(kind, int(count or 1) * unit[name]) for kind, name, count in re.findall(move, code)]
     resources = {"registers": used["vgpr_count"], "spills": spills, "stack": used["private_segment_fixed_size"]}
+    resources["f64"] = len(re.findall(r"\bv_\w*f64", code))
     return resources, moves, re.findall(r"\bv_(mfma)_", code)
 
 
@@ -144,15 +159,35 @@ def compile_job(index: int) -> Row:
     try:
         compiled = launch["kernel"].run(*launch["args"], grid=(1,), warmup=True, **launch["options"])
     except Exception as error:
-        return replace(row, error=str(error))
+        return replace(row, error=f"does not compile: {error}")
     used, moves, matrix = (cuda_resources if gpu.backend == "cuda" else hip_resources)(compiled.asm)
     dots = " ".join([str(len(matrix)), *sorted(set(matrix))]) if "tt.dot" in compiled.asm["ttir"] else "-"
     load, store = (max((size for kind, size in moves if kind[0] == first), default=0) for first in "ls")
     row = replace(row, **used, shared=compiled.metadata.shared, load=load, store=store, matrix=dots)
     if launch["case"].values and target == "sm_90":
-        count = instructions(dump(compiled.asm, "-sass"), launch["case"].values, launch["case"].turns)
-        row = replace(row, instructions=f"{count:.1f}")
+        try:
+            row = replace(row, **counts(launch, compiled))
+        except (NotImplementedError, ValueError) as error:
+            return replace(row, error=f"cannot be counted: {error}")
     return row
+
+
+def arguments(launch: dict[str, Any], compiled: Any) -> list[Any]:
+    """What is left for the compiled kernel to be given; 0 for a pointer."""
+    given = dict(zip(launch["kernel"].arg_names, launch["args"], strict=False)) | launch["options"]
+    types = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
+    return [0 if kind.startswith("*") else given[name] for name, kind in types.items()]
+
+
+def counts(launch: dict[str, Any], compiled: Any) -> dict[str, str]:
+    """What is counted of a case that says how many values it has."""
+    case, sass = launch["case"], dump(compiled.asm, "-sass")
+    threads = 32 * compiled.metadata.num_warps
+    found = aot_shared.traffic(compiled.asm["ptx"], sass, threads, arguments(launch, compiled), case.turns)
+    return {
+        "instructions": f"{instructions(sass, case.values, case.turns):.1f}",
+        **{name: f"{value:g}" for name, value in found._asdict().items()},
+    }
 
 
 def table(rows: list[Row]) -> str:
@@ -165,18 +200,38 @@ def table(rows: list[Row]) -> str:
 def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
     """How a row breaks its budget."""
     gpu, kib = TARGETS[row.target]
-    budget = {key: value[gpu.backend] if isinstance(value, dict) else value for key, value in budget.items()}
+    budget = budget | budget.get(COMPILER, {})
+    budget = {key: value.get(gpu.backend) if isinstance(value, dict) else value for key, value in budget.items()}
     most = {"registers": budget["registers"], "spills": 0, "stack": 0, "shared": min(budget["shared"], kib * 1024)}
+    if "fp64" not in row.case.split():
+        most["f64"] = budget.get("f64", 0)
     least = {"load": budget["load"], "store": budget["store"], "matrix": budget.get("matrix", 1)}
     for name, limit in most.items():
         if getattr(row, name) > limit:
             yield f"{row}: {name} {getattr(row, name)}, budget at most {limit}"
-    if "instructions" in budget and row.instructions != "-" and float(row.instructions) > budget["instructions"]:
-        yield f"{row}: instructions {row.instructions} a value, budget at most {budget['instructions']}"
+    for name in COUNTED:
+        found = getattr(row, name)
+        if found != "-" and float(found) > budget.get(name, 0):
+            yield f"{row}: {name} {found}, budget at most {budget.get(name, 0)}"
     for name, limit in least.items():
         found = str(getattr(row, name)).split()[0]
         if found != "-" and int(found) < limit:
             yield f"{row}: {name} {getattr(row, name)}, budget at least {limit}"
+
+
+def reached(rows: list[Row]) -> dict[str, Any]:
+    """The tightest limits that some rows are within, for whoever fits a budget anew."""
+    limits: dict[str, Any] = {}
+    for name, tightest in LIMITS.items():
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            if str(getattr(row, name)) != "-" and not (name == "f64" and "fp64" in row.case.split()):
+                found.setdefault(TARGETS[row.target][0].backend, []).append(float(getattr(row, name)))
+        values = {backend: float(f"{tightest(some):g}") for backend, some in found.items()}
+        values = {backend: int(value) if value.is_integer() else value for backend, value in values.items()}
+        if any(values.values()):
+            limits[name] = values if len({*values.values()}) > 1 else next(iter(values.values()))
+    return limits
 
 
 def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any]) -> int:
@@ -191,18 +246,23 @@ def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any
 
     there = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     launched = {launch["kernel"].__name__ for launch, _ in JOBS}
-    special = {f"{row.kernel} {row.case.split()[0]}" for row in rows}
+    cases_of = {f"{row.kernel} {row.case.split()[0]}" for row in rows}
     wrong = [f"{name}: no case launches it" for name in sorted(there - launched)]
     wrong += [f"{name}: has no budget" for name in sorted(there | launched) if name not in budgets]
-    unknown = sorted({*budgets} - there - launched - special)
+    unknown = sorted({*budgets} - there - launched - cases_of)
     wrong += [f"{name}: has a budget, and is no kernel or case" for name in unknown]
+    wrong += [f"{row}: {row.error}" for row in rows if row.error]
+    held: dict[str, list[Row]] = {}  # the rows of each budget
     for row in rows:
-        budget = budgets.get(f"{row.kernel} {row.case.split()[0]}", budgets.get(row.kernel))
-        if row.error:
-            wrong.append(f"{row}: does not compile: {row.error}")
-        elif budget is not None:
-            wrong += excesses(row, budget)
-    print(*wrong, sep="\n", end="\n" if wrong else "")
+        if not row.error:
+            special = f"{row.kernel} {row.case.split()[0]}"
+            held.setdefault(special if special in budgets else row.kernel, []).append(row)
+    reports = []
+    for name, those in held.items():
+        broken = [line for row in those if name in budgets for line in excesses(row, budgets[name])]
+        reports += [f"reached: {json.dumps(name)}: {json.dumps(reached(those))}"] if broken else []
+        wrong += broken
+    print(*wrong, *reports, sep="\n", end="\n" if wrong else "")
     counts = f"{len(launched)} kernels in {len(rows)} rows for {len(TARGETS)} GPUs by Triton {triton.__version__}"
     verdict = f"{len(wrong)} failures" if wrong else "all within budget"
     print(f"{counts}: {verdict}, in {time.perf_counter() - start:.0f} s.")

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 import aot
+import aot_shared
+import ptx
 
 AOT = Path(aot.__file__)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -39,6 +41,15 @@ def broken_kernel(x):
     tl.store(x, undefined)
 
 @triton.jit
+def double_kernel(x):
+    tl.store(x, (tl.load(x).to(tl.float64) * 0.1).to(tl.float32))
+
+@triton.jit
+def strided_kernel(x, y):
+    at = tl.arange(0, 128)
+    tl.store(y + at, tl.gather(tl.load(x + tl.arange(0, 256)), at * 2, 0))
+
+@triton.jit
 def idle_kernel(x):
     tl.store(x, 0)
 
@@ -48,6 +59,8 @@ CASES = [
     Case("bf16", lambda: dot_kernel[(1,)](x.bfloat16(), WIDTH=64)),
     Case("fp32", lambda: copy_kernel[(1,)](x, x)),
     Case("fp32", lambda: broken_kernel[(1,)](x)),
+    Case("fp32", lambda: double_kernel[(1,)](x)),
+    Case("fp32", lambda: strided_kernel[(1,)](x, x), values=1),
 ]
 """
 BUDGET = {"registers": 255, "shared": 65536, "load": 0, "store": 0}
@@ -92,7 +105,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy.py").write_text(TOY)
     budgets = {"spilling_kernel": BUDGET, "dot_kernel bf16": BUDGET | {"registers": 8}, "dot_kernel": BUDGET}
-    budgets |= {"idle_kernel": BUDGET, "gone_kernel": BUDGET, "broken_kernel": BUDGET}
+    budgets |= {f"{name}_kernel": BUDGET for name in ("idle", "gone", "broken", "double", "strided")}
     paths = [str(folder), str(AOT.parent), str(AOT.parent.parent)]
     code = f"import sys; sys.path[:0] = {paths}; import aot, toy; sys.exit(aot.check([toy], toy.CASES, {budgets}))"
     return run("-c", code)
@@ -108,6 +121,10 @@ def toy(tmp_path_factory):
         "spilling_kernel, fp32 BLOCK=8192 num_warps=1, sm_90: spills ",
         "spilling_kernel, fp32 BLOCK=8192 num_warps=1, sm_90: stack ",
         "broken_kernel, fp32, sm_90: does not compile: ",
+        "double_kernel, fp32, sm_90: f64 3, budget at most 0",
+        "double_kernel, fp32, gfx942: f64 3, budget at most 0",
+        "strided_kernel, fp32, sm_90: conflicts 2, budget at most 0",
+        "strided_kernel, fp32, sm_90: barriers 1, budget at most 0",
     ],
 )
 def test_a_failure_is_named(toy, line):
@@ -118,7 +135,7 @@ def test_a_failure_is_named(toy, line):
 @pytest.mark.parametrize(("target", "name"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "mfma")])
 def test_matrix_instructions_are_counted(toy, target, name):
     (row,) = (line.split() for line in toy.stdout.splitlines() if line.startswith("dot_kernel ") and target in line)
-    count, kind = row[-3:-1]
+    count, kind = row[-7:-5]
     assert int(count) > 0
     assert kind == name
 
@@ -126,11 +143,12 @@ def test_matrix_instructions_are_counted(toy, target, name):
 def test_a_plain_kernel_has_no_matrix_instructions(toy):
     rows = [line.split() for line in toy.stdout.splitlines() if line.startswith("copy_kernel ")]
     assert len(rows) == len(aot.TARGETS)
-    assert {row[-2] for row in rows} == {"-"}
+    assert {row[-6] for row in rows} == {"-"}
 
 
 ROW = aot.Row("a_kernel", "bf16", "BLOCK=256", "sm_120", 64, 0, 0, 1024, 16, 16, "4 HMMA")
-LIMITS = {"registers": {"cuda": 64, "hip": 32}, "shared": 10**6, "load": 16, "store": 16, "instructions": 40}
+COUNTS = {"instructions": 40, "wavefronts": 95, "conflicts": 2, "barriers": 6}
+LIMITS = {"registers": {"cuda": 64, "hip": 32}, "shared": 10**6, "load": 16, "store": 16, **COUNTS}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +162,11 @@ LIMITS = {"registers": {"cuda": 64, "hip": 32}, "shared": 10**6, "load": 16, "st
         ({"load": 8}, "load 8, budget at least 16"),
         ({"store": 4}, "store 4, budget at least 16"),
         ({"matrix": "0"}, "matrix 0, budget at least 1"),
-        ({"instructions": "40.1"}, "instructions 40.1 a value, budget at most 40"),
+        ({"f64": 1}, "f64 1, budget at most 0"),
+        ({"instructions": "40.1"}, "instructions 40.1, budget at most 40"),
+        ({"wavefronts": "96"}, "wavefronts 96, budget at most 95"),
+        ({"conflicts": "3"}, "conflicts 3, budget at most 2"),
+        ({"barriers": "12"}, "barriers 12, budget at most 6"),
     ],
 )
 def test_every_limit_holds(change, words):
@@ -156,7 +178,17 @@ def test_within_the_limits_nothing_is_wrong():
     assert list(aot.excesses(ROW, LIMITS)) == []
     assert list(aot.excesses(replace(ROW, matrix="0"), LIMITS | {"matrix": 0})) == []
     assert list(aot.excesses(replace(ROW, matrix="-"), LIMITS)) == []
-    assert list(aot.excesses(replace(ROW, instructions="40.0"), LIMITS)) == []
+    assert list(aot.excesses(replace(ROW, f64=9, case="last fp64"), LIMITS)) == []
+    assert list(aot.excesses(replace(ROW, f64=9), LIMITS | {"f64": 9})) == []
+    counted = replace(ROW, instructions="40.0", wavefronts="95", conflicts="2", barriers="6")
+    assert list(aot.excesses(counted, LIMITS)) == []
+
+
+def test_a_compiler_has_limits_of_its_own():
+    own = LIMITS | {aot.COMPILER: {"registers": {"cuda": 72, "hip": 32}}}
+    assert list(aot.excesses(replace(ROW, registers=72), own)) == []
+    assert list(aot.excesses(replace(ROW, registers=73), own)) == [f"{ROW}: registers 73, budget at most 72"]
+    assert len(list(aot.excesses(replace(ROW, registers=72), LIMITS | {"0.1": own[aot.COMPILER]}))) == 1
 
 
 SASS = """
@@ -176,3 +208,75 @@ SASS = """
 def test_instructions_are_those_of_the_outermost_loop_and_what_is_around_it():
     assert aot.instructions(SASS, values=2, turns=10) == (3 + 10 * 5) / 20
     assert aot.instructions("/*0000*/ MOV R1, R2 ; /*0010*/ EXIT ; /*0020*/ BRA 0x20;", values=1, turns=1) == 2
+
+
+def strided(stores: int) -> str:
+    """A kernel each of whose 64 threads stores words side by side from its place on, and loads the first again."""
+    store = "\n".join(f"    st.shared.b32 [ %r4 + {4 * i} ], %r2;" for i in range(stores))
+    return f"""
+.visible .entry strided_kernel(
+    .param .u32 strided_kernel_param_0
+)
+.reqntid 64
+{{
+    .reg .b32 %r<6>;
+    ld.param.b32 %r1, [strided_kernel_param_0];
+    mov.u32 %r2, %tid.x;
+    mul.lo.s32 %r3, %r1, %r2;
+    shl.b32 %r4, %r3, 2;
+{store}
+    bar.sync 0;
+    ld.shared.b32 %r5, [%r4];
+    ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(("stride", "conflicts"), [(0, 1), (1, 1), (2, 2), (3, 1), (8, 8), (32, 32), (33, 1)])
+def test_bank_conflicts_of_a_stride(stride, conflicts):
+    """Two warps store and load, and each access is served once for every word that the busiest bank has of it."""
+    found = aot_shared.traffic(
+        strided(1), "STS [R1], R2 ; BAR.SYNC.DEFER_BLOCKING 0x0 ; LDS R3, [R1] ;", 64, [stride], 1
+    )
+    assert found == (2 * 2 * conflicts, conflicts, 1)
+
+
+def test_stores_side_by_side_are_one_as_in_the_machine_code():
+    """Sixteen bytes a thread are served eight lanes at a time, without a conflict."""
+    joined = "STS.128 [R1], R4 ; BAR.SYNC.DEFER_BLOCKING 0x0 ; LDS R3, [R1] ;"
+    assert aot_shared.traffic(strided(4), joined, 64, [4], 1) == (2 * 4 + 2 * 4, 4, 1)
+    with pytest.raises(ValueError, match="STS.128"):
+        aot_shared.traffic(strided(4), joined.replace("STS.128", "STS.64"), 64, [4], 1)
+
+
+def test_an_unknown_instruction_is_named():
+    with pytest.raises(NotImplementedError, match="shfl"):
+        ptx.run(strided(1).replace("bar.sync 0", "shfl.sync.bfly.b32 %r5, %r4, 1, 31, -1"), 64, [1])
+
+
+RUN = """
+import numpy as np, torch
+import aot, ptx
+from aot_cases import resize_cases
+from fused_dino import functional as FD
+from triton.runtime import driver
+
+(case,) = (case for case in resize_cases() if case.name == "fp32 bilinear")
+(launch,) = aot.launches([case], "cuda")
+driver.set_active(aot.Elsewhere(aot.TARGETS["sm_90"][0]))
+compiled = launch["kernel"].run(*launch["args"], grid=(1,), warmup=True, **launch["options"])
+arguments, images = aot.arguments(launch, compiled), torch.rand(1, 3, 256, 256)
+memory = np.concatenate([images.numpy().ravel(), np.zeros(3 * 224 * 224, "f4")])
+arguments[1] = images.nbytes
+for program in range(224 // 8):
+    ptx.run(compiled.asm["ptx"], 64, arguments, (program, 0), memory.view("u1"))
+out = torch.from_numpy(memory[images.numel() :]).view(1, 3, 224, 224)
+print((out - FD.preprocess(images, 224, input_range=(-1, 1), backend="reference")).abs().max().item())
+"""
+
+
+def test_the_compiled_kernel_that_is_counted_computes_the_op():
+    paths = [str(AOT.parent), str(AOT.parent.parent)]
+    done = run("-c", f"import sys; sys.path[:0] = {paths}\n{RUN}")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5, done.stdout  # values of up to some units, each of a few roundings

@@ -12,9 +12,11 @@ from .dispatch import acc_of, cdiv, launched, rows_of
 from .tickets import ticket
 
 # Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
-CONFIGURATIONS = {256: 1, 1024: 4, 4096: 8}
-# From so many rows on a program takes several: the programs of a launch queue at its ticket.
-MANY_ROWS, ROWS_OF_MANY = 4096, 8
+# A thread holds 8 columns of each row, which leaves it within 64 registers, but for float64.
+CONFIGURATIONS = {256: 1, 1024: 4, 4096: 16}
+# Warps that 132 multiprocessors run at once, 32 each, by 64 registers a thread. As many programs as they make take all
+# rows in turn: 65,536 rows of width 1024 by 1,056 programs are 62 or 63 each, and 1,056 sums to finish.
+MANY_ROWS = 132 * 32
 RESCALE_BLOCK = 4096
 
 
@@ -47,14 +49,15 @@ def cosine_rows_empty(
     return loss, value, for_s, for_t
 
 
-def launch_options(loss: Tensor, rows: int, width: int, eps: float) -> dict[str, Any]:
+def launch_options(loss: Tensor, width: int, eps: float) -> dict[str, Any]:
     """eps is compiled in: as an argument Triton would round it to float32, for float64 too.
 
     Multiplications and additions may be fused, explicitly: it rounds once less, and Triton 3.10 changes the default.
     """
     block = next((block for block in CONFIGURATIONS if block >= width), max(CONFIGURATIONS))
-    constants = {"WIDTH": width, "EPS": eps, "ROWS": ROWS_OF_MANY if rows > MANY_ROWS else 1, "BLOCK": block}
-    return {**constants, "ACC": acc_of(loss.dtype), "num_warps": CONFIGURATIONS[block], "enable_fp_fusion": True}
+    warps = max(1, CONFIGURATIONS[block] // (1 + (loss.dtype == torch.float64)))
+    constants = {"WIDTH": width, "EPS": eps, "BLOCK": block}
+    return {**constants, "ACC": acc_of(loss.dtype), "num_warps": warps, "enable_fp_fusion": True}
 
 
 def launch_cosine_rows(
@@ -70,8 +73,8 @@ def launch_cosine_rows(
         for x in (loss, value):
             x.fill_(0.0 if how.divisor else float("nan"))  # a sum over nothing, and a mean
         return
-    options = launch_options(loss, rows, width, how.eps)
-    programs = cdiv(rows, options["ROWS"])
+    options = launch_options(loss, width, how.eps)
+    programs = min(rows, MANY_ROWS // options["num_warps"])
     summed = grad_output is None and how.reduction == "sum"
     strides = (0, 0) if grad_output is None else (*grad_output.stride(), 0)[:2]
     with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU

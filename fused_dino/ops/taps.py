@@ -59,6 +59,16 @@ def tiles(axis: Axis, backward: bool) -> dict[str, int]:
     return min(map(tile, range(16, WIDEST_BLOCK // (1 + heavy) + 1, 16)), key=itemgetter(0))[1]
 
 
+def active_lanes(axis: Axis, tile: dict[str, int]) -> int:
+    """How many lanes of a warp own a column: fewer than 32 where a tile has lanes to spare and fewer of the words that
+    they read then share one of the 32 banks of shared memory."""
+
+    def words_a_bank(lanes: int) -> int:
+        return cdiv(math.ceil((lanes - 1) * axis.size_in / axis.size_out) + 1, 32)
+
+    return min(32, tile["COLUMNS"] * 32 // tile["BLOCK"], key=words_a_bank)
+
+
 def power_of_two(count: int) -> int:
     """That holds `count`, and a warp's lanes."""
     return max(32, 1 << (count - 1).bit_length())
@@ -87,6 +97,8 @@ def launch_options(
         "enable_fp_fusion": True,
         **tile,
     }
+    if not backward:
+        options["ACTIVE"] = active_lanes(x, tile)
     arguments = (H, W, h, w, rows, H / h, W / w, y.taps(backward), x.taps(backward))
     return arguments, options, (images.shape[0] * cdiv(height, rows), cdiv(width, tile["COLUMNS"]))
 
