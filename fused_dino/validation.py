@@ -195,6 +195,8 @@ def check_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
 def is_number(x: Any) -> bool:
     """Finite as a float, by comparisons: torch.compile traces them for a float that it made symbolic, and math.isfinite
     not."""
+    if type(x) is float:
+        return -math.inf < x < math.inf
     if not isinstance(x, Real) or isinstance(x, bool):
         return False
     return -LARGEST <= x <= LARGEST if isinstance(x, int | Fraction) else -math.inf < float(x) < math.inf

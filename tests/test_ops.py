@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
+from fused_dino.ops import plain
 from proving import (
     DEVICE,
     DTYPES,
@@ -255,6 +256,15 @@ def test_repeated_backwards_accumulate(op, backend):
         out.backward(scale * grad_output, retain_graph=True)
     true = results(op, tuple(x.detach().double() for x in (first, *others)), "reference")[1]
     assert_close(leaf.grad.double(), 4.5 * true, rtol=1e-5, atol=1e-5 * true.abs().max().item())
+
+
+@each_op
+def test_the_plain_route_has_the_bits_of_the_general_one(op, backend, monkeypatch):
+    inputs = op.draw(op.shape(9, 40))
+    short = results(op, inputs, backend)
+    monkeypatch.setattr(plain, "watched", lambda: True)
+    assert not plain.is_plain(inputs)
+    assert all(map(torch.equal, short, results(op, inputs, backend)))
 
 
 @each_op

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import acc_of, cdiv
+from .plain import launch
 
 COLUMNS, ROWS = 32, 64  # of a block
 ROWS_A_RUN = 512  # at least: fewer are read sooner than a second launch starts
@@ -44,12 +45,23 @@ def launch_statistics(
     if runs.number > 1:
         means, parts = (squares.new_empty((runs.number, d), dtype=t) for t in (torch.float64, squares.dtype))
     options: dict[str, Any] = {"ACC": acc_of(squares.dtype), "num_warps": 4, "enable_fp_fusion": True}
-    kernels.column_statistics_kernel[(cdiv(d, COLUMNS), runs.number)](
+    launch(kernels.column_statistics_kernel, (cdiv(d, COLUMNS), runs.number),
         x, other, factors, means, parts, errors, x.stride(0), stride, n, d, runs.length,
         BLOCK_N=ROWS, BLOCK_D=COLUMNS, **options,
     )  # fmt: skip
     if runs.number > 1:
-        kernels.column_merge_kernel[(cdiv(d, 128),)](
-            means, parts, shift, squares, n, d, runs.length, runs.number, BLOCK=128, **options
+        launch(
+            kernels.column_merge_kernel,
+            (cdiv(d, 128),),
+            means,
+            parts,
+            shift,
+            squares,
+            n,
+            d,
+            runs.length,
+            runs.number,
+            BLOCK=128,
+            **options,
         )
     return errors

@@ -80,7 +80,7 @@ def vmap(
     return (loss, value, value.new_empty(0)), (0, 0, None)
 
 
-CosineFunction = make_function("CosineFunction", forward, backward, formula, inputs=2, saved=2, vmap=vmap)
+cosine_function = make_function("CosineFunction", forward, backward, formula, inputs=2, saved=2, vmap=vmap)
 
 
 def rescale(grad: Tensor, grad_output: Tensor, backend: str) -> None:
@@ -115,7 +115,8 @@ def rows_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, the loss without scale and without a gradient)."""
     leading, width = student.shape[:-1], student.shape[-1]
-    student, target = (x.reshape(-1, width) for x in (student, target))
+    if student.ndim != 2:  # a view would be a node of the graph
+        student, target = (x.reshape(-1, width) for x in (student, target))
     elements = kind != "cosine" and reduction == "none"
     count = 1
     if reduction == "mean":
@@ -127,7 +128,7 @@ def rows_loss(
             weight = weight / torch.where(total == 0, 1, total)
     reduced = {"none": "elements" if elements else "rows"}.get(reduction, "sum")
     options = RowOptions(kind, reduced, count, eps, stores_gradient(student, target, reduced))
-    loss, value, _ = CosineFunction.apply(student, target, weight, scale, options, backend)
+    loss, value, _ = cosine_function(student, target, weight, scale, options, backend)
     value = loss.detach() if scale is None else value
     return (loss, value) if reduction != "none" else (loss.reshape((*leading, *loss.shape[1:])), value)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.dtypes import wide
 from .dispatch import acc_of, cdiv, launched, rows_of
+from .plain import launch
 from .tickets import ticket
 
 # Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
@@ -78,7 +79,7 @@ def launch_cosine_rows(
     summed = grad_output is None and how.reduction == "sum"
     strides = (0, 0) if grad_output is None else (*grad_output.stride(), 0)[:2]
     with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
-        cosine_rows_kernel[(programs,)](
+        launch(cosine_rows_kernel, (programs,),
             student, target, weight, scale, grad_output,
             loss if grad_output is None else None, value if value.numel() else None,
             loss.new_empty(programs) if summed else None, ticket(student) if summed else None,
@@ -100,8 +101,15 @@ def launch_cosine_rescale_(out: None, grad: Tensor, grad_output: Tensor) -> None
         return
     programs = min(cdiv(grad.numel(), RESCALE_BLOCK), 1024)
     with torch.cuda.device_of(grad):
-        cosine_rescale_kernel[(programs,)](
-            grad, grad_output, grad.numel(), BLOCK=RESCALE_BLOCK, ACC=acc_of(grad.dtype), num_warps=8
+        launch(
+            cosine_rescale_kernel,
+            (programs,),
+            grad,
+            grad_output,
+            grad.numel(),
+            BLOCK=RESCALE_BLOCK,
+            ACC=acc_of(grad.dtype),
+            num_warps=8,
         )
 
 

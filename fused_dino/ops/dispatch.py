@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+
+from .plain import is_plain
 
 NAMESPACE = "fused_dino"
 SCHEMA_TYPES = {
@@ -42,15 +45,17 @@ class Op:
             arguments = arguments.replace("Tensor", "Tensor(a!)", 1)
         library.define(f"{name}({arguments}) -> {schema_of_results(returns)}", tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("CUDA", "CPU"):  # ROCm registers as CUDA too
-            library.impl(name, lambda *given: run(*whole(self.shape, iter(given))), device)
+            library.impl(name, lambda *given: run(*whole(self.shape, backwards(given))), device)
         torch.library.register_fake(
-            f"{NAMESPACE}::{name}", lambda *given: empty(*whole(self.shape, iter(given))), lib=library
+            f"{NAMESPACE}::{name}", lambda *given: empty(*whole(self.shape, backwards(given))), lib=library
         )
         if not name.endswith("_"):
             torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
+        if is_plain(args) and not torch.is_grad_enabled():
+            return self.run(*args)
         return self.overload(*flat(self.shape, args))
 
 
@@ -97,19 +102,23 @@ def flat(shape: Shape, args: tuple) -> list[Any]:
     """The arguments as the dispatcher takes them."""
     out: list[Any] = []
     for part, value in zip(shape, args, strict=True):
-        out += [value] if part is None else flat(part[1], value)
+        if part is None:
+            out.append(value)
+        else:
+            out += flat(part[1], value) if any(part[1]) else value
     return out
 
 
-def whole(shape: Shape, given: Iterator[Any]) -> list[Any]:
-    """The arguments as the op's functions take them."""
+def backwards(given: tuple) -> list[Any]:
+    """The last argument first, and tuples again where the dispatcher has lists."""
+    return [tuple(x) if type(x) is list else x for x in reversed(given)]
+
+
+def whole(shape: Shape, given: list[Any]) -> list[Any]:
+    """The arguments as the op's functions take them; takes them off `given`, whose last comes first."""
     out: list[Any] = []
     for part in shape:
-        if part is None:
-            value = next(given)
-            out.append(tuple(value) if isinstance(value, list) else value)
-        else:
-            out.append(part[0](*whole(part[1], given)))
+        out.append(given.pop() if part is None else part[0](*whole(part[1], given)))
     return out
 
 
@@ -126,6 +135,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@cache
 def acc_of(dtype: torch.dtype) -> Any:
     """What a kernel computes in, for results of `dtype`."""
     import triton.language as tl

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .plain import is_plain
+
 
 def batch_by_batch(apply: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple:
     """The vmap rule of an op whose rows belong together: one call a batch."""
@@ -33,8 +35,8 @@ def make_function(
     twice: bool = False,
     linear: Callable[[Any], bool] | None = None,
     vmap: Callable[..., tuple] | None = batch_by_batch,
-) -> Any:
-    """The autograd.Function of an op: apply(*tensors, options, backend), whose options are a NamedTuple.
+) -> Callable[..., Any]:
+    """The apply(*tensors, options, backend) of an op's autograd.Function, whose options are a NamedTuple.
 
     Args:
         forward: (*tensors, options, backend) -> the results.
@@ -86,7 +88,20 @@ def make_function(
     function: Any = type(name, (torch.autograd.Function,), {rule: staticmethod(f) for rule, f in rules.items()})
     if vmap is not None:
         function.vmap = staticmethod(lambda *given: vmap(function.apply, *given))
-    return function
+
+    def forward_at_once(ctx: Any, *args: Any) -> Any:
+        out = forward(*args)
+        setup_context(ctx, args, out)
+        return out
+
+    # Without a setup_context of its own, for whose sake torch binds the arguments of every call.
+    rules = {"forward": forward_at_once, "backward": differentiate}
+    plain: Any = type(name, (torch.autograd.Function,), {rule: staticmethod(f) for rule, f in rules.items()})
+
+    def apply(*args: Any) -> Any:
+        return (plain if is_plain(args) else function).apply(*args)
+
+    return apply
 
 
 def gradient_of(formula: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple:

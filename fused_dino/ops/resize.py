@@ -21,6 +21,7 @@ from ..reference import resize as reference
 from ..reference.dtypes import upcast, wide, without_autocast
 from .dispatch import by_rows, launched
 from .function import batched_rows, make_function
+from .plain import launch
 from .taps import antialias_sums, launch_options
 
 CPU_PIXELS = 2**21  # of a block of images: few enough for a cache, and so many that threads seldom wait for each other
@@ -180,7 +181,7 @@ def launch_forward(
     from ..kernels.resize import resize_fwd_kernel
 
     arguments, constants, grid = launch_options(images, *options.geometry, False)
-    resize_fwd_kernel[grid](
+    launch(resize_fwd_kernel, grid,
         images, sums, out, inside, *images.stride(), *arguments,
         SCALE=tuple(options.scale), SHIFT=tuple(options.shift), CLIP=tuple(options.clip) or None,
         INTERLEAVED=images.stride(1) == 1 and images.stride(3) == 3, **constants,
@@ -209,7 +210,9 @@ def launch_resize_bwd(out: Tensor, grad: Tensor, images: Tensor, options: Option
             if options.clamp:
                 launch_forward(images, None, inside, sums, options)
             arguments, constants, grid = launch_options(images, *options.geometry, True)
-            resize_bwd_kernel[grid](grad, inside, sums, out, *arguments, SCALE=tuple(options.scale), **constants)
+            launch(
+                resize_bwd_kernel, grid, grad, inside, sums, out, *arguments, SCALE=tuple(options.scale), **constants
+            )
 
 
 resize_fwd = launched("resize_fwd", resize_fwd_empty, launch_resize_fwd)
@@ -240,7 +243,7 @@ def vmap(
     return out.unflatten(0, (info.batch_size, images.shape[0] // info.batch_size)), 0
 
 
-ResizeFunction = make_function(
+resize_function = make_function(
     "ResizeFunction", forward, backward, formula, inputs=1, vmap=vmap, linear=lambda options: not options.clamp
 )
 
@@ -254,4 +257,4 @@ def preprocess(
 ) -> Tensor:
     if backend == "triton" and max(size) > LONGEST_AXIS:
         raise ValueError(f"size must be at most {LONGEST_AXIS} a side for the kernels, got {tuple(size)}")
-    return ResizeFunction.apply(images, Options(size, **options), backend)
+    return resize_function(images, Options(size, **options), backend)

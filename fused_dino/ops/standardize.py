@@ -41,9 +41,9 @@ def formula(x: Tensor, options: Standardization) -> Tensor:
     return prepare(x.to(options.dtype), options.normalize, options.eps)
 
 
-StandardizeFunction = make_function("StandardizeFunction", forward, backward, formula, inputs=1, saved=0)
+standardize_function = make_function("StandardizeFunction", forward, backward, formula, inputs=1, saved=0)
 
 
 def standardize(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
     """[N, D] -> [N, D] of `dtype`."""
-    return StandardizeFunction.apply(x, Standardization(normalize, eps, dtype), backend)[0]
+    return standardize_function(x, Standardization(normalize, eps, dtype), backend)[0]

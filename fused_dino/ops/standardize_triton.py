@@ -10,6 +10,7 @@ from torch import Tensor
 from ..reference.cosine import NORM_EPS
 from .columns import COLUMNS, ROWS, launch_statistics, runs_of
 from .dispatch import acc_of, cdiv, launched, rows_of
+from .plain import launch
 
 ELEMENTS, WIDEST = 2048, 512  # of a tile of the passes over rows
 
@@ -50,10 +51,32 @@ def launch_standardize_fwd(made: tuple[Tensor, Tensor, Tensor], x: Tensor, how: 
     tiles, options = cdiv(rows, tile["BLOCK_N"]), {**tile, **options_of(dtype)}
     with torch.cuda.device_of(x):
         if normalize:
-            kernels.standardize_factors_kernel[(tiles,)](x, factors, x.stride(0), rows, width, EPS=NORM_EPS, **options)
+            launch(
+                kernels.standardize_factors_kernel,
+                (tiles,),
+                x,
+                factors,
+                x.stride(0),
+                rows,
+                width,
+                EPS=NORM_EPS,
+                **options,
+            )
         launch_statistics(x, None, scale, shift, squares)
-        kernels.standardize_fwd_kernel[(tiles, cdiv(width, tile["BLOCK_D"]))](
-            x, scale, shift, squares, out, x.stride(0), rows, width, rows - 1, EPS=eps, **options
+        launch(
+            kernels.standardize_fwd_kernel,
+            (tiles, cdiv(width, tile["BLOCK_D"])),
+            x,
+            scale,
+            shift,
+            squares,
+            out,
+            x.stride(0),
+            rows,
+            width,
+            rows - 1,
+            EPS=eps,
+            **options,
         )
 
 
@@ -74,14 +97,26 @@ def launch_standardize_bwd(
     totals, along = (squares.new_empty((runs.number, width)) for _ in range(2))
     mean, share = (squares.new_empty(width) for _ in range(2))
     with torch.cuda.device_of(x):
-        kernels.standardize_sums_kernel[(cdiv(width, COLUMNS), runs.number)](
+        launch(kernels.standardize_sums_kernel, (cdiv(width, COLUMNS), runs.number),
             grad, out, totals, along, rows, width, runs.length,
             BLOCK_N=ROWS, BLOCK_D=COLUMNS, **options,
         )  # fmt: skip
-        kernels.standardize_finish_kernel[(cdiv(width, 128),)](
-            totals, along, squares, mean, share, rows, width, runs.number, rows - 1, BLOCK=128, **options
+        launch(
+            kernels.standardize_finish_kernel,
+            (cdiv(width, 128),),
+            totals,
+            along,
+            squares,
+            mean,
+            share,
+            rows,
+            width,
+            runs.number,
+            rows - 1,
+            BLOCK=128,
+            **options,
         )
-        kernels.standardize_bwd_kernel[(cdiv(rows, tile["BLOCK_N"]),)](
+        launch(kernels.standardize_bwd_kernel, (cdiv(rows, tile["BLOCK_N"]),),
             grad, out, x, factors if how.normalize else None, squares, mean, share, grad_x,
             x.stride(0), rows, width, rows - 1, EPS=how.eps, NORM_EPS=NORM_EPS, **tile, **options,
         )  # fmt: skip

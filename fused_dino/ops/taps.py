@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference.dtypes import wide
 from .dispatch import acc_of, cdiv
+from .plain import launch
 
 WIDEST_BLOCK = 256  # columns that a program may own
 LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
@@ -111,7 +112,7 @@ def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> T
     h, w = size
     taps = max(Axis(*pair, interpolation, True).taps(False) for pair in ((H, h), (W, w)))
     sums = images.new_empty(h + w, dtype=wide(images))
-    antialias_sums_kernel[(cdiv(max(h, w), 128), 2)](
+    launch(antialias_sums_kernel, (cdiv(max(h, w), 128), 2),
         sums, H, W, h, w, H / h, W / w, taps,
         CUBIC=interpolation == "bicubic", BLOCK=128, ACC=acc_of(sums.dtype), num_warps=2,
     )  # fmt: skip

@@ -61,7 +61,7 @@ def gradient(
 
 
 # Its own gradient, the loss's second, is eager's.
-VICRegGradient = make_function("VICRegGradient", gradient, None, gradient_by_formula, inputs=3, outputs=2, saved=2)
+gradient_function = make_function("VICRegGradient", gradient, None, gradient_by_formula, inputs=3, outputs=2, saved=2)
 
 
 def forward(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan, backend: str) -> tuple[Tensor, ...]:
@@ -72,11 +72,11 @@ def forward(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan,
 def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_grad: tuple[bool, bool]) -> tuple:
     student, target, weights, *statistics = saved
     options = BackwardOptions(*needs_grad, ctx.options)
-    run = VICRegGradient.apply if torch.is_grad_enabled() else gradient
+    run = gradient_function if torch.is_grad_enabled() else gradient
     return run(student, target, *grads, weights, *statistics, options, ctx.backend)
 
 
-VICRegFunction = make_function(
+vicreg_function = make_function(
     "VICRegFunction", forward, backward, loss_by_formula, inputs=2, saved=4, twice=True
 )  # fmt: skip
 
@@ -104,4 +104,4 @@ def vicreg_loss(
         tensor = torch.stack(list(each))
         weights = flags(weights)
     plan = make_plan(*student.shape, **weights, **options)
-    return VICRegFunction.apply(student, target, tensor, plan, backend)[:4]
+    return vicreg_function(student, target, tensor, plan, backend)[:4]

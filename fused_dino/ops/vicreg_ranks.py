@@ -173,7 +173,7 @@ def backward(
     return grad.to(student.dtype), -towards.to(target.dtype)
 
 
-VICRegOverRanks = make_function(
+over_ranks = make_function(
     "VICRegOverRanks", forward, backward, None, inputs=2, outputs=3, saved=3, twice=True, vmap=None
 )
 
@@ -192,5 +192,5 @@ def vicreg_loss_over_ranks(
     weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
     plan = make_plan(*student.shape, **flags(weights), **more, route=route)
     options = RanksOptions(group.group_name, group.size(), route, plan)
-    invariance, variance, covariance = VICRegOverRanks.apply(student, target, options, "torch")[:3]
+    invariance, variance, covariance = over_ranks(student, target, options, "torch")[:3]
     return inv_weight * invariance + var_weight * variance + cov_weight * covariance, invariance, variance, covariance

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..reference.dtypes import wide
 from .columns import COLUMNS, ROWS, launch_statistics
 from .dispatch import acc_of, cdiv, launched, rows_of
+from .plain import launch
 from .vicreg_plan import Plan
 
 PROGRAMS = 256  # that fill a GPU
@@ -23,7 +24,9 @@ TILES = {"float64": (32, 16, 2), "float32": (64, 32, 4), "half": (64, 64, 4)}
 
 
 def kind(student: Tensor, dtype: torch.dtype) -> str:
-    return "half" if dtype == torch.float32 and student.dtype in HALF else str(dtype).removeprefix("torch.")
+    if dtype == torch.float64:
+        return "float64"
+    return "half" if student.dtype in HALF else "float32"
 
 
 def precision() -> str:
@@ -113,7 +116,7 @@ def launch_vicreg_fwd(out: Forward, student: Tensor, target: Tensor, weights: Te
         errors = launch_statistics(student, target if plan.invariance else None, None, shift, squares)
         sums, by_rows = None, plan.covariance and plan.gram
         if by_rows:
-            kernels.vicreg_cross_kernel[(cdiv(d, COLUMNS),)](
+            launch(kernels.vicreg_cross_kernel, (cdiv(d, COLUMNS),),
                 student, shift, squares, largest, cross, student.stride(0), n, d, spare,
                 BLOCK_N=ROWS, BLOCK_D=COLUMNS, ACC=acc, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
@@ -122,7 +125,7 @@ def launch_vicreg_fwd(out: Forward, student: Tensor, target: Tensor, weights: Te
         apart = (largest, cross) if by_rows else (None, None)
         if plan.covariance:
             sums = launch_product(student, shift, squares, apart[0], product, plan)
-        kernels.vicreg_terms_kernel[(1,)](
+        launch(kernels.vicreg_terms_kernel, (1,),
             errors, squares, *apart, sums, weights, loss, invariance, variance, covariance,
             n, d, spare if plan.unbiased else n, spare, plan.divisor,
             0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(), *plan.weights,
@@ -152,12 +155,12 @@ def launch_product(
     splits, depth_a_split = split(size, depth, tiles, step)
     sums = student.new_empty((tiles, tiles), dtype=torch.float64)
     parts = product if splits == 1 else student.new_empty((splits, size, size), dtype=shift.dtype)
-    kernels.vicreg_product_kernel[(tiles, tiles, splits)](
+    launch(kernels.vicreg_product_kernel, (tiles, tiles, splits),
         student, shift, squares, largest, parts, sums, student.stride(0), n, d, size, depth, depth_a_split, spare,
         GRAM=plan.gram, SPLIT=splits > 1, **options,
     )  # fmt: skip
     if splits > 1:
-        kernels.vicreg_reduce_kernel[(tiles, tiles)](
+        launch(kernels.vicreg_reduce_kernel, (tiles, tiles),
             parts, product, sums, size, splits, spare,
             GRAM=plan.gram, TILE=tile, ACC=options["ACC"], num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -198,24 +201,24 @@ def launch_vicreg_bwd(
         grads[1].zero_()
     if not n:
         return
-    launch = tile_options(student, saved.shift.dtype)
-    if launch["RAW"]:  # the matrix is float32
-        launch["BLOCK_K"] //= 2
-    if launch["RAW"] and student.dtype == torch.float16:
-        launch |= {"OPERAND": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32"}
+    constants = tile_options(student, saved.shift.dtype)
+    if constants["RAW"]:  # the matrix is float32
+        constants["BLOCK_K"] //= 2
+    if constants["RAW"] and student.dtype == torch.float16:
+        constants |= {"OPERAND": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32"}
     if for_target:
-        launch["num_warps"] = 8  # a second gradient would fill the registers
-    rounded = tl.bfloat16 if launch["RAW"] and student.dtype == torch.bfloat16 else launch["OPERAND"]
+        constants["num_warps"] = 8  # a second gradient would fill the registers
+    rounded = tl.bfloat16 if constants["RAW"] and student.dtype == torch.bfloat16 else constants["OPERAND"]
     spare = max(n - 1, 1)
-    tile = launch["TILE"]
+    tile = constants["TILE"]
     with torch.cuda.device_of(student):
-        kernels.vicreg_bwd_kernel[(cdiv(n, tile), cdiv(d, tile))](
+        launch(kernels.vicreg_bwd_kernel, (cdiv(n, tile), cdiv(d, tile)),
             student, target, *saved, grad_output, weights,
             grads[0] if for_student else None, grads[1] if for_target else None,
             student.stride(0), target.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor,
             *plan.weights,
             INVARIANCE=plan.invariance, VARIANCE=plan.variance, COVARIANCE=plan.covariance and for_student,
-            GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, ROUND=rounded, **launch,
+            GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, ROUND=rounded, **constants,
         )  # fmt: skip
 
 
