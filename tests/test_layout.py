@@ -42,6 +42,7 @@ ARROWS = {
         "patches",
         "tokens",
         "schedule",
+        "functional",
         "legacy_checkpoint",
         "validation",
     },
