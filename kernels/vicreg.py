@@ -157,6 +157,7 @@ def vicreg_bwd_kernel(
                 live_y = (k < rows)[:, None] & inside[None, :]
                 whole = tl.load(product + row[:, None] * rows + k[None, :], mask=live_p, other=0)
                 p = as_multiplied(whole, ROUND, PRECISION).to(OPERAND)
+                rest = None
                 if RAW:
                     y = tl.load(student + k[:, None] * stride_student + column[None, :], mask=live_y, other=0)
                     along += tl.sum(p.to(ACC), 1)
@@ -164,10 +165,9 @@ def vicreg_bwd_kernel(
                         # The rest of it in a second product: the columns' own share is taken off below, and cancels.
                         rest = (whole - p.to(ACC)).to(ROUND).to(OPERAND)
                         along += tl.sum(rest.to(ACC), 1)
-                        grad = add_product(grad, rest, y.to(OPERAND), one, PRECISION, ACC)
                 else:
                     y = load_centred(student, shift, stride_student, k[:, None], column[None, :], live_y, ACC)
-                grad = add_product(grad, p, y.to(OPERAND), one, PRECISION, ACC)
+                grad = add_product(grad, p, y.to(OPERAND), one, PRECISION, ACC, rest)
             if RAW:
                 grad -= along[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
         else:
