@@ -191,6 +191,10 @@ def vicreg_bwd_kernel(
             coefficient -= tl.where(in_product(column, largest), outer * square / tl.cast(spare, ACC), 0)
         # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
         grad = tl.where((square == 0)[None, :], 0, grad * outer)
+        if GRAM:
+            p = tl.load(largest) + 0 * row
+            apart = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
+            grad += apart[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
     if VARIANCE:
         sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
         pull = share_of(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
@@ -206,9 +210,5 @@ def vicreg_bwd_kernel(
         grad += towards
         if grad_teacher is not None:
             store(grad_teacher + row[:, None] * width + column[None, :], -towards, live)
-    if GRAM and COVARIANCE:
-        p = tl.load(largest) + 0 * row
-        apart = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
-        grad += apart[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
     if grad_student is not None:
         store(grad_student + row[:, None] * width + column[None, :], grad, live)

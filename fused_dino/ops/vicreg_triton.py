@@ -112,7 +112,7 @@ def vicreg_fwd_triton(student: Tensor, teacher: Tensor, weights: Tensor | None, 
             n, d, spare if plan.unbiased else n, spare, plan.divisor,
             0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(), *plan.weights,
             GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance,
-            BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True,
+            BLOCK=1024, ACC=acc, num_warps=16, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -145,7 +145,7 @@ def launch_product(
     if splits > 1:
         kernels.vicreg_reduce_kernel[(tiles, tiles)](
             parts, product, sums, size, splits, spare,
-            GRAM=plan.gram, TILE=tile, ACC=options["ACC"], num_warps=4, enable_fp_fusion=True,
+            GRAM=plan.gram, TILE=tile, ACC=options["ACC"], num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return sums
 
