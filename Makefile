@@ -28,14 +28,15 @@ test: .venv/.dev  ## run the tests, in the interpreter the cases in which every 
 	$(INTERPRETER) $(PYTEST) --no-skips -p covering $(INTERPRETED)
 	$(INTERPRETER) $(PYTEST) --no-skips -p covering -p matrix_unit $(ON_THE_UNIT)
 
-test-all: .venv/.dev  ## run every case of every test, and compile every kernel for every GPU
+test-all: .venv/.dev  ## run every case of every test, and compile every kernel for every GPU by the newest compiler
 	$(PYTEST) --no-skips $(ARGS)
 	$(INTERPRETER) $(PYTEST) --no-skips $(INTERPRETED)
 	$(INTERPRETER) $(PYTEST) --no-skips -p matrix_unit $(ON_THE_UNIT)
 	$(BIN)/python tests/aot.py
 
-aot: .venv/.dev  ## compile every kernel for GPUs that are not here, and hold it against its budget
+aot: .venv/.dev .venv-oldest/.dev  ## compile every kernel for GPUs that are not here, by both compilers, within its budget
 	$(BIN)/python tests/aot.py
+	.venv-oldest/bin/python tests/aot.py
 
 lint: .venv/.dev  ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -58,7 +58,7 @@ def cosine(device: str) -> Iterator[Case]:
     yield case("to both", (5, 200), BF16, wanted=2)
     yield case("programs of several rows", (MANY_ROWS, 40), BF16)
     weight, alpha = torch.linspace(0.5, 1, 5, device=device), torch.tensor(0.3, device=device)
-    yield case("weights and a scale", (5, 1000), F32, weight=weight, alpha=alpha)
+    yield case("weights and a scale", (5, 1000), F32, weight=weight, scale=alpha)
     for width in (1000, 3000, 5000):  # each of the blocks, and a loop over the widest
         yield case("to student", (5, width), F32)
         yield case("to both", (5, width), BF16, wanted=2)

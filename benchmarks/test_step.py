@@ -43,8 +43,8 @@ class Ours(nn.Module):
     def __init__(self, row: Row, backend: str) -> None:
         super().__init__()
         torch.manual_seed(1)  # the projector's weights are the recipe's
-        backend = "auto" if backend == "triton" else backend  # not every op in it has a kernel
-        self.dino = DinoSupervision(IN_DIM, teacher=teacher(row.options["teacher"]), img_size=SIZE, backend=backend)
+        given = {"backend": "auto" if backend == "triton" else backend}  # not every op in it has a kernel
+        self.dino = DinoSupervision(IN_DIM, teacher=teacher(row.options["teacher"]), img_size=SIZE, **given)  # type: ignore[arg-type]
         self.to(getattr(torch, row.dtype))
 
     def forward(self, z: Tensor, images: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class VICRegOutput(NamedTuple):
 
     Attributes:
         loss (Tensor): Weighted sum of the three terms.
-        invariance (Tensor): Mean squared difference of student and teacher.
+        invariance (Tensor): Mean squared difference of student and target.
         variance (Tensor): Mean hinge of the columns' deviations.
         covariance (Tensor): Squared covariances off the diagonal.
     """
@@ -139,10 +139,10 @@ def preprocess(
 
 def cosine_loss(
     student: Tensor,
-    teacher: Tensor,
+    target: Tensor,
     *,
     weight: Tensor | None = None,
-    alpha: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
     reduction: Reduction = "mean",
     eps: float = 1e-12,
     backend: Backend | None = None,
@@ -151,15 +151,15 @@ def cosine_loss(
 
     .. math:: \ell_i = 1 - \langle s_i / \max(\|s_i\|, \epsilon),\; t_i / \max(\|t_i\|, \epsilon) \rangle
 
-    Equals ``(1 - F.cosine_similarity(student, teacher, dim=-1)).mean()``, computed in float32. It is 0 for the same
+    Equals ``(1 - F.cosine_similarity(student, target, dim=-1)).mean()``, computed in float32. It is 0 for the same
     direction, 1 for orthogonal rows, 2 for opposite ones.
 
     Args:
         student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
-        teacher (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
+        target (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
             the sum of the weights, and is 0 where that is 0. A weight that requires a gradient is refused.
-        alpha (float or Tensor, optional): Scale of the loss: a number, or a scalar tensor on the same device without a
+        scale (float or Tensor, optional): Factor of the loss: a number, or a scalar tensor on the same device without a
             gradient. Faster than multiplying the result: it is folded into the gradient that the forward computes.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. A mean over no rows is NaN, as in torch. Default:
             ``"mean"``.
@@ -167,7 +167,7 @@ def cosine_loss(
         backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
     Shape:
-        - student, teacher: :math:`(..., D)`
+        - student, target: :math:`(..., D)`
         - Output: scalar, or :math:`(...)` with ``reduction="none"``
 
     Returns:
@@ -185,17 +185,17 @@ def cosine_loss(
     Source: negative cosine similarity of SimSiam (arXiv 2011.10566), plus one.
     """
     options = {"eps": check_number("eps", eps, minimum=0)}
-    return rows_loss("cosine_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]
+    return rows_loss("cosine_loss", student, target, weight, scale, reduction, backend, **options)[0]
 
 
 def mse_loss(
     student: Tensor,
-    teacher: Tensor,
+    target: Tensor,
     *,
     normalize: bool = True,
     whiten: bool = False,
     weight: Tensor | None = None,
-    alpha: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
     reduction: Reduction = "mean",
     eps: float = 1e-5,
     backend: Backend | None = None,
@@ -204,25 +204,25 @@ def mse_loss(
 
     .. math:: \ell_{ij} = (s_{ij} - t_{ij})^2
 
-    Equals ``F.mse_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))``, computed in float32. That is
+    Equals ``F.mse_loss(F.normalize(student, dim=-1), F.normalize(target, dim=-1))``, computed in float32. That is
     :math:`2 (1 - \cos) / D`, at D = 1024 some five hundred times weaker than ``cosine_loss``.
 
     Args:
         student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
-        teacher (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
+        target (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
         normalize (bool): Divides rows by their norms, of at least 1e-12, first. Default: ``True``.
         whiten (bool): Standardises each column over all rows next: ``(x - mean) / (std + eps)`` with the unbiased
             deviation. It does not decorrelate columns. Needs two rows. Default: ``False``.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
             the sum of the weights times D, and is 0 where that is 0. A weight that requires a gradient is refused.
-        alpha (float or Tensor, optional): Scale of the loss, as in ``cosine_loss``.
+        scale (float or Tensor, optional): Factor of the loss, as in ``cosine_loss``.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.mse_loss``. A mean over no rows is NaN. Default:
             ``"mean"``.
         eps (float): Added to a deviation where ``whiten`` is set. Default: 1e-5.
         backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
     Shape:
-        - student, teacher: :math:`(..., D)`
+        - student, target: :math:`(..., D)`
         - Output: scalar, or :math:`(..., D)` with ``reduction="none"``
 
     Returns:
@@ -244,40 +244,40 @@ def mse_loss(
         "whiten": check_flag("whiten", whiten),
         "eps": check_number("eps", eps, minimum=0),
     }
-    return rows_loss("mse_loss", student, teacher, weight, alpha, reduction, backend, **options)[0]
+    return rows_loss("mse_loss", student, target, weight, scale, reduction, backend, **options)[0]
 
 
 def rows_loss(
     op: str,
     student: Tensor,
-    teacher: Tensor,
+    target: Tensor,
     weight: Tensor | None,
-    alpha: float | Tensor | None,
+    scale: float | Tensor | None,
     reduction: str,
     backend: str | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of an op by rows: (the loss, the loss without alpha and without a gradient: for logs)."""
-    check_matching(student, teacher)
+    """Of an op by rows: (the loss, the loss without scale and without a gradient: for logs)."""
+    check_matching(student, target)
     if options.get("whiten") and math.prod(student.shape[:-1]) < 2:
         raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
     options["weight"] = check_weight(weight, student)
     options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
-    if alpha is not None:
-        alpha = check_scalar("alpha", alpha, student.device)
-        alpha = alpha.to(wide(student, teacher)) if isinstance(alpha, Tensor) else alpha
+    if scale is not None:
+        scale = check_scalar("scale", scale, student.device)
+        scale = scale.to(wide(student, target)) if isinstance(scale, Tensor) else scale
     name, implementation = choose(op, student, backend)
     if name == "reference":
-        value = implementation(student, teacher, **options)
-        return (value if alpha is None else alpha * value), value.detach()
-    if isinstance(alpha, float):
-        alpha = student.new_full((), alpha, dtype=wide(student, teacher))
-    return implementation(student, teacher, scale=alpha, **options)
+        value = implementation(student, target, **options)
+        return (value if scale is None else scale * value), value.detach()
+    if isinstance(scale, float):
+        scale = student.new_full((), scale, dtype=wide(student, target))
+    return implementation(student, target, scale=scale, **options)
 
 
 def vicreg_loss(
     student: Tensor,
-    teacher: Tensor,
+    target: Tensor,
     *,
     inv_weight: float | Tensor = 25.0,
     var_weight: float | Tensor = 10.0,
@@ -302,7 +302,7 @@ def vicreg_loss(
     Args:
         student (Tensor): Rows ``y``: float16, bfloat16, float32 or float64, of any layout. One row warns, and has
             deviations of 0. No rows give NaN.
-        teacher (Tensor): Rows ``g``, of the same shape and device. Gets a gradient if it requires one.
+        target (Tensor): Rows ``g``, of the same shape and device. Gets a gradient if it requires one.
         inv_weight (float or Tensor): Weight of the invariance, a number or a scalar tensor on the same device. The
             number 0 leaves a term out: it is not computed, and reported as 0. Default: 25.
         var_weight (float or Tensor): Weight of the variance. Default: 10.
@@ -322,7 +322,7 @@ def vicreg_loss(
         backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
     Shape:
-        - student, teacher: :math:`(N, D)`
+        - student, target: :math:`(N, D)`
         - Output: four scalars
 
     Returns:
@@ -339,7 +339,7 @@ def vicreg_loss(
 
     Source: VICReg (arXiv 2105.04906), whose definitions are ``cov_reduction="sum_over_d", unbiased=True``.
     """
-    check_matching(student, teacher)
+    check_matching(student, target)
     if student.ndim != 2:
         raise ValueError(f"student must be [N, D], got shape {list(student.shape)}")
     check_choice("route", route, ("auto", "gram", "covariance"))
@@ -359,7 +359,7 @@ def vicreg_loss(
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
     for weight in ("inv_weight", "var_weight", "cov_weight"):
         if isinstance(options[weight], Tensor):
-            options[weight] = options[weight].to(wide(student, teacher))
+            options[weight] = options[weight].to(wide(student, target))
     name, implementation = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
     if name == "reference":
         options["total"] = partial(distributed.sum_over_ranks, group=group)
@@ -367,7 +367,7 @@ def vicreg_loss(
         options["route"] = route
         if group is not None:
             options["group"] = group
-    loss, *terms = implementation(student, teacher, **options)
+    loss, *terms = implementation(student, target, **options)
     return VICRegOutput(loss, *(x.detach() for x in terms))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as FD
-from .functional import VICRegOutput
+from .functional import Backend, Reduction, VICRegOutput
 from .registry import OPS
 from .validation import check_choice, check_flag, check_group
 
@@ -22,51 +22,52 @@ if TYPE_CHECKING:
 class Loss(nn.Module):
     """An op of `functional` with its options fixed.
 
-    detach_teacher: the teacher gets no gradient, as in the usual recipe. False lets it pass.
-    options: the keyword arguments of the op. A wrong one raises here, not in training. A tensor among them moves with
-        the module, and is in no state_dict().
+    A wrong option raises at construction, not in training. A tensor among the options moves with the module, and is in
+    no state_dict(). Without detach_teacher the target gets its gradient too.
     """
 
     op: Callable[..., Any]
 
-    def __init__(self, *, detach_teacher: bool = True, **options: Any) -> None:
+    def __init__(self, detach_teacher: bool, **options: Any) -> None:
         super().__init__()
         self.detach_teacher = check_flag("detach_teacher", detach_teacher)
-        if "weight" in options:
-            raise TypeError(f"weight belongs to a call, {type(self).__name__}(...)(student, teacher, weight=...)")
         self.options = options
         tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
         for name, value in tensors.items():
             self.register_buffer(name, value, persistent=False)
         rows = torch.zeros(2, 1, device=next(iter(tensors.values()), torch.zeros(())).device)
         type(self).op(rows, rows, **FD.rehearsal(options))
-        self.settings: dict[str, Any] = {**(type(self).op.__kwdefaults__ or {}), **options}
 
-    def compute(self, student: Tensor, teacher: Tensor, **more: Any) -> Any:
-        if self.detach_teacher and isinstance(teacher, Tensor):
-            teacher = teacher.detach()
+    def compute(self, student: Tensor, target: Tensor, **more: Any) -> Any:
+        if self.detach_teacher and isinstance(target, Tensor):
+            target = target.detach()
         options = {name: self._buffers.get(name, value) for name, value in self.options.items()}
-        return type(self).op(student, teacher, **options, **more)
+        return type(self).op(student, target, **options, **more)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+        """The options that are not the op's defaults."""
+        defaults = type(self).op.__kwdefaults__ or {}
+        return ", ".join(f"{name}={value}" for name, value in self.options.items() if value != defaults[name])
 
 
 class CosineLoss(Loss):
     """One minus the cosine similarity of rows: ``functional.cosine_loss`` as a module.
 
     Args:
-        detach_teacher (bool): Lets no gradient reach the teacher. Default: ``True``.
-        **options: Keyword arguments of ``functional.cosine_loss``: alpha, reduction, eps, backend.
+        scale (float or Tensor, optional): As in the function, and so are reduction, eps and backend.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Default: ``"mean"``.
+        eps (float): Smallest norm that divides. Default: 1e-12.
+        detach_teacher (bool): Lets no gradient reach the target. Default: ``True``.
+        backend (str, optional): Default: see ``use_backend``.
 
     Shape:
-        - student, teacher: :math:`(..., D)`
+        - student, target: :math:`(..., D)`
         - weight, of a call: broadcastable to :math:`(...)`
         - Output: as the function's
 
     Raises:
         ValueError: If an option is out of range. The message names it.
-        TypeError: If an option is unknown, or is ``weight``, which belongs to a call.
+        TypeError: If an option is unknown.
 
     Example:
         >>> loss = CosineLoss()(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
@@ -75,27 +76,42 @@ class CosineLoss(Loss):
 
     op = staticmethod(FD.cosine_loss)
 
-    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
-        """student, teacher [..., D], weight [...] -> as the function."""
-        return self.compute(student, teacher, weight=weight)
+    def __init__(
+        self,
+        *,
+        scale: float | Tensor | None = None,
+        reduction: Reduction = "mean",
+        eps: float = 1e-12,
+        detach_teacher: bool = True,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__(detach_teacher, scale=scale, reduction=reduction, eps=eps, backend=backend)
+
+    def forward(self, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """student, target [..., D], weight [...] -> as the function."""
+        return self.compute(student, target, weight=weight)
 
 
 class MSELoss(Loss):
     """Squared error of rows of length one: ``functional.mse_loss`` as a module.
 
     Args:
-        detach_teacher (bool): Lets no gradient reach the teacher. Default: ``True``.
-        **options: Keyword arguments of ``functional.mse_loss``: normalize, whiten, alpha, reduction, eps,
-            backend.
+        normalize (bool): Divides rows by their norms first, as in the function. Default: ``True``.
+        whiten (bool): Standardises each column over all rows next. Default: ``False``.
+        scale (float or Tensor, optional): As in the function.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Default: ``"mean"``.
+        eps (float): Added to a deviation where ``whiten`` is set. Default: 1e-5.
+        detach_teacher (bool): Lets no gradient reach the target. Default: ``True``.
+        backend (str, optional): Default: see ``use_backend``.
 
     Shape:
-        - student, teacher: :math:`(..., D)`
+        - student, target: :math:`(..., D)`
         - weight, of a call: broadcastable to :math:`(...)`
         - Output: as the function's
 
     Raises:
         ValueError: If an option is out of range. The message names it.
-        TypeError: If an option is unknown, or is ``weight``, which belongs to a call.
+        TypeError: If an option is unknown.
 
     Example:
         >>> loss = MSELoss()(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
@@ -104,9 +120,23 @@ class MSELoss(Loss):
 
     op = staticmethod(FD.mse_loss)
 
-    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
-        """student, teacher [..., D], weight [...] -> as the function."""
-        return self.compute(student, teacher, weight=weight)
+    def __init__(
+        self,
+        *,
+        normalize: bool = True,
+        whiten: bool = False,
+        scale: float | Tensor | None = None,
+        reduction: Reduction = "mean",
+        eps: float = 1e-5,
+        detach_teacher: bool = True,
+        backend: Backend | None = None,
+    ) -> None:
+        rows = {"normalize": normalize, "whiten": whiten}
+        super().__init__(detach_teacher, **rows, scale=scale, reduction=reduction, eps=eps, backend=backend)
+
+    def forward(self, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """student, target [..., D], weight [...] -> as the function."""
+        return self.compute(student, target, weight=weight)
 
 
 # The definitions in use, as options of vicreg_loss. Published VICReg has a variance and a covariance of both branches;
@@ -128,12 +158,19 @@ class VICRegLoss(Loss):
         group (ProcessGroup or str, optional): Ranks whose rows count together. ``"auto"`` is the default process group
             once torch.distributed is initialised, and this process before. ``None`` is this process. A ProcessGroup
             names the data-parallel ranks where tensor or context parallelism makes them fewer. Default: ``"auto"``.
-        **options: ``detach_teacher`` (default ``True``: no gradient reaches the teacher) and the keyword arguments of
-            ``functional.vicreg_loss``: inv_weight, var_weight, cov_weight, gamma, eps, cov_reduction, unbiased, route,
-            backend.
+        inv_weight (float or Tensor): As in the function, and so are the options that follow. Default: 25.
+        var_weight (float or Tensor): Weight of the variance. Default: 10.
+        cov_weight (float or Tensor): Weight of the covariance. Default: 0.5.
+        gamma (float): Deviation below which a column is pushed apart. Default: 1.
+        eps (float): Added to a variance. Default: 1e-4.
+        cov_reduction (str): ``"mean"`` or ``"sum_over_d"``. Default: ``"mean"``.
+        unbiased (bool): Divides the variance by N - 1. Default: ``False``.
+        route (str): ``"auto"``, ``"gram"`` or ``"covariance"``. Default: ``"auto"``.
+        detach_teacher (bool): Lets no gradient reach the target. Default: ``True``.
+        backend (str, optional): Default: see ``use_backend``.
 
     Shape:
-        - student, teacher: :math:`(N, D)`
+        - student, target: :math:`(N, D)`
         - Output: VICRegOutput of four scalars
 
     Raises:
@@ -147,8 +184,25 @@ class VICRegLoss(Loss):
 
     op = staticmethod(FD.vicreg_loss)
 
-    def __init__(self, *, group: ProcessGroup | str | None = "auto", **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        *,
+        group: ProcessGroup | str | None = "auto",
+        inv_weight: float | Tensor = 25.0,
+        var_weight: float | Tensor = 10.0,
+        cov_weight: float | Tensor = 0.5,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        cov_reduction: Literal["mean", "sum_over_d"] = "mean",
+        unbiased: bool = False,
+        route: Literal["auto", "gram", "covariance"] = "auto",
+        detach_teacher: bool = True,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__(
+            detach_teacher, inv_weight=inv_weight, var_weight=var_weight, cov_weight=cov_weight, gamma=gamma, eps=eps,
+            cov_reduction=cov_reduction, unbiased=unbiased, route=route, backend=backend,
+        )  # fmt: skip
         check_group(group, auto=True)
         self.group = group
 
@@ -185,9 +239,9 @@ class VICRegLoss(Loss):
         """
         return cls(**{**PRESETS[check_choice("name", name, tuple(PRESETS))], **options})
 
-    def forward(self, student: Tensor, teacher: Tensor) -> VICRegOutput:
-        """student, teacher [N, D] -> VICRegOutput(loss, invariance, variance, covariance), scalars."""
-        return self.compute(student, teacher, group=default_group() if self.group == "auto" else self.group)
+    def forward(self, student: Tensor, target: Tensor) -> VICRegOutput:
+        """student, target [N, D] -> VICRegOutput(loss, invariance, variance, covariance), scalars."""
+        return self.compute(student, target, group=default_group() if self.group == "auto" else self.group)
 
 
 def default_group() -> ProcessGroup | None:
@@ -201,22 +255,22 @@ OURS = (CosineLoss, MSELoss, VICRegLoss)  # a subclass may have a forward of its
 
 
 def weighed(
-    loss: Any, student: Tensor, teacher: Tensor, weight: float, alpha: float | Tensor | None
+    loss: Any, student: Tensor, target: Tensor, weight: float, alpha: float | Tensor | None
 ) -> tuple[Any, Tensor]:
     """(what the loss returned, weight * alpha * its scalar), the factor in the op where the op is known to take one."""
     factor = weight if alpha is None else weight * alpha
     if (
         type(loss) in OURS
         and OPS[loss.op.__name__].rowwise
-        and loss.settings["reduction"] != "none"
-        and loss.settings["alpha"] is None
+        and loss.options["reduction"] != "none"
+        and loss.options["scale"] is None
         and not (loss._forward_hooks or loss._forward_pre_hooks)
     ):
-        settings = {**loss.settings, "alpha": None if alpha is None and weight == 1 else factor}
-        teacher = teacher.detach() if loss.detach_teacher else teacher
-        scaled, value = FD.rows_loss(loss.op.__name__, student, teacher, **settings)
+        settings = {**loss.options, "scale": None if alpha is None and weight == 1 else factor}
+        target = target.detach() if loss.detach_teacher else target
+        scaled, value = FD.rows_loss(loss.op.__name__, student, target, None, **settings)
         return value, scaled
-    out = loss(student, teacher)
+    out = loss(student, target)
     value = out.loss if isinstance(out, VICRegOutput) else out
     if not isinstance(value, Tensor) or value.ndim:
         raise TypeError(f"loss_type must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")

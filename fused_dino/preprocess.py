@@ -1,7 +1,7 @@
 """Preprocess: images to a teacher's input."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,15 @@ class Preprocess(nn.Module):
 
     Args:
         size (int or sequence of two ints): Height and width of the result in pixels. Default: 224.
-        **options: Keyword arguments of ``functional.preprocess``: input_range, mean, std, interpolation, antialias,
-            clamp, out_dtype, patch_size, backend.
+        input_range (sequence of two floats, optional): As in the function, and so are the options that follow.
+        mean (sequence of three floats): Mean of each channel on the scale 0..1. Default: ImageNet's.
+        std (sequence of three floats): Deviation of each channel on the scale 0..1. Default: ImageNet's.
+        interpolation (str): ``"bilinear"`` or ``"bicubic"``. Default: ``"bilinear"``.
+        antialias (bool): Widens the filter where it shrinks an image. Default: ``False``.
+        clamp (bool): Clips the resized pixels to ``input_range``. Default: ``False``.
+        out_dtype (torch.dtype, optional): Dtype of the result. Default: a call's, else the images' own.
+        patch_size (int, optional): Side of the patches to return in place of an image.
+        backend (str, optional): Default: see ``use_backend``.
 
     Shape:
         - images: :math:`(B, 3, H, W)`
@@ -31,22 +38,42 @@ class Preprocess(nn.Module):
         torch.Size([2, 3, 224, 224])
     """
 
-    def __init__(self, size: int | Sequence[int] = 224, **options: Any) -> None:
+    def __init__(
+        self,
+        size: int | Sequence[int] = 224,
+        *,
+        input_range: Sequence[float] | None = None,
+        mean: Sequence[float] = FD.IMAGENET_MEAN,
+        std: Sequence[float] = FD.IMAGENET_STD,
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        antialias: bool = False,
+        clamp: bool = False,
+        out_dtype: torch.dtype | None = None,
+        patch_size: int | None = None,
+        backend: FD.Backend | None = None,
+    ) -> None:
         super().__init__()
         self.size = size
-        self.options = options
-        FD.preprocess(torch.zeros(1, 3, 1, 1), size, **FD.rehearsal(options))
+        self.options: dict[str, Any] = {
+            "input_range": input_range, "mean": mean, "std": std, "interpolation": interpolation,
+            "antialias": antialias, "clamp": clamp, "out_dtype": out_dtype, "patch_size": patch_size,
+            "backend": backend,
+        }  # fmt: skip
+        FD.preprocess(torch.zeros(1, 3, 1, 1), size, **FD.rehearsal(self.options))
 
     def forward(self, images: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """out_dtype: of this result, where the module's own options name none."""
         options = self.options
-        if out_dtype is not None and options.get("out_dtype") is None:
+        if out_dtype is not None and options["out_dtype"] is None:
             options = {**options, "out_dtype": out_dtype}
         return FD.preprocess(images, self.size, **options)
 
     def range_of(self, dtype: torch.dtype) -> tuple[float, float]:
         """The values (low, high) that this module takes for black and white in images of a dtype."""
-        return check_range(self.options.get("input_range"), dtype)
+        return check_range(self.options["input_range"], dtype)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in {"size": self.size, **self.options}.items())
+        """The size, and the options that are not the op's defaults."""
+        defaults = FD.preprocess.__kwdefaults__ or {}
+        others = (f", {name}={value}" for name, value in self.options.items() if value != defaults[name])
+        return f"size={self.size}{''.join(others)}"

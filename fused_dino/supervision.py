@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .factories import Features, check_latent_shape, make_loss, make_preprocess, make_teacher
+from .functional import Backend
 from .legacy_checkpoint import adopt, watch_parents
 from .losses import CosineLoss, VICRegOutput, weighed
 from .patches import PATCH_TARGETS, Patches
@@ -137,7 +138,7 @@ class DinoSupervision(Taught):
         group: ProcessGroup | str | None = "auto",
         preprocess: str | nn.Module = "bilinear",
         input_range: Sequence[float] | None = None,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         watch_parents()

@@ -32,16 +32,16 @@ def check_floating(name: str, x: Any) -> None:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
-def check_matching(student: Any, teacher: Any) -> None:
+def check_matching(student: Any, target: Any) -> None:
     """Two floating tensors [..., D] of one shape on one device, D at least 1."""
     check_floating("student", student)
-    check_floating("teacher", teacher)
+    check_floating("target", target)
     if student.ndim < 1 or student.shape[-1] < 1:
         raise ValueError(f"student must be [..., D] with D of at least 1, got shape {list(student.shape)}")
-    if student.shape != teacher.shape:
-        raise ValueError(f"teacher must have the student's shape {list(student.shape)}, got {list(teacher.shape)}")
-    if student.device != teacher.device:
-        raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+    if student.shape != target.shape:
+        raise ValueError(f"target must have the student's shape {list(student.shape)}, got {list(target.shape)}")
+    if student.device != target.device:
+        raise ValueError(f"target must be on the student's device {student.device}, got {target.device}")
 
 
 def check_weight(weight: Any, student: Tensor) -> Tensor | None:

@@ -157,6 +157,7 @@ def vicreg_bwd_kernel(
                 live_y = (k < rows)[:, None] & inside[None, :]
                 whole = tl.load(product + row[:, None] * rows + k[None, :], mask=live_p, other=0)
                 p = as_multiplied(whole, ROUND, PRECISION).to(OPERAND)
+                rest = None
                 if RAW:
                     y = tl.load(student + k[:, None] * stride_student + column[None, :], mask=live_y, other=0)
                     along += tl.sum(p.to(ACC), 1)
@@ -164,10 +165,9 @@ def vicreg_bwd_kernel(
                         # The rest of it in a second product: the columns' own share is taken off below, and cancels.
                         rest = (whole - p.to(ACC)).to(ROUND).to(OPERAND)
                         along += tl.sum(rest.to(ACC), 1)
-                        grad = add_product(grad, rest, y.to(OPERAND), one, PRECISION, ACC)
                 else:
                     y = load_centred(student, shift, stride_student, k[:, None], column[None, :], live_y, ACC)
-                grad = add_product(grad, p, y.to(OPERAND), one, PRECISION, ACC)
+                grad = add_product(grad, p, y.to(OPERAND), one, PRECISION, ACC, rest)
             if RAW:
                 grad -= along[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
         else:
@@ -191,6 +191,10 @@ def vicreg_bwd_kernel(
             coefficient -= tl.where(in_product(column, largest), outer * square / tl.cast(spare, ACC), 0)
         # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
         grad = tl.where((square == 0)[None, :], 0, grad * outer)
+        if GRAM:
+            p = tl.load(largest) + 0 * row
+            apart = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
+            grad += apart[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
     if VARIANCE:
         sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
         pull = share_of(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
@@ -206,9 +210,5 @@ def vicreg_bwd_kernel(
         grad += towards
         if grad_teacher is not None:
             store(grad_teacher + row[:, None] * width + column[None, :], -towards, live)
-    if GRAM and COVARIANCE:
-        p = tl.load(largest) + 0 * row
-        apart = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
-        grad += apart[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
     if grad_student is not None:
         store(grad_student + row[:, None] * width + column[None, :], grad, live)

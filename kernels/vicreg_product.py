@@ -74,16 +74,17 @@ def block_of(largest, first, last, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def add_product(acc, a, b, one, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """acc + a b, added in registers: the matrix unit cuts each of its own sums toward zero, which adds up over a chain.
+def add_product(acc, a, b, one, PRECISION: tl.constexpr, ACC: tl.constexpr, less=None):
+    """acc + a b, added in registers: a matrix unit that is not IEEE's cuts its sums toward zero, which a chain adds up.
 
-    one: 1, which the compiler does not know, or it would add within the unit after all.
+    one: 1, which the compiler does not know, or it would add within the unit after all. less: what a, rounded, lacks.
     """
-    if tl.float64 == ACC:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-    else:
-        acc += tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC) * one
-    return acc
+    IEEE: tl.constexpr = PRECISION == "ieee"
+    begin = acc if IEEE else None
+    if less is not None:
+        begin = tl.dot(less, b, begin, input_precision=PRECISION, out_dtype=ACC)
+    product = tl.dot(a, b, begin, input_precision=PRECISION, out_dtype=ACC)
+    return product if IEEE else acc + product * one
 
 
 @triton.jit

@@ -1,12 +1,14 @@
 """Compile every kernel for GPUs that need not be here, and hold its machine code to the budgets in aot_budgets.json.
 
     python tests/aot.py            (without TRITON_INTERPRET)
+    python tests/aot.py --some     every case for sm_90, of other GPUs one case a kernel and first word
 
 A budget holds for a kernel or, as "<kernel> <first word of the case>", for some of its cases: at most so many
 `registers` and bytes of `shared` memory, and a widest `load` and `store` of at least so many bytes a thread; each is a
 number, or one for every backend. Where a compiler needs limits of its own, they stand in the budget under its version.
 Nothing may spill or use a stack. A kernel with dots must have matrix instructions, unless its budget says "matrix": 0.
-A kernel of another dtype than fp64 may have no `f64` instruction, unless its budget says how many.
+A kernel of another dtype than fp64 may have no `f64` instruction, unless its budget says how many, and on
+NVIDIA's GPUs may leave no sum in the matrix unit from one step to the next.
 
 A case that says how many `values` one thread makes in a turn of its outermost loop, and how many `turns` that loop
 takes, is counted in the machine code of sm_90: at most so many `instructions` a value, and at most so many `wavefronts`
@@ -51,6 +53,7 @@ TARGETS = {
 }
 COUNTED = ("instructions", "wavefronts", "conflicts", "barriers")  # where a case says how many values it has
 LIMITS = dict.fromkeys(("registers", "shared", "f64", *COUNTED), max) | dict.fromkeys(("load", "store"), min)
+BEGINNINGS = ("arith.constant", "arith.select", "tt.dot", "ttng.warp_group_dot", "ttng.warp_group_dot_wait")
 COMPILER = ".".join(triton.__version__.split(".")[:2])
 JOBS: list[tuple[dict[str, Any], str]] = []  # a launch and its target; global, so that workers inherit it
 
@@ -73,6 +76,7 @@ class Row:
     wavefronts: str = "-"  # a turn, as barriers: see aot_shared.py
     conflicts: str = "-"
     barriers: str = "-"
+    chained: int = 0  # products whose sums stay in the matrix unit from one step to the next
     error: str = ""  # why there is nothing to see
 
     def __str__(self) -> str:
@@ -164,12 +168,24 @@ def compile_job(index: int) -> Row:
     dots = " ".join([str(len(matrix)), *sorted(set(matrix))]) if "tt.dot" in compiled.asm["ttir"] else "-"
     load, store = (max((size for kind, size in moves if kind[0] == first), default=0) for first in "ls")
     row = replace(row, **used, shared=compiled.metadata.shared, load=load, store=store, matrix=dots)
+    row = replace(row, chained=chained(compiled.asm["ttgir"]))
     if launch["case"].values and target == "sm_90":
         try:
             row = replace(row, **counts(launch, compiled))
         except (NotImplementedError, ValueError) as error:
             return replace(row, error=f"cannot be counted: {error}")
     return row
+
+
+def chained(ttgir: str) -> int:
+    """Products that begin with neither a constant nor another product of the same step."""
+    made, found = {}, 0  # by which operation a value was made: loops use one name again
+    for name, operation, operands in re.findall(r"^\s*(%\w+)(?::\d+)? = ([\w.]+) ?(.*)", ttgir, re.MULTILINE):
+        if operation in ("tt.dot", "ttng.warp_group_dot"):
+            found += made.get(re.findall(r"%\w+", operands)[2]) not in BEGINNINGS
+        converted = operation == "ttg.convert_layout"
+        made[name] = made.get(re.findall(r"%\w+", operands)[0]) if converted else operation
+    return found
 
 
 def arguments(launch: dict[str, Any], compiled: Any) -> list[Any]:
@@ -204,7 +220,7 @@ def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
     budget = {key: value.get(gpu.backend) if isinstance(value, dict) else value for key, value in budget.items()}
     most = {"registers": budget["registers"], "spills": 0, "stack": 0, "shared": min(budget["shared"], kib * 1024)}
     if "fp64" not in row.case.split():
-        most["f64"] = budget.get("f64", 0)
+        most |= {"f64": budget.get("f64", 0)} | ({"chained": 0} if gpu.backend == "cuda" else {})
     least = {"load": budget["load"], "store": budget["store"], "matrix": budget.get("matrix", 1)}
     for name, limit in most.items():
         if getattr(row, name) > limit:
@@ -234,12 +250,22 @@ def reached(rows: list[Row]) -> dict[str, Any]:
     return limits
 
 
-def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any]) -> int:
+def one_of_each(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first launch of each kernel and first word of a case, as which budgets tell them apart."""
+    return list({(x["kernel"], x["case"].name.split()[0]): x for x in reversed(seen)}.values())
+
+
+def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any], some: bool = False) -> int:
     """Compile what the cases launch, print the table and everything wrong; the exit status."""
     start = time.perf_counter()
     cases = list(cases)
     seen = {backend: launches(cases, backend) for backend in ("cuda", "hip")}
-    JOBS[:] = [(launch, target) for target, (gpu, _) in TARGETS.items() for launch in seen[gpu.backend]]
+    chosen = {backend: one_of_each(found) if some else found for backend, found in seen.items()}
+    JOBS[:] = [
+        (launch, target)
+        for target, (gpu, _) in TARGETS.items()
+        for launch in (seen if target == "sm_90" else chosen)[gpu.backend]
+    ]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("fork")) as pool:
         rows = sorted(pool.map(compile_job, range(len(JOBS))), key=lambda row: row.kernel)
     print(table([row for row in rows if not row.error]))
@@ -281,5 +307,6 @@ if __name__ == "__main__":
             [importlib.import_module(f"fused_dino.kernels.{stem}") for stem in stems],
             [case for cases in CASES for case in cases()],
             json.loads((ROOT / "tests/aot_budgets.json").read_text()),
+            some=sys.argv[1:] == ["--some"],
         )
     )

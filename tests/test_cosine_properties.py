@@ -168,7 +168,7 @@ def test_alpha_is_a_factor_of_loss_and_gradient(loss, reduction, backend, weight
     plain = loss(s, t, reduction=reduction, weight=weight)
     for teacher in (t, t.detach()):  # the two passes, and the gradient written in the forward
         for alpha in (0.3, torch.tensor(0.3, dtype=s.dtype, device=DEVICE), 0.0):
-            scaled = loss(s, teacher, alpha=alpha, reduction=reduction, weight=weight)
+            scaled = loss(s, teacher, scale=alpha, reduction=reduction, weight=weight)
             assert_close(scaled, alpha * plain, rtol=1e-12, atol=1e-15)
             grads = (torch.autograd.grad(x.sum(), s, retain_graph=True)[0] for x in (scaled, alpha * plain))
             assert_close(*grads, rtol=1e-10, atol=1e-14)
@@ -203,6 +203,6 @@ def test_the_gradient_of_the_forward_is_given_away_once(loss, backend):
 def test_a_wider_alpha_widens_no_loss():
     student, alpha = torch.randn(4, 8, device=DEVICE), torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
     for op in (FD.cosine_loss, FD.mse_loss):
-        loss = op(student, student.flip(0), alpha=alpha)
+        loss = op(student, student.flip(0), scale=alpha)
         assert loss.dtype == torch.float32
         assert_close(loss, 0.5 * op(student, student.flip(0)))

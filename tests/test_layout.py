@@ -43,6 +43,7 @@ ARROWS = {
         "patches",
         "tokens",
         "schedule",
+        "functional",
         "legacy_checkpoint",
         "validation",
     },

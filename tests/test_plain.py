@@ -82,7 +82,7 @@ def variations():
         "another width": pair(32, 72),
     }.items():
         yield f"cosine {name}", lambda x=x: loss_and_gradient(FD.cosine_loss, *x)
-    yield "cosine weighted", lambda: loss_and_gradient(FD.cosine_loss, *pair(32, 64), weight=torch.ones(32), alpha=0.5)
+    yield "cosine weighted", lambda: loss_and_gradient(FD.cosine_loss, *pair(32, 64), weight=torch.ones(32), scale=0.5)
     yield "cosine eps", lambda: loss_and_gradient(FD.cosine_loss, *pair(32, 64), eps=0.0)
     yield "vicreg", lambda: loss_and_gradient(FD.vicreg_loss, *pair(32, 64))
     yield "vicreg by columns", lambda: loss_and_gradient(FD.vicreg_loss, *pair(64, 32))

@@ -89,7 +89,7 @@ def test_the_whitened_loss(options, reduction, backend):
 
     def run(backend):
         return FD.mse_loss(
-            *leaves, whiten=True, weight=weight, alpha=0.3, reduction=reduction, backend=backend, **options
+            *leaves, whiten=True, weight=weight, scale=0.3, reduction=reduction, backend=backend, **options
         )
 
     got, expected = (run(name) for name in (backend, "reference"))

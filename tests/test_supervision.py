@@ -272,7 +272,7 @@ def test_a_loss_module_keeps_its_own_alpha_and_its_hooks(teacher, batch):
     torch.manual_seed(0)
     plain = make(teacher)(z, x)[0]
     torch.manual_seed(0)
-    assert_close(make(teacher, loss_type=CosineLoss(alpha=0.5))(z, x, alpha=3.0)[0], 1.5 * plain)
+    assert_close(make(teacher, loss_type=CosineLoss(scale=0.5))(z, x, alpha=3.0)[0], 1.5 * plain)
     torch.manual_seed(0)
     module, seen = make(teacher), []
     module.loss.register_forward_hook(lambda *call: seen.append(call))

@@ -356,10 +356,10 @@ def test_a_weight_of_zero_leaves_its_term_out(unwanted, shape):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("student", {"student": torch.ones(2, 4, 8), "teacher": torch.ones(2, 4, 8)}),
-        ("student", {"student": torch.ones(8), "teacher": torch.ones(8)}),
+        ("student", {"student": torch.ones(2, 4, 8), "target": torch.ones(2, 4, 8)}),
+        ("student", {"student": torch.ones(8), "target": torch.ones(8)}),
         ("student", {"student": torch.ones(4, 8).long()}),
-        ("teacher", {"teacher": torch.ones(4, 7)}),
+        ("target", {"target": torch.ones(4, 7)}),
         ("inv_weight", {"inv_weight": torch.ones(2)}),
         ("var_weight", {"var_weight": torch.ones((), requires_grad=True)}),
         ("cov_weight", {"cov_weight": "strong"}),
@@ -374,7 +374,7 @@ def test_a_weight_of_zero_leaves_its_term_out(unwanted, shape):
 )
 def test_bad_arguments_are_named(name, arguments):
     with pytest.raises((ValueError, TypeError), match=f"^{name} "):
-        FD.vicreg_loss(**{"student": torch.ones(4, 8), "teacher": torch.ones(4, 8), **arguments})
+        FD.vicreg_loss(**{"student": torch.ones(4, 8), "target": torch.ones(4, 8), **arguments})
 
 
 def test_the_module():

@@ -130,7 +130,7 @@ def launch_vicreg_fwd(out: Forward, student: Tensor, target: Tensor, weights: Te
             n, d, spare if plan.unbiased else n, spare, plan.divisor,
             0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(), *plan.weights,
             GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance,
-            BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True,
+            BLOCK=1024, ACC=acc, num_warps=16, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def launch_product(
     if splits > 1:
         launch(kernels.vicreg_reduce_kernel, (tiles, tiles),
             parts, product, sums, size, splits, spare,
-            GRAM=plan.gram, TILE=tile, ACC=options["ACC"], num_warps=4, enable_fp_fusion=True,
+            GRAM=plan.gram, TILE=tile, ACC=options["ACC"], num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return sums
 
