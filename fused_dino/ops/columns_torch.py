@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import blocks
+from .blocks import blocks
 
 CPU_ELEMENTS = 2**21  # of a block: what one pass makes of them is still in a cache for the next
 FIRST = 16  # rows whose mean is near that of all

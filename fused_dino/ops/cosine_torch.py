@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..reference.dtypes import upcast
+from .blocks import blocks
 from .cosine_triton import RowOptions, cosine_rows_empty
-from .dispatch import blocks
 
 
 def unit(x: Tensor, eps: float, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..reference import resize as reference
 from ..reference.dtypes import upcast, wide, without_autocast
-from .dispatch import by_rows, launched
+from .blocks import by_rows
+from .dispatch import launched
 from .function import batched_rows, make_function
 from .plain import launch
 from .taps import antialias_sums, launch_options

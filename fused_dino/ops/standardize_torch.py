@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..reference.cosine import NORM_EPS
 from ..reference.dtypes import without_autocast
+from .blocks import by_rows
 from .columns_torch import centre, passes
 from .cosine_torch import unit
-from .dispatch import by_rows
 from .standardize_triton import Standardization
 
 
