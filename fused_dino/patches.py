@@ -52,7 +52,7 @@ class Patches(nn.Module):
 
 @torch.no_grad()
 def most_similar(student: Tensor, tokens: Tensor) -> Tensor:
-    """Of each student row [B, K, D], the index of the token [B, N, D] with the largest cosine; the first of equals."""
+    """Finds for each student row [B, K, D] the most similar token of [B, N, D]: its index, the first of equals."""
     with without_autocast(tokens):
         s, t = (F.normalize(x, dim=-1) for x in upcast(student, tokens))
         return (s @ t.mT).argmax(-1)

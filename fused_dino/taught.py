@@ -144,7 +144,7 @@ class Taught(nn.Module):
         return self.img_size[0] // patch, self.img_size[1] // patch
 
     def _warn_once(self) -> None:
-        """Not while compiling: torch.compile takes no warning into a whole graph. The logs say it there too."""
+        """Warns once, but never while compiling: a whole graph takes no warning. The logs say it there too."""
         if not (self._warned or torch.compiler.is_compiling()):
             self._warned = True
             warnings.warn(

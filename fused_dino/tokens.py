@@ -83,7 +83,7 @@ def common(grid: Grid, other: Grid) -> Grid:
 
 
 def resample(tokens: Tensor, grid: Grid, onto: Grid) -> Tensor:
-    """As Regrid, with weights that are made on the spot, on the tokens' device."""
+    """Resamples as Regrid does, with weights that are made on the spot, on the tokens' device."""
     if grid == onto:
         return tokens
     return regrid(tokens, *(bilinear(size, to, tokens.device) for size, to in zip(grid, onto, strict=True)))

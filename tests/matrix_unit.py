@@ -28,7 +28,7 @@ def cut_to_tf32(x: np.ndarray) -> np.ndarray:
 
 
 def round_to_tf32(x: np.ndarray) -> np.ndarray:
-    """To nearest, ties away from zero, as cvt.rna.tf32 does."""
+    """Rounds to nearest, ties away from zero, as cvt.rna.tf32 does."""
     rounded = (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000) & KEPT).view(np.float32)
     return np.where(np.isfinite(x), rounded, x)
 

@@ -38,7 +38,7 @@ def learn_and_report(
     seed: int,
     out: Path,
 ) -> int:
-    """On every rank; the first alone prints and writes."""
+    """Trains and reports on every rank; the first alone prints and writes."""
     import torch
     from rich.console import Console
 

@@ -20,7 +20,7 @@ class Ranks(NamedTuple):
     world: int = 1
 
     def share(self, items: Any) -> Any:
-        """Of a batch that all ranks drew alike."""
+        """Takes this rank's share of a batch that all ranks drew alike."""
         return items[self.rank :: self.world]
 
     def mean(self, value: float) -> float:
