@@ -8,11 +8,12 @@ INTERPRETED := $(addprefix tests/,test_ops.py test_random_shapes.py test_kernels
 	test_resize.py test_resize_properties.py test_standardize.py \
 	test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py \
 	test_patches.py::test_is_its_formula_in_value_and_gradient test_tokens.py::test_is_the_formula_in_value_and_gradient)
-# Ops with divisions and products of matrices, whose numbers are other numbers on a GPU.
+# Ops with divisions and products of matrices, which have other numbers on a GPU. Derivatives are tested in float64, which
+# has the same there.
 ON_THE_UNIT := $(addprefix tests/,test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py test_standardize.py \
-	test_ops.py) -k "vicreg or standardize"
+	test_ops.py) -k "(vicreg or standardize) and not derivatives and not gradients_of_both and not compiles"
 
-.PHONY: help setup demo test test-all test-oldest lint aot bench results report gpu dist clean
+.PHONY: help setup demo test test-all test-oldest lint aot bench host results report gpu dist clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -52,6 +53,9 @@ results: .venv/.dev  ## measure this machine, keep the evidence in benchmarks/re
 
 report: .venv/.dev  ## render docs/performance.md and the README's table from benchmarks/results/
 	$(BIN)/python -m benchmarks report
+
+host: .venv/.dev  ## what a call costs the host, without a GPU
+	$(BIN)/python -m benchmarks.host
 
 gpu: .venv/.dev  ## on a GPU: smoke, tests, memory checkers and benchmarks, into gpu/ (ARGS="--seconds 1800")
 	$(BIN)/python -m benchmarks.gpu gpu $(ARGS)

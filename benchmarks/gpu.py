@@ -21,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import device_tests, digest
 from .stages import Outcome, Stage, run_all
@@ -118,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     # One cache for all stages: what smoke compiles no test compiles again.
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"fused_dino-triton-{os.getuid()}"))
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever ends the run; in the background a shell ignores the first
+        signal.signal(number, signal.default_int_handler)
 
     digest.write(out, [])
 
@@ -129,11 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = run_all(chosen(out, options.device, options.seconds, options.only), out, options.seconds, ended)
     print("\n" + (out / "summary.txt").read_text())
     return int(any(outcome.bad for outcome in outcomes))
-
-
-def interrupt(*_: Any) -> None:
-    """End the run as Ctrl-C does: the summary of its findings is still written."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -197,8 +198,11 @@ sys.exit(gpu.main([sys.argv[1], "--device", "cpu"]))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, number):
+    """In the background too, where a shell has it ignore Ctrl-C."""
     out = tmp_path / "out"
-    run = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", KILLED, str(out)]
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=ignore)
     log = out / "tests.log"
     while not (log.exists() and log.read_text()):
         assert run.poll() is None
