@@ -239,9 +239,10 @@ def formula(images: Tensor, options: Options) -> Tensor:
 def vmap(
     apply: Callable, info: Any, in_dims: tuple, images: Tensor, options: Options, backend: str
 ) -> tuple[Tensor, int]:
+    count = images.shape[1 if in_dims[0] == 0 else 0]
     (images,) = batched_rows(info.batch_size, in_dims[:1], images)
     out = apply(images, options, backend)
-    return out.unflatten(0, (info.batch_size, images.shape[0] // info.batch_size)), 0
+    return out.unflatten(0, (info.batch_size, count)), 0
 
 
 resize_function = make_function(
