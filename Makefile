@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 NAME ?= cpu-$(shell getconf _NPROCESSORS_ONLN)-cores
+unexport PYTHONDONTWRITEBYTECODE # the tests start many processes, each of which would compile every module anew
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 INTERPRETER := TRITON_INTERPRET=1 PYTHONPATH=tests
 INTERPRETED := $(addprefix tests/,test_ops.py test_random_shapes.py test_kernels.py test_cosine_properties.py \

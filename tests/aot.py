@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that need not be here, and hold its machine code to the budgets in aot_budgets.json.
 
     python tests/aot.py            (without TRITON_INTERPRET)
-    python tests/aot.py --some     every case for sm_90, of other GPUs one case a kernel and first word
+    python tests/aot.py --some     every case for sm_90, a few of each kernel for other GPUs
 
 A budget holds for a kernel or, as "<kernel> <first word of the case>", for some of its cases: at most so many
 `registers` and bytes of `shared` memory, and a widest `load` and `store` of at least so many bytes a thread; each is a
@@ -251,8 +251,9 @@ def reached(rows: list[Row]) -> dict[str, Any]:
 
 
 def one_of_each(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first launch of each kernel and first word of a case, as which budgets tell them apart."""
-    return list({(x["kernel"], x["case"].name.split()[0]): x for x in reversed(seen)}.values())
+    """The first launch of each kernel, and of each dtype where it has matrix products."""
+    kinds = {(x["kernel"], "PRECISION" in x["options"] and x["case"].name.split()[0]): x for x in reversed(seen)}
+    return list(kinds.values())
 
 
 def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any], some: bool = False) -> int:
