@@ -23,7 +23,7 @@ class Loss(nn.Module):
     """An op of `functional` with its options fixed.
 
     A wrong option raises at construction, not in training. A tensor among the options moves with the module, and is in
-    no state_dict(). Without detach_teacher the target gets its gradient too.
+    no state_dict(). The target gets its gradient too unless detach_teacher is set.
     """
 
     op: Callable[..., Any]

@@ -110,9 +110,9 @@ def share_of(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexp
 
 @triton.jit
 def as_multiplied(x, ROUND: tl.constexpr, PRECISION: tl.constexpr):
-    """Rounded to what the matrix unit reads of it: TF32 is float32 whose last 13 bits the unit ignores.
+    """Rounds x to what the matrix unit reads: TF32 is float32 whose last 13 bits the unit ignores.
 
-    Where its row sums are needed too, they must be sums of the same numbers.
+    Sums of x that are taken beside the product must be sums of the same numbers.
     """
     x = x.to(ROUND)
     if tl.float32 == ROUND and PRECISION == "tf32":

@@ -55,7 +55,7 @@ def test_by_rows_the_covariance_alone_keeps_its_digits(shape, factor, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 4096), (4096, 64)])
 def test_a_sum_of_4096_products_is_not_biased(shape, dtype, backend, monkeypatch):
-    """In one split, as where tiles are many: a matrix unit that cut each of its sums in a chain would lose 2e-5."""
+    """One split adds all, as where tiles are many. A matrix unit that cut each sum of the chain would lose 2e-5."""
     monkeypatch.setattr(vicreg_triton, "PROGRAMS", 1)
     y, g = dominated(shape, 1, dtype)
     covariance = FD.vicreg_loss(y, g).covariance.double()
