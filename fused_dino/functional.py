@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import distributed
 from .backend import Backend, check_backend, choose
-from .reference.dtypes import wide
+from .reference.dtypes import acc_dtype
 from .validation import (
     check_choice,
     check_flag,
@@ -265,13 +265,13 @@ def rows_loss(
     options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
     if scale is not None:
         scale = check_scalar("scale", scale, student.device)
-        scale = scale.to(wide(student, target)) if isinstance(scale, Tensor) else scale
+        scale = scale.to(acc_dtype(student, target)) if isinstance(scale, Tensor) else scale
     name, implementation = choose(op, student, backend)
     if name == "reference":
         value = implementation(student, target, **options)
         return (value if scale is None else scale * value), value.detach()
     if isinstance(scale, float):
-        scale = student.new_full((), scale, dtype=wide(student, target))
+        scale = student.new_full((), scale, dtype=acc_dtype(student, target))
     return implementation(student, target, scale=scale, **options)
 
 
@@ -359,7 +359,7 @@ def vicreg_loss(
         warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
     for weight in ("inv_weight", "var_weight", "cov_weight"):
         if isinstance(options[weight], Tensor):
-            options[weight] = options[weight].to(wide(student, target))
+            options[weight] = options[weight].to(acc_dtype(student, target))
     name, implementation = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
     if name == "reference":
         options["total"] = partial(distributed.sum_over_ranks, group=group)

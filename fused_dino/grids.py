@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .reference.dtypes import wide, without_autocast
+from .reference.dtypes import acc_dtype, without_autocast
 
 Grid = tuple[int, int]  # (rows, columns)
 
@@ -41,7 +41,7 @@ class Product(torch.autograd.Function):
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 (float64 as soon as one of them is): a [M, K] or [B, M, K], b [B, K, N] -> [B, M, N]."""
-    dtype = wide(a, b)
+    dtype = acc_dtype(a, b)
     return Product.apply(a.to(dtype).expand(b.shape[0], -1, -1), b.to(dtype))
 
 
@@ -68,7 +68,7 @@ def bilinear(size: int, onto: int, device: torch.device | None = None) -> Tensor
 def regrid(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """tokens [B, h * w, D] -> [B, r * c, D] in their dtype, by the weights rows [r, h] and columns [c, w]."""
     (batch, _, width), (r, h), (c, w) = tokens.shape, rows.shape, columns.shape
-    down, across = (x.to(wide(tokens)) / x.sum(1, keepdim=True) for x in (rows, columns))
+    down, across = (x.to(acc_dtype(tokens)) / x.sum(1, keepdim=True) for x in (rows, columns))
     x = product(down, tokens.reshape(batch, h, w * width))  # [B, r, w * D]
     x = product(across, x.reshape(batch * r, w, width))  # [B * r, c, D]
     return x.reshape(batch, r * c, width).to(tokens.dtype)

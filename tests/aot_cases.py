@@ -42,7 +42,7 @@ def cosine_cases() -> Iterator[Case]:
 
     def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, grad_stride: int = 1) -> Iterator[Case]:
         count = student.shape[0]
-        rows = student.new_empty(count, grad_stride, dtype=cosine_triton.wide(student, teacher))[:, 0]
+        rows = student.new_empty(count, grad_stride, dtype=cosine_triton.acc_dtype(student, teacher))[:, 0]
         how = "cosine", "sum", count, 1e-12
         yield case(name, student, teacher, None, None, None, *how, False, False)
         yield case(f"{name} with gradient", student, teacher, None, rows[0], None, *how, True, False)
@@ -152,7 +152,7 @@ def vicreg_cases() -> Iterator[Case]:
 
 def standardize_cases() -> Iterator[Case]:
     def cases(name: str, x: torch.Tensor, normalize: bool = True) -> Iterator[Case]:
-        how = standardize_triton.Standardization(normalize, 1e-5, cosine_triton.wide(x))
+        how = standardize_triton.Standardization(normalize, 1e-5, cosine_triton.acc_dtype(x))
         out, *rest = standardize_triton.standardize_fwd_empty(x, how)
         yield Case(name, partial(standardize_triton.standardize_fwd.run, x, how))
         yield Case(f"{name} backward", partial(standardize_triton.standardize_bwd.run, out, x, out, *rest, how))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..reference.cosine import NORM_EPS, cosine_distance, prepared
-from ..reference.dtypes import wide
+from ..reference.dtypes import acc_dtype
 from .cosine_torch import cosine_rows_torch
 from .cosine_triton import RowOptions, cosine_rescale_, cosine_rows
 from .function import batched_rows, make_function
@@ -122,7 +122,7 @@ def rows_loss(
     if reduction == "mean":
         count = (1 if kind == "cosine" else width) * (1 if weight is not None else student.shape[0])
     if weight is not None:
-        weight = weight.to(wide(student, target)).expand(leading).reshape(-1)
+        weight = weight.to(acc_dtype(student, target)).expand(leading).reshape(-1)
         if reduction == "mean":
             total = weight.sum()
             weight = weight / torch.where(total == 0, 1, total)
@@ -142,7 +142,7 @@ def mse_loss(
 ) -> tuple[Tensor, Tensor]:
     if not whiten:
         return rows_loss(student, target, kind="mse" if normalize else "raw", eps=NORM_EPS, **options)
-    dtype, width = wide(student, target), student.shape[-1]
+    dtype, width = acc_dtype(student, target), student.shape[-1]
     s, t = (
         standardize(x.reshape(-1, width), normalize, eps, dtype, options["backend"]).reshape(x.shape)
         for x in (student, target)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import wide
+from ..reference.dtypes import acc_dtype
 from .dispatch import acc_of, cdiv, launched, rows_of
 from .plain import launch
 from .tickets import ticket
@@ -43,7 +43,7 @@ def cosine_rows_empty(
     """The loss, it without scale, and the gradients of student and target; empty where it is not wanted."""
     shape = {"sum": (), "rows": student.shape[:1], "elements": student.shape}[options.reduction]
     forward = grad_output is None
-    loss = student.new_empty(shape if forward else 0, dtype=wide(student, target))
+    loss = student.new_empty(shape if forward else 0, dtype=acc_dtype(student, target))
     value = loss.new_empty(() if forward and scale is not None and options.reduction == "sum" else 0)
     for_s = student.new_empty(student.shape if options.for_student else 0)
     for_t = target.new_empty(target.shape if options.for_target else 0)

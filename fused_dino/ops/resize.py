@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..reference import resize as reference
-from ..reference.dtypes import upcast, wide, without_autocast
+from ..reference.dtypes import acc_dtype, upcast, without_autocast
 from .blocks import by_rows
 from .dispatch import launched
 from .function import batched_rows, make_function
@@ -103,7 +103,7 @@ def by_aten(x: Tensor) -> bool:
 
 def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
     """On a CPU in blocks of images, each resized and normalised while it is in the cache."""
-    dtype, (h, w) = wide(images), options.size
+    dtype, (h, w) = acc_dtype(images), options.size
     if not by_aten(images):
         pixels = clamp_(interpolate(images.to(dtype), options.size, options), options)
         # Channel by channel with Python numbers: a tensor of constants would be copied to the device in every call.
@@ -134,7 +134,7 @@ def resize_fwd_torch(images: Tensor, options: Options) -> Tensor:
 
 
 def backward_images(grad: Tensor, images: Tensor, *, options: Options) -> tuple[Tensor]:
-    (grad,) = upcast(unpatched(grad, options).to(wide(images)))
+    (grad,) = upcast(unpatched(grad, options).to(acc_dtype(images)))
     grad = torch.stack([g * s for g, s in zip(grad.unbind(1), options.scale, strict=True)], 1)
     if options.clamp:
         low, high = options.input_range

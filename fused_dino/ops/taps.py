@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import wide
+from ..reference.dtypes import acc_dtype
 from .dispatch import acc_of, cdiv
 from .plain import launch
 
@@ -93,8 +93,8 @@ def launch_options(
         "CUBIC": interpolation == "bicubic" and not copied,
         "ANTIALIAS": antialias,
         "PATCH": patch_size,
-        "ACC": acc_of(wide(images)),
-        "num_warps": 4 if wide(images) == torch.float64 else 2,  # one would gather by shuffles, not in shared memory
+        "ACC": acc_of(acc_dtype(images)),
+        "num_warps": 4 if acc_dtype(images) == torch.float64 else 2,  # 1 would gather by shuffles
         "enable_fp_fusion": True,
         **tile,
     }
@@ -111,7 +111,7 @@ def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> T
     H, W = images.shape[2:]
     h, w = size
     taps = max(Axis(*pair, interpolation, True).taps(False) for pair in ((H, h), (W, w)))
-    sums = images.new_empty(h + w, dtype=wide(images))
+    sums = images.new_empty(h + w, dtype=acc_dtype(images))
     launch(antialias_sums_kernel, (cdiv(max(h, w), 128), 2),
         sums, H, W, h, w, H / h, W / w, taps,
         CUBIC=interpolation == "bicubic", BLOCK=128, ACC=acc_of(sums.dtype), num_warps=2,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import wide
+from ..reference.dtypes import acc_dtype
 from ..reference.vicreg import vicreg_loss as formula
 from .function import make_function
 from .vicreg_plan import Plan, flags, make_plan, weights_of
@@ -93,7 +93,7 @@ def vicreg_loss(
 ) -> tuple[Tensor, ...]:
     """The loss and its three terms."""
     weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
-    dtype, tensor = wide(student, target), None
+    dtype, tensor = acc_dtype(student, target), None
     # Triton rounds a number to float32, which a float64 loss must not. A compiler would compile an op that takes a
     # number anew for each; a product with one it does not.
     if any(isinstance(x, Tensor) for x in weights.values()) or (

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import all_counts, all_gather, all_reduce, gather_rows, group_of
-from ..reference.dtypes import wide, without_autocast
+from ..reference.dtypes import acc_dtype, without_autocast
 from .columns_torch import centre
 from .dispatch import Op
 from .function import make_function
@@ -61,7 +61,7 @@ class Forward(NamedTuple):
 
 
 def vicreg_ranks_empty(student: Tensor, target: Tensor, options: RanksOptions) -> Forward:
-    dtype = wide(student, target)
+    dtype = acc_dtype(student, target)
     invariance, variance, covariance, count = (student.new_empty((), dtype=dtype) for _ in range(4))
     centred, spread = (student.new_empty(student.shape, dtype=dtype) for _ in range(2))
     squares = student.new_empty(student.shape[1], dtype=dtype)
@@ -70,7 +70,7 @@ def vicreg_ranks_empty(student: Tensor, target: Tensor, options: RanksOptions) -
 
 def vicreg_ranks_torch(student: Tensor, teacher: Tensor, options: RanksOptions) -> Forward:
     plan, route, ranks = options.plan, options.route, group_of(options.group)
-    dtype, width = wide(student, teacher), student.shape[1]
+    dtype, width = acc_dtype(student, teacher), student.shape[1]
     error = student.new_zeros((), dtype=dtype)
     if plan.invariance:
         error = (student.to(dtype) - teacher).square().sum()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import wide
+from ..reference.dtypes import acc_dtype
 from .columns_torch import centre_block, mean, off, passes
 from .vicreg_plan import Plan, weights_of
 from .vicreg_triton import BackwardOptions, Saved
@@ -59,7 +59,7 @@ def vicreg_fwd_torch(student: Tensor, teacher: Tensor, weights: Tensor | None, p
     """loss, invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
     largest [], cross [D]; empty where unwanted."""
     n, d = student.shape
-    dtype = wide(student, teacher)
+    dtype = acc_dtype(student, teacher)
     zero = student.new_zeros((), dtype=dtype)
     sums = sums_by_rows if plan.gram else sums_by_columns
     error, total, *kept = sums(student, teacher, dtype, plan)
@@ -173,7 +173,7 @@ def vicreg_bwd_torch(
     shift, squares, product, largest, cross = saved
     inv_weight, var_weight, cov_weight = weights_of(plan, weights)
     n, d = student.shape
-    dtype = wide(student, target)
+    dtype = acc_dtype(student, target)
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = target.new_empty(target.shape if for_target else 0)
     spare = max(n - 1, 1)

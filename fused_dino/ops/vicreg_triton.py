@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import wide
+from ..reference.dtypes import acc_dtype
 from .columns import COLUMNS, ROWS, launch_statistics
 from .dispatch import acc_of, cdiv, launched, rows_of
 from .plain import launch
@@ -86,7 +86,7 @@ class Forward(NamedTuple):
 
 def vicreg_fwd_empty(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Forward:
     """The loss and its three terms [], then what the backward needs."""
-    (n, d), dtype = student.shape, wide(student, target)
+    (n, d), dtype = student.shape, acc_dtype(student, target)
     size = (n if plan.gram else d) if plan.covariance else 0
     loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def wide(*tensors: Tensor) -> torch.dtype:
+def acc_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 as soon as one of the tensors is float64, float32 otherwise."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.to(wide(*tensors)) for x in tensors)
+    return tuple(x.to(acc_dtype(*tensors)) for x in tensors)
 
 
 def without_autocast(x: Tensor) -> torch.autocast | nullcontext:

@@ -7,7 +7,7 @@ from torch import Tensor
 from fused_dino.ops import standardize as ops_standardize
 from fused_dino.ops import standardize_triton
 from fused_dino.reference.cosine import prepare
-from fused_dino.reference.dtypes import upcast, wide
+from fused_dino.reference.dtypes import acc_dtype, upcast
 from proving import Case, Op
 
 
@@ -15,7 +15,7 @@ def standardize(x: Tensor, *, backend: str, normalize: bool = True, eps: float =
     """What mse_loss(whiten=True) does to each of its inputs before it compares them."""
     if backend == "reference":
         return prepare(*upcast(x), normalize, eps)
-    return ops_standardize.standardize(x, normalize, eps, wide(x), backend)
+    return ops_standardize.standardize(x, normalize, eps, acc_dtype(x), backend)
 
 
 def standardize_scales(
@@ -56,8 +56,8 @@ STANDARDIZE = Op(
     scales=standardize_scales,
     forward=standardize_triton.standardize_fwd.overload,
     backward=standardize_triton.standardize_bwd.overload,
-    forward_arguments=lambda x: (x, True, 1e-5, wide(x)),
-    backward_arguments=lambda x, *made: (torch.ones_like(made[0]), x, *made, True, 1e-5, wide(x)),
+    forward_arguments=lambda x: (x, True, 1e-5, acc_dtype(x)),
+    backward_arguments=lambda x, *made: (torch.ones_like(made[0]), x, *made, True, 1e-5, acc_dtype(x)),
     inputs=("x",),
     shape=lambda rows, width: (max(rows, 2), width),
     part_of="mse_loss",
