@@ -15,6 +15,11 @@ def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(acc_dtype(*tensors)) for x in tensors)
 
 
+def scaled(value: Tensor, factor: float | Tensor) -> Tensor:
+    """Return value * factor. In torch's forward mode a number times a scalar tensor has a float64 tangent."""
+    return (value.unsqueeze(-1) * factor).squeeze(-1)
+
+
 def without_autocast(x: Tensor) -> torch.autocast | nullcontext:
     """Autocast turned off, which meta tensors have none of: under it float32 matrices have a bfloat16 product."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
