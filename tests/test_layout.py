@@ -18,7 +18,7 @@ ARROWS = {
     "kernels": set(),
     "reference": set(),
     "registry": {"ops", "reference"},
-    "backend": {"registry"},
+    "backend": {"registry", "ops"},
     "distributed": set(),
     "ops": {"kernels", "reference", "distributed"},
     "rows": {"reference", "backend", "validation"},
