@@ -40,7 +40,7 @@ class Loss(nn.Module):
         rows = torch.zeros(2, 1, device=next(iter(tensors.values()), torch.zeros(())).device)
         type(self).op(rows, rows, **on_reference(options))
 
-    def compute(self, student: Tensor, target: Tensor, **more: Any) -> Any:
+    def compute(self, student: Tensor, target: Tensor | None, **more: Any) -> Any:
         if self.detach_teacher and isinstance(target, Tensor):
             target = target.detach()
         options = {name: self._buffers.get(name, value) for name, value in self.options.items()}
@@ -171,12 +171,15 @@ class VICRegLoss(Loss):
         eps (float): Added to a variance. Default: 1e-4.
         cov_reduction (str): ``"mean"`` or ``"sum_over_d"``. Default: ``"mean"``.
         unbiased (bool): Divides the variance by N - 1. Default: ``False``.
+        both (bool): Regularises the target too, as an SSL trainer does. Default: ``False``.
+        per (str): ``"batch"`` or ``"position"``. Default: ``"batch"``.
         route (str): ``"auto"``, ``"gram"`` or ``"covariance"``. Default: ``"auto"``.
-        detach_teacher (bool): Lets no gradient reach the target. Default: ``True``.
+        detach_teacher (bool, optional): Lets no gradient reach the target. ``both=True`` refuses ``True``. Default:
+            ``True`` unless ``both`` is set.
         backend (str, optional): Default: see ``use_backend``.
 
     Shape:
-        - student, target: :math:`(N, D)`
+        - student, target: :math:`(N, D)` or :math:`(B, N, D)`; ``None`` as target leaves the invariance out
         - Output: VICRegOutput of four scalars
 
     Raises:
@@ -201,13 +204,20 @@ class VICRegLoss(Loss):
         eps: float = 1e-4,
         cov_reduction: Literal["mean", "sum_over_d"] = "mean",
         unbiased: bool = False,
+        both: bool = False,
+        per: Literal["batch", "position"] = "batch",
         route: Literal["auto", "gram", "covariance"] = "auto",
-        detach_teacher: bool = True,
+        detach_teacher: bool | None = None,
         backend: Backend | None = None,
     ) -> None:
+        if both and detach_teacher:
+            raise ValueError(
+                "detach_teacher=True keeps gradients from what both=True regularises; leave one of them out"
+            )
         super().__init__(
-            detach_teacher, inv_weight=inv_weight, var_weight=var_weight, cov_weight=cov_weight, gamma=gamma, eps=eps,
-            cov_reduction=cov_reduction, unbiased=unbiased, route=route, backend=backend,
+            not both if detach_teacher is None else detach_teacher, inv_weight=inv_weight, var_weight=var_weight,
+            cov_weight=cov_weight, gamma=gamma, eps=eps, cov_reduction=cov_reduction, unbiased=unbiased, both=both,
+            per=per, route=route, backend=backend,
         )  # fmt: skip
         check_group(group, auto=True)
         self.group = group
@@ -223,9 +233,9 @@ class VICRegLoss(Loss):
     def preset(cls, name: str, **options: Any) -> VICRegLoss:
         """The loss with the constants of a definition in use.
 
-        The definitions regularise both branches. Here the teacher is frozen: the student's gradient is theirs, and the
-        loss is theirs less the teacher's own variance and covariance, which are constants. lightly takes each rank's
-        statistics alone unless told otherwise, as ``group=None`` does.
+        The definitions regularise both branches. With ``both=True`` the loss and both gradients are theirs. Without it
+        the loss is one-sided: a frozen target's own variance and covariance, which are constants, are left out, and the
+        student's gradient is theirs. lightly takes each rank's statistics alone, as ``group=None`` does.
 
         Args:
             name (str): ``"recipe"`` (the defaults), ``"vicreg"`` (facebookresearch/vicreg, main_vicreg.py),
@@ -245,8 +255,8 @@ class VICRegLoss(Loss):
         """
         return cls(**{**PRESETS[check_choice("name", name, tuple(PRESETS))], **options})
 
-    def forward(self, student: Tensor, target: Tensor) -> VICRegOutput:
-        """student, target [N, D] -> VICRegOutput(loss, invariance, variance, covariance), scalars."""
+    def forward(self, student: Tensor, target: Tensor | None) -> VICRegOutput:
+        """Return VICRegOutput(loss, invariance, variance, covariance), scalars, of [N, D] or [B, N, D]."""
         return self.compute(student, target, group=default_group() if self.group == "auto" else self.group)
 
 

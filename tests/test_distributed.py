@@ -29,7 +29,7 @@ from fused_dino.ops import vicreg_ranks
 from fused_dino.ops.vicreg_plan import make_plan
 
 OPTIONS = [{}, {"cov_reduction": "sum_over_d", "unbiased": True}, {"cov_weight": 0.0}, {"inv_weight": 0.0}]
-OPTIONS += [{"var_weight": 0.0, "cov_weight": 0.0}]
+OPTIONS += [{"var_weight": 0.0, "cov_weight": 0.0}, {"both": True}]
 
 
 def rows(count, seed, width=5):

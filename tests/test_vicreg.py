@@ -356,7 +356,11 @@ def test_a_weight_of_zero_leaves_its_term_out(unwanted, shape):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("student", {"student": torch.ones(2, 4, 8), "target": torch.ones(2, 4, 8)}),
+        ("student", {"student": torch.ones(2, 2, 4, 8), "target": torch.ones(2, 2, 4, 8)}),
+        ("student", {"student": torch.ones(2, 0, 8), "target": torch.ones(2, 0, 8)}),
+        ("target", {"target": None, "both": True}),
+        ("both", {"both": 1}),
+        ("per", {"per": "token"}),
         ("student", {"student": torch.ones(8), "target": torch.ones(8)}),
         ("student", {"student": torch.ones(4, 8).long()}),
         ("target", {"target": torch.ones(4, 7)}),
