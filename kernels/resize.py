@@ -1,8 +1,8 @@
-"""Resize and normalise in one pass, and the gradient to the image in gather form.
+"""Resize and normalise in one pass, and the gradient of the image in gather form.
 
-Both directions sum a few elements of a source for each element of a target, rows first: whole stretches of source rows
-are read in order, as vectors, and weighted into one row, from which the columns are then gathered on the chip. So each
-source row is read once a target row, and an antialiased filter costs its height plus its width.
+Both directions sum a few elements of a source for each element of a target, rows first. Stretches of source rows are
+read in order, as vectors, and summed with their weights into one row, from which the columns are then gathered on the
+chip. So each source row is read once per target row, and an antialiased filter costs its height plus its width.
 """
 
 import triton
@@ -14,8 +14,8 @@ from .taps import scale_of, tap, term
 
 @triton.jit
 def offset(c, y, x, h, w, PATCH: tl.constexpr):
-    """Of a value of an output: in [3, h, w], or in its patches [(h/p) (w/p), 3 p p]. Offsets of rows are int64."""
-    y = tl.cast(y, tl.int64)
+    """Return the offset of an output's value in [3, h, w], or in its patches [(h/p) (w/p), 3 p p]."""
+    y = tl.cast(y, tl.int64)  # offsets of rows pass 2**31
     if PATCH:
         row = (y // PATCH * (w // PATCH) * 3 + c) * PATCH * PATCH + y % PATCH * PATCH
         at = row + (x // PATCH * (3 * PATCH * PATCH) + x % PATCH)
@@ -26,13 +26,15 @@ def offset(c, y, x, h, w, PATCH: tl.constexpr):
 
 @triton.jit
 def weigh_rows(
-    source, inside,  # of one image; inside: whether an output was not clipped, None without a clamp
+    source, inside,  # of one image; inside: whether each output was not clipped, None without a clamp
     y, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, taps_y,
     CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
     PATCH: tl.constexpr, SEGMENT: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The rows that row y of the target sums, weighted into one, from column `start` on: a row a channel, or
-    INTERLEAVED one row that holds them by turns."""
+    """Sum the source rows of row y of the target with their weights, from column `start` on.
+
+    The result is one row per channel, or with INTERLEAVED a single row in which the channels take turns.
+    """
     PIXEL: tl.constexpr = 3 if INTERLEAVED else 1
     LANES: tl.constexpr = SEGMENT * 4 if INTERLEAVED else SEGMENT
     lane = tl.arange(0, LANES)
@@ -44,23 +46,23 @@ def weigh_rows(
     b = tl.zeros((LANES,), ACC)
     for turn in range(0, taps_y, STEP):
         for j in tl.static_range(STEP):
-            row, weight, there = term(y, turn + j, H, h, scale_y, sums, CUBIC, ANTIALIAS, BACKWARD)
+            row, weight, valid = term(y, turn + j, H, h, scale_y, sums, CUBIC, ANTIALIAS, BACKWARD)
             if ANTIALIAS or BACKWARD:
-                weight = tl.where(there, weight, 0.0)
-                there = live & there
+                weight = tl.where(valid, weight, 0.0)
+                valid = live & valid
             else:
-                there = live
+                valid = live
             if INTERLEAVED:
                 # Four elements a thread: more would meet in the banks of shared memory.
                 at = tl.max_contiguous(source + tl.cast(row, tl.int64) * stride_y + start * 3 + lane, 4)
                 # Upcast right at the load: half precision must not reach the products.
-                r += weight * tl.load(at, mask=there, other=0).to(ACC)
+                r += weight * tl.load(at, mask=valid, other=0).to(ACC)
             elif BACKWARD:
                 for c in tl.static_range(3):
                     at = offset(c, row, column, h, w, PATCH)
-                    value = tl.load(source + at, mask=there, other=0).to(ACC)
+                    value = tl.load(source + at, mask=valid, other=0).to(ACC)
                     if inside is not None:
-                        value = tl.where(tl.load(inside + at, mask=there, other=0) != 0, value, 0.0)
+                        value = tl.where(tl.load(inside + at, mask=valid, other=0) != 0, value, 0.0)
                     if c == 0:
                         r += weight * value
                     elif c == 1:
@@ -69,9 +71,9 @@ def weigh_rows(
                         b += weight * value
             else:
                 at = source + tl.cast(row, tl.int64) * stride_y + column.to(tl.int64) * stride_x
-                r += weight * tl.load(at, mask=there, other=0).to(ACC)
-                g += weight * tl.load(at + stride_c, mask=there, other=0).to(ACC)
-                b += weight * tl.load(at + 2 * tl.cast(stride_c, tl.int64), mask=there, other=0).to(ACC)
+                r += weight * tl.load(at, mask=valid, other=0).to(ACC)
+                g += weight * tl.load(at + stride_c, mask=valid, other=0).to(ACC)
+                b += weight * tl.load(at + 2 * tl.cast(stride_c, tl.int64), mask=valid, other=0).to(ACC)
     if INTERLEAVED:
         g = r
         b = r
@@ -83,30 +85,31 @@ def place(
     x, k, start, W, w, scale_x, sums, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr,
     PIXEL: tl.constexpr, SEGMENT: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """(at, weight, there): where the k-th element that a column sums lies in the segment. ALL: every one is there."""
-    s, weight, there = term(x, k, W, w, scale_x, sums, CUBIC, ANTIALIAS, BACKWARD)
+    """Return (at, weight, valid): where the k-th element that a column sums lies in the segment. ALL: all are valid."""
+    s, weight, valid = term(x, k, W, w, scale_x, sums, CUBIC, ANTIALIAS, BACKWARD)
     at = s - start
     if not ALL:
-        there = there & (at >= 0) & (at < SEGMENT)
-        at = tl.where(there, at, 0)
-    return at * PIXEL, weight, there
+        valid = valid & (at >= 0) & (at < SEGMENT)
+        at = tl.where(valid, at, 0)
+    return at * PIXEL, weight, valid
 
 
 @triton.jit
-def add(total, value, weight, there, ALL: tl.constexpr):
-    """What is not there gets no weight of 0, since it may be infinite."""
+def add(total, value, weight, valid, ALL: tl.constexpr):
+    """Add a weighted value unless it is not valid: a weight of 0 would not do, since the value may be infinite."""
     value = weight * value
-    return total + (value if ALL else tl.where(there, value, 0.0))
+    return total + (value if ALL else tl.where(valid, value, 0.0))
 
 
 @triton.jit
 def add_tap(total, row, offset, one):
+    """Add one tap of each column."""
     return add(total, tl.gather(row, one[0] + offset, 0), one[1], one[2], False)
 
 
 @triton.jit
 def add_pair(total, row, offset, one, two, ALL: tl.constexpr):
-    """Two taps of each column by one gather, so that the row goes to shared memory once for both."""
+    """Add two taps of each column by one gather, so that the row goes to shared memory once for both."""
     count: tl.constexpr = total.shape[0]
     at = tl.reshape(tl.join(one[0], two[0]), (2 * count,))
     first, second = tl.split(tl.reshape(tl.gather(row, at + offset, 0), (count, 2)))
@@ -120,8 +123,8 @@ def resample_segment(
     CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
     PATCH: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What the source's columns [start, start + SEGMENT) have of one row of the target, in three channels."""
-    FIXED: tl.constexpr = not (ANTIALIAS or BACKWARD)  # as many taps for every row and column
+    """Sum what the source's columns [start, start + SEGMENT) add to one row of the target, in three channels."""
+    FIXED: tl.constexpr = not (ANTIALIAS or BACKWARD)  # every row and column has as many taps
     TAPS: tl.constexpr = 4 if CUBIC else 2
     ALL: tl.constexpr = FIXED and WHOLE
     PIXEL: tl.constexpr = 3 if INTERLEAVED else 1  # elements from one pixel to the next, on the chip
@@ -158,7 +161,7 @@ def resample(
     CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
     PATCH: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The three channels of one row of the target. WHOLE: one segment holds all the columns that they read."""
+    """Compute the three channels of a row of the target. WHOLE: one segment holds all the columns that it reads."""
     start = tl.multiple_of(first // 16 * 16, 16)
     red, green, blue = resample_segment(
         source, inside, y, x, start, sums, stride_c, stride_y, stride_x, H, W, h, w, scale_y, scale_x, taps_y, taps_x,
@@ -179,13 +182,14 @@ def resample(
 
 @triton.jit
 def normalise(pixel, SCALE: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr):
+    """Return pixel * SCALE + SHIFT."""
     return pixel * tl.full((), SCALE, ACC) + tl.full((), SHIFT, ACC)
 
 
 @triton.jit
 def resize_fwd_kernel(
     images, sums,  # images [B, 3, H, W] of any strides; sums [h + w], 1 / the sums of the weights, if antialiased
-    out, inside,  # as `offset` says, one of them None: inside, instead of the result, whether it is not clipped
+    out, inside,  # one of them None, laid out as `offset` says: the result, or whether a pixel is not clipped
     stride_b, stride_c, stride_y, stride_x, H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, CLIP: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
     INTERLEAVED: tl.constexpr, PATCH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -231,14 +235,15 @@ def resize_fwd_kernel(
 
 @triton.jit
 def resize_bwd_kernel(
-    grad, inside, sums,  # grad and inside as `offset` says
+    grad, inside, sums,  # grad and inside laid out as `offset` says
     grad_images,  # [B, 3, H, W] contiguous
     H, W, h, w, rows, scale_y, scale_x, taps_y, taps_x,
     SCALE: tl.constexpr, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr,
     PATCH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns `rows` rows of COLUMNS columns of one image, and gathers what the outputs that read them got.
+    # One program owns `rows` rows of COLUMNS columns of one image, and gathers the gradients of the outputs that read
+    # them.
     blocks = tl.cdiv(H, rows)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     top = tl.program_id(0) % blocks * rows
@@ -270,13 +275,13 @@ def antialias_sums_kernel(
     CUBIC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns BLOCK outputs of one axis: 1 / the sum of the weights of each, rows [h] before columns [w].
-    wide = tl.program_id(1) == 1
-    size_in = tl.where(wide, W, H)
-    size_out = tl.where(wide, w, h)
+    is_column = tl.program_id(1) == 1
+    size_in = tl.where(is_column, W, H)
+    size_out = tl.where(is_column, w, h)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale = scale_of(size_in, size_out, tl.where(wide, scale_x, scale_y), ACC)
+    scale = scale_of(size_in, size_out, tl.where(is_column, scale_x, scale_y), ACC)
     total = tl.zeros((BLOCK,), ACC)
     for k in range(taps):
-        _, weight, there = tap(tl.minimum(o, size_out - 1), k, size_in, size_out, scale, CUBIC, True)
-        total += tl.where(there, weight, 0.0)
-    tl.store(sums + tl.where(wide, h, 0) + o, 1 / total, mask=o < size_out)
+        _, weight, valid = tap(tl.minimum(o, size_out - 1), k, size_in, size_out, scale, CUBIC, True)
+        total += tl.where(valid, weight, 0.0)
+    tl.store(sums + tl.where(is_column, h, 0) + o, 1 / total, mask=o < size_out)

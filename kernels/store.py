@@ -1,4 +1,4 @@
-"""The one way in which a kernel rounds what it stores."""
+"""The rounding of every store in a kernel."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def store(pointer, value, mask):
-    """A store rounded once more on its way from float64 to 16 bits, which the interpreter gets wrong in one step."""
+    """Store a value. On its way from float64 to 16 bits it is rounded twice: the interpreter gets one step wrong."""
     if pointer.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     tl.store(pointer, value, mask=mask)

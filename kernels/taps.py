@@ -1,4 +1,4 @@
-"""Which inputs an output of a resize reads along one axis, and with what weights: ATen's own, for both directions.
+"""The inputs that an output of a resize reads along one axis, and their weights, as in ATen and in both directions.
 
 Every function works on one axis, on a scalar or on a vector of positions, in the dtype of `scale` = size_in / size_out.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def scale_of(size_in, size_out, scale, ACC: tl.constexpr):
-    """size_in / size_out: `scale` was divided and rounded to float32 on the host, for float64 it is divided here."""
+    """Return size_in / size_out. The host divides too, but Triton rounds that to float32: float64 divides here."""
     if ACC is tl.float64:
         scale = tl.cast(size_in, ACC) / tl.cast(size_out, ACC)
     return scale
@@ -17,7 +17,7 @@ def scale_of(size_in, size_out, scale, ACC: tl.constexpr):
 
 @triton.jit
 def cubic(x, a):
-    """The cubic convolution at a distance x >= 0."""
+    """Return the cubic convolution at a distance x >= 0."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return tl.where(x < 1, near, tl.where(x < 2, far, 0.0))
@@ -25,14 +25,14 @@ def cubic(x, a):
 
 @triton.jit
 def support(scale, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """How far from its centre an output reads: the filter widens with the scale only where it is antialiased."""
+    """Return how far from its centre an output reads. Only an antialiased filter widens with the scale."""
     half = 2.0 if CUBIC else 1.0
     return half * tl.maximum(scale, 1.0) if ANTIALIAS else half
 
 
 @triton.jit
 def span(o, size_in, size_out, scale, CUBIC: tl.constexpr):
-    """The inputs [first, end) of output o antialiased, and its centre. An axis that keeps its size is copied."""
+    """Return the inputs [first, end) of an antialiased output o, and its centre. An axis of the same size is copied."""
     center = scale * (o + 0.5)
     reach = support(scale, CUBIC, True)
     same = size_in == size_out
@@ -43,19 +43,19 @@ def span(o, size_in, size_out, scale, CUBIC: tl.constexpr):
 
 @triton.jit
 def antialias(i, center, scale, CUBIC: tl.constexpr):
-    """The weight of input i, whose sum over an output's inputs is not one yet."""
+    """Return the weight of input i. The weights of an output's inputs do not sum to one yet."""
     x = tl.abs((i - center + 0.5) * tl.where(scale >= 1, 1 / scale, 1.0))
     return cubic(x, -0.5) if CUBIC else tl.maximum(1 - x, 0.0)
 
 
 @triton.jit
 def tap(o, k, size_in, size_out, scale, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """(i, weight, there): the k-th input that output o reads; not there past its last one, and i then some input."""
+    """Return (i, weight, valid) of the k-th input that output o reads. Past the last one i is any input, not valid."""
     if ANTIALIAS:
         first, end, center = span(o, size_in, size_out, scale, CUBIC)
         i = tl.minimum(first + k, end - 1)
         weight = antialias(i, center, scale, CUBIC)
-        there = first + k < end
+        valid = first + k < end
     else:
         x = scale * (o + 0.5) - 0.5
         if CUBIC:
@@ -68,29 +68,29 @@ def tap(o, k, size_in, size_out, scale, CUBIC: tl.constexpr, ANTIALIAS: tl.const
             # An axis that keeps its size reads no neighbour, not even with a weight of 0, which infinity makes NaN.
             i = tl.where(size_in == size_out, low, tl.minimum(low + k, size_in - 1))
             weight = tl.where(k == 0, 1 - (x - low), x - low)
-        there = i >= 0
-    return i, weight, there
+        valid = i >= 0
+    return i, weight, valid
 
 
 @triton.jit
 def reader(i, k, size_in, size_out, scale, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """(o, weight, there): the k-th output that may read input i, and the weight it reads it with."""
+    """Return (o, weight, valid) of the k-th output that may read input i, with the weight that it reads it with."""
     inverse = 1 / scale
     first = tl.floor((i + 0.5 - support(scale, CUBIC, ANTIALIAS)) * inverse - 0.5625).to(tl.int32) + 1
-    raw = tl.maximum(first, 0) + k
-    o = tl.minimum(raw, size_out - 1)
+    unclamped = tl.maximum(first, 0) + k
+    o = tl.minimum(unclamped, size_out - 1)
     if ANTIALIAS:
         first, end, center = span(o, size_in, size_out, scale, CUBIC)
         weight = antialias(i, center, scale, CUBIC)
-        there = (first <= i) & (i < end)
+        valid = (first <= i) & (i < end)
     else:
         weight = 0 * scale
-        there = o < 0
+        valid = o < 0
         for j in tl.static_range(4 if CUBIC else 2):  # at a border several taps of an output are one input
             at, part, _ = tap(o, j, size_in, size_out, scale, CUBIC, False)
             weight += tl.where(at == i, part, 0.0)
-            there |= at == i
-    return o, weight, there & (raw < size_out)
+            valid |= at == i
+    return o, weight, valid & (unclamped < size_out)
 
 
 @triton.jit
@@ -98,15 +98,15 @@ def term(
     t, k, size_in, size_out, scale, sums,
     CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """(s, weight, there): the k-th element of the source that element t of the target sums, and its weight.
+    """Return (s, weight, valid) of the k-th element of the source that element t of the target sums.
 
-    Forward the source is the input; backward it is the gradient of the output. sums: 1 / the sum of each output's
-    weights, which only an antialiased resize needs.
+    The source is the input in the forward, and the gradient of the output in the backward. sums: 1 / the sum of each
+    output's weights, for an antialiased resize.
     """
     if BACKWARD:
-        s, weight, there = reader(t, k, size_in, size_out, scale, CUBIC, ANTIALIAS)
+        s, weight, valid = reader(t, k, size_in, size_out, scale, CUBIC, ANTIALIAS)
     else:
-        s, weight, there = tap(t, k, size_in, size_out, scale, CUBIC, ANTIALIAS)
+        s, weight, valid = tap(t, k, size_in, size_out, scale, CUBIC, ANTIALIAS)
     if ANTIALIAS:
         weight *= tl.load(sums + (s if BACKWARD else t))
-    return s, weight, there
+    return s, weight, valid

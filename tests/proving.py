@@ -82,7 +82,7 @@ class Op:
     backward: Any = None
     forward_arguments: Callable[..., tuple] = tuple
     backward_arguments: Callable[..., tuple] = tuple
-    inputs: tuple[str, ...] = ("student", "teacher")
+    inputs: tuple[str, ...] = ("student", "target")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, width: (rows, width)
     rowwise: bool = False
     more_sizes: tuple[tuple[int, int], ...] = ((1, 1),)

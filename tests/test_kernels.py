@@ -1,4 +1,4 @@
-"""What only device code can get wrong: memory that is not ours, offsets past 2**31, and what the dispatcher is told.
+"""What only device code can get wrong: addresses out of bounds, offsets past 2**31, and what the dispatcher is told.
 
 Collected where a kernel runs: in the interpreter (TRITON_INTERPRET=1), or on a GPU.
 """
@@ -43,11 +43,11 @@ def test_the_kernel_is_what_runs():
 
 
 def results_between_pages(op, inputs, side, monkeypatch, **options):
-    """With all that is allocated on the way, and grad_output, flush against pages too; for a child process."""
-    made = torch.Tensor.new_empty
+    """Run the op in a child process; all that it allocates, and grad_output, lies flush against guard pages too."""
+    new_empty = torch.Tensor.new_empty
 
     def guarded_empty(self, *size, **options):
-        out = made(self, *size, **options)
+        out = new_empty(self, *size, **options)
         return guarded(out, side) if out.numel() else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded_empty)
@@ -63,13 +63,13 @@ def results_between_pages(op, inputs, side, monkeypatch, **options):
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("shape", [(3, 37), (1, 1), (2, 256), (2, 1025), (2, 4097)], ids=str)
 def test_nothing_out_of_bounds_is_touched(op, side, shape, monkeypatch):
-    """Inputs, saved tensors, gradients and results alike lie flush against pages that kill whoever touches them."""
+    """Inputs, saved tensors, gradients and results lie flush against pages that kill a process which touches them."""
     inputs = tuple(guarded(x, side) for x in op.draw(op.shape(*shape)))
     assert survives(lambda: results_between_pages(op, inputs, side, monkeypatch))
 
 
 def pixels_last(x):
-    """The dense [B, H, W, 3] of an image x [B, 3, H, W], as which bytes are decoded."""
+    """Return the dense [B, H, W, 3] of an image x [B, 3, H, W], the layout of decoded bytes."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -90,7 +90,8 @@ def pixels_last(x):
 )
 def test_no_option_or_layout_of_pixels_reaches_out_of_bounds(options, layout, dtype, side, monkeypatch):
     cases = [((1, 3, 5, 7), (2, 4)), ((1, 3, 2, 3), (4, 6))]
-    cases += [] if options else [((1, 3, 1, 1030), (1, 3))]  # of several segments
+    if not options:
+        cases.append(((1, 3, 1, 1030), (1, 3)))  # several segments
 
     def run():
         for shape, size in cases:
@@ -115,7 +116,7 @@ def test_a_guard_page_kills():
     [pytest.param(op, which, id=f"{op.name}-{which}") for op in OPS for which in (*op.inputs, "all")],
 )
 def test_offsets_past_two_to_the_31st(op, which):
-    """Three examples whose starts lie 2**30 elements apart; only the pages that are touched exist."""
+    """The starts of three examples lie 2**30 elements from each other; only the pages that are touched exist."""
     shape, stride = op.shape(3, 40), 2**30 + 16
     near = op.draw(shape, torch.bfloat16)
     far = []
@@ -126,8 +127,7 @@ def test_offsets_past_two_to_the_31st(op, which):
     expected = results(op, near, "triton")
 
     def run():
-        for got, want in zip(results(op, inputs, "triton"), expected, strict=True):
-            assert torch.equal(got, want)
+        assert all(map(torch.equal, results(op, inputs, "triton"), expected))
 
     if INTERPRETED:
         assert survives(run), "a wrong address, or a wrong number"
@@ -137,7 +137,7 @@ def test_offsets_past_two_to_the_31st(op, which):
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["images", "rows"])
 def test_offsets_of_bytes_past_two_to_the_31st(axis):
-    """Of channels-last images: their starts, or those of their rows, lie 2**30 bytes apart."""
+    """The starts of channels-last images, or those of their rows, lie 2**30 bytes from each other."""
     near = pixels_last((PREPROCESS.draw((3, 3, 3, 5))[0] * 60 + 128).to(torch.uint8))
     stride = list(near.stride())
     stride[axis] = 2**30 + 16
@@ -157,14 +157,14 @@ def test_offsets_of_bytes_past_two_to_the_31st(axis):
 @each_op
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_element_is_written(op, dtype, monkeypatch):
-    """Memory is handed out full of NaN: what a kernel leaves unwritten shows."""
-    made = torch.Tensor.new_empty
+    """New memory is full of NaN, so that an element which a kernel leaves unwritten shows."""
+    new_empty = torch.Tensor.new_empty
 
-    def spoilt(*size, **options):
-        out = made(*size, **options)
+    def full_of_nan(*size, **options):
+        out = new_empty(*size, **options)
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", spoilt)
+    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
     for size in ((4, 33), (2, 5000), (9, 90), *op.more_sizes):
         inputs = op.draw(op.shape(*size), dtype)
         for options in op.reductions:
@@ -172,7 +172,7 @@ def test_every_element_is_written(op, dtype, monkeypatch):
 
 
 def outputs_of(op, inputs):
-    """The results of the op's forward, a tuple also where it has one."""
+    """Return the results of the op's forward as a tuple, also where there is one."""
     outputs = op.forward(*op.forward_arguments(*inputs))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -196,7 +196,7 @@ def test_opcheck(op, first, second):
 @pytest.mark.parametrize("shape", [(0, 4), (3, 4), (4, 3), (3, 1)])
 @pytest.mark.parametrize("cov_weight", [0, 1])
 def test_opcheck_of_vicreg_where_little_is_computed(shape, cov_weight):
-    """What is not needed is empty or 0: nothing is returned as memory was found."""
+    """A result that is not needed is empty or 0, and no element is left as memory was found."""
     plan = make_plan(
         *shape, inv_weight=1, var_weight=1, cov_weight=cov_weight, gamma=1.0, eps=1e-4, cov_reduction="mean",
         unbiased=False, route="auto",
@@ -221,34 +221,40 @@ def test_the_ops_own_gradient_is_refused(op):
         loss.sum().backward()
 
 
-@each_op
-def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
+def traced(op):
+    """Return the op as one compiled function, and its graphs, each the nodes of its calls, as they are compiled."""
     graphs = []
 
     def keep(graph, _):
-        graphs.append(graph)
+        graphs.append([node for node in graph.graph.nodes if node.op == "call_function"])
         return make_boxed_func(graph.forward)
 
+    def run(*inputs):
+        return op.run(*inputs, backend="triton")
+
+    torch._dynamo.reset()
+    return torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=keep)), graphs
+
+
+@each_op
+def test_one_launch_forward_one_backward_and_nothing_else_of_full_size(op):
     first, *others = op.draw(op.shape(8, 24))
-    run = torch.compile(
-        lambda *inputs: op.run(*inputs, backend="triton"), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
-    )
+    run, graphs = traced(op)
     out = run(first.requires_grad_(), *others)
     out.backward(grad_output_of(out))
     assert len(graphs) == 2
     free = ("view", "reshape", "detach", "alias", "expand", "t")
-    for graph, ours in zip(graphs, (op.forward, op.backward), strict=True):
-        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-        assert [node.target for node in calls].count(ours) == 1
-        for node in calls:
+    for nodes, ours in zip(graphs, (op.forward, op.backward), strict=True):
+        assert [node.target for node in nodes].count(ours) == 1
+        for node in nodes:
             value = node.meta.get("val")
-            whole = isinstance(value, torch.Tensor) and value.numel() >= first.numel()
+            full_size = isinstance(value, torch.Tensor) and value.numel() >= first.numel()
             name = str(node.target).removeprefix("aten.").partition(".")[0]
-            assert not whole or name in free or node.target is ours or "getitem" in str(node.target), node
+            assert not full_size or name in free or node.target in (ours, operator.getitem), node
 
 
 class Launches(TorchDispatchMode):
-    """What reaches the dispatcher, but for views and what only hands memory out."""
+    """Notes the calls that reach the dispatcher, but for views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,52 +268,44 @@ class Launches(TorchDispatchMode):
 
 @rowwise_op
 def test_two_launches_take_256_rows_forward_and_backward(op):
-    """With the gradient in the forward, whose backward scales it, and in two passes as compiled code takes them."""
-    student, teacher = (x.requires_grad_(i == 0) for i, x in enumerate(op.draw((256, 1024))))
+    """Eager code writes the gradient in the forward, and its backward scales it; compiled code takes two passes."""
+    student, target = op.draw((256, 1024))
+    student.requires_grad_()
     grad_output = torch.ones((), device=DEVICE)
     with Launches() as launches:
-        torch.autograd.grad(op.run(student, teacher, backend="triton"), student, grad_output)
+        torch.autograd.grad(op.run(student, target, backend="triton"), student, grad_output)
     assert launches.seen == ["fused_dino::cosine_rows", "fused_dino::cosine_rescale_"]
-    counter = []
-
-    def count(graph, _):
-        counter.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
-        return make_boxed_func(graph.forward)
-
-    run = torch.compile(
-        lambda *x: op.run(*x, backend="triton"), fullgraph=True, backend=aot_autograd(fw_compiler=count)
-    )
-    torch.autograd.grad(run(student, teacher), student, grad_output)
-    launched = [
-        target for graph in counter for target in graph if target is not operator.getitem and not target.is_view
-    ]
-    assert launched == [torch.ops.fused_dino.cosine_rows.default] * 2
+    run, graphs = traced(op)
+    torch.autograd.grad(run(student, target), student, grad_output)
+    calls = [node.target for nodes in graphs for node in nodes if node.target is not operator.getitem]
+    assert [call for call in calls if not call.is_view] == [torch.ops.fused_dino.cosine_rows.default] * 2
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
-def test_nothing_is_launched_beside_vicregs_kernels(shape):
-    """They weigh the terms and take the loss's gradient as it comes."""
-    student, teacher = (x.requires_grad_(i == 0) for i, x in enumerate(VICREG.draw(shape)))
+def test_vicreg_launches_its_two_kernels_alone(shape):
+    """The kernels weigh the terms and take the loss's gradient as it comes."""
+    student, target = VICREG.draw(shape)
+    student.requires_grad_()
     grad_output = torch.ones((), device=DEVICE)
     with Launches() as launches:
-        torch.autograd.grad(FD.vicreg_loss(student, teacher, backend="triton").loss, student, grad_output)
+        torch.autograd.grad(FD.vicreg_loss(student, target, backend="triton").loss, student, grad_output)
     assert launches.seen == ["fused_dino::vicreg_fwd", "fused_dino::vicreg_bwd"]
 
 
 def test_a_ticket_is_left_zero(monkeypatch):
-    """A launch counts its programs with it, and the next launch of the same slot starts from zero."""
-    given = []
-    make = tickets.ticket
+    """A launch counts its programs with a ticket, and the next launch of the same slot starts from zero."""
+    used = []
+    ticket = tickets.ticket
 
     def keep(x):
-        given.append(make(x))
-        return given[-1]
+        used.append(ticket(x))
+        return used[-1]
 
     monkeypatch.setattr(cosine_triton, "ticket", keep)
     for rows in (1, 5, cosine_triton.MANY_ROWS + 1):
         FD.cosine_loss(*(torch.randn(rows, 3, device=DEVICE) for _ in range(2)), backend="triton")
-    assert len(given) == 3
-    assert all(x == 0 for x in given)
+    assert len(used) == 3
+    assert all(x == 0 for x in used)
 
 
 @triton.jit
@@ -320,17 +318,17 @@ def round_kernel(x, PRECISION: tl.constexpr):
 def test_rounding_to_tf32_is_to_nearest_and_keeps_what_is_not_finite(precision):
     """A NaN of a GPU has all the bits of its mantissa set: one more would carry into the sign."""
     step, largest, nan = 2**-10, torch.finfo(torch.float32).max, float("nan")
-    given = [1 + step / 4, 1 + step / 2, 1 + 3 * step / 4, -1 - 3 * step / 4, largest, float("inf"), nan, -0.0]
+    values = [1 + step / 4, 1 + step / 2, 1 + 3 * step / 4, -1 - 3 * step / 4, largest, float("inf"), nan, -0.0]
     rounded = [1, 1 + step, 1 + step, -1 - step, float("inf"), float("inf"), nan, -0.0]
-    x, expected = (torch.tensor(values, device=DEVICE) for values in (given, rounded))
+    x, expected = (torch.tensor(numbers, device=DEVICE) for numbers in (values, rounded))
     x[6:7].view(torch.int32).fill_(0x7FFFFFFF)
     before = x.clone()
     round_kernel[(1,)](x, PRECISION=precision)
     assert_close(x, expected if precision == "tf32" else before, rtol=0, atol=0, equal_nan=True)
 
 
-def lyings(x):
-    """The same images, as they may lie in memory."""
+def layouts(x):
+    """Yield the same images as they may lie in memory."""
     dense = pixels_last(x)
     yield "contiguous", x
     yield "rows of wider images", torch.cat([x, x], 3)[..., : x.shape[3]]
@@ -343,11 +341,11 @@ def lyings(x):
 def test_pixels_are_read_in_place(dtype, monkeypatch):
     x = (PREPROCESS.draw((2, 3, 9, 9))[0] * 60 + 128).to(dtype)
     expected = FD.preprocess(x, (4, 6), backend="triton", patch_size=2)
-    images, made = dict(lyings(x)), {}
+    images, outputs = dict(layouts(x)), {}
     for name in ("to", "contiguous", "clone", "float", "bfloat16", "double", "reshape", "copy_"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: pytest.fail("a copy of the images"))
-    for name, lying in images.items():
-        made[name] = FD.preprocess(lying, (4, 6), backend="triton", patch_size=2)
+    for name, image in images.items():
+        outputs[name] = FD.preprocess(image, (4, 6), backend="triton", patch_size=2)
     monkeypatch.undo()
-    for name, out in made.items():
+    for name, out in outputs.items():
         assert_close(out, expected, msg=name)

@@ -64,7 +64,7 @@ MUTATIONS = {
         "test_kernels.py::test_offsets_past_two_to_the_31st",
     ),
     "resize: a mask": (
-        "value = tl.load(source + at, mask=there, other=0)",
+        "value = tl.load(source + at, mask=valid, other=0)",
         "value = tl.load(source + at)",
         "test_kernels.py::test_nothing_out_of_bounds_is_touched -k preprocess",
     ),
@@ -74,13 +74,13 @@ MUTATIONS = {
         "test_ops.py::test_layouts -k preprocess",
     ),
     "resize: a dtype": (
-        "g += weight * tl.load(at + stride_c, mask=there, other=0).to(ACC)",
-        "g += weight * tl.load(at + stride_c, mask=there, other=0).to(tl.bfloat16).to(ACC)",
+        "g += weight * tl.load(at + stride_c, mask=valid, other=0).to(ACC)",
+        "g += weight * tl.load(at + stride_c, mask=valid, other=0).to(tl.bfloat16).to(ACC)",
         "test_ops.py::test_is_as_accurate_as_eager -k preprocess",
     ),
     "resize: an infinity that is not there": (
-        "value = weight * value\n    return total + (value if ALL else tl.where(there, value, 0.0))",
-        "return total + (weight if ALL else tl.where(there, weight, 0.0)) * value",
+        "value = weight * value\n    return total + (value if ALL else tl.where(valid, value, 0.0))",
+        "return total + (weight if ALL else tl.where(valid, weight, 0.0)) * value",
         "test_resize.py::test_what_is_not_read_does_not_count",
     ),
     "resize: a missing column": (
@@ -341,7 +341,7 @@ def prove(start: Any, tree: Path, test: str) -> tuple[int, str]:
 
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("fused_dino", "kernels", "tests"):
+    for name in ("fused_dino", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Blocks of rows, which a CPU's cache holds from one step to the next."""
+"""Blocks of rows, small enough to stay in a CPU's cache from one step to the next."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .dispatch import cdiv
 
-CPU_ROWS = 256  # of some thousand columns: what one step makes of them is still in a core's cache for the next
+CPU_ROWS = 256  # of some thousand columns: the result of one step is still in a core's cache for the next
 
 
 def blocks(x: Tensor, size: int = CPU_ROWS) -> Iterator[slice]:
-    """Even blocks of some `size` rows of x, on a CPU; all rows at once where a compiler fuses, and where a launch costs
-    more than memory."""
+    """Yield even blocks of about `size` rows of x on a CPU, elsewhere and in compiled code all rows at once.
+
+    A compiler fuses the steps, and on a GPU a launch costs more than memory.
+    """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         yield slice(None)
         return
@@ -24,14 +26,14 @@ def blocks(x: Tensor, size: int = CPU_ROWS) -> Iterator[slice]:
 
 
 def by_rows(function: Callable[..., tuple], outputs: tuple[Tensor, ...], *rows: Tensor, block: int = CPU_ROWS) -> tuple:
-    """function(*rows), in blocks written into `outputs`.
+    """Return function(*rows), computed in blocks and written into `outputs`.
 
-    `function` makes each row of its results from the same row of its arguments.
+    Each row of a result depends on the same row of the arguments alone.
     """
     parts = list(blocks(rows[0], block))
     if len(parts) == 1:
         return tuple(x.to(out.dtype) for x, out in zip(function(*rows), outputs, strict=True))
     for part in parts:
-        for out, made in zip(outputs, function(*(x[part] for x in rows)), strict=True):
-            out[part] = made
+        for out, result in zip(outputs, function(*(x[part] for x in rows)), strict=True):
+            out[part] = result
     return outputs

@@ -1,4 +1,4 @@
-"""How the kernels of a resize are launched: how many taps an axis has, and what one program owns of it."""
+"""The launch options of the resize kernels: how many taps an axis has, and how much of it one program owns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..reference.dtypes import acc_dtype
 from .dispatch import acc_of, cdiv
 from .plain import launch
 
-WIDEST_BLOCK = 256  # columns that a program may own
-LONGEST_SEGMENT = 512  # columns of the source that it holds at a time
-ROWS = 8  # that a program owns, for whose sake the weights of its columns are computed once
+MAX_COLUMNS = 256  # of the target that a program may own
+MAX_SEGMENT = 512  # columns of the source that it holds at a time
+ROWS = 8  # that a program owns: it computes the weights of its columns once for all of them
 
 
 class Axis(NamedTuple):
-    """One axis of a resize, and how many elements of the source one of the target may sum."""
+    """One axis of a resize."""
 
     size_in: int
     size_out: int
@@ -30,12 +30,15 @@ class Axis(NamedTuple):
 
     @property
     def reach(self) -> float:
-        """How far from its centre an output reads, in inputs."""
+        """The distance from its centre, in inputs, within which an output reads."""
         half = 2.0 if self.interpolation == "bicubic" else 1.0
         return half * max(self.size_in / self.size_out, 1) if self.antialias else half
 
     def taps(self, backward: bool) -> int:
-        """An upper bound. Backward the kernel widens its range by a sixteenth on either side against rounding."""
+        """Return how many elements of the source an element of the target may sum, at most.
+
+        The backward kernel widens its range by a sixteenth on either side against rounding.
+        """
         if backward:
             return math.floor(2 * self.reach * self.size_out / self.size_in + 0.125) + 1
         return math.ceil(self.reach) * 2 + 1 if self.antialias else int(2 * self.reach)
@@ -43,52 +46,59 @@ class Axis(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def tiles(axis: Axis, backward: bool) -> dict[str, int]:
-    """COLUMNS of the target that a program owns, the powers of two BLOCK and SEGMENT that hold them and the columns of
-    the source that it reads at a time, and whether that is the WHOLE of them: unless the source is far wider."""
+    """Return the tile of a program.
+
+    COLUMNS: the columns of the target that it owns; BLOCK: a power of two that holds them; SEGMENT: a power of two that
+    holds the columns of the source that it reads at a time; WHOLE: whether one segment holds all that it reads.
+    """
     source, target = (axis.size_out, axis.size_in) if backward else (axis.size_in, axis.size_out)
 
     def tile(columns: int) -> tuple[float, dict[str, int]]:
-        # The first is rounded down to a multiple of 16, and rounding may add one.
+        """Return the cost of a width, and the tile."""
+        # The first column of the source is rounded down to a multiple of 16, and rounding may add one.
         read = min(source, math.ceil((columns - 1) * source / target) + axis.taps(backward) + 16)
-        block, segment = power_of_two(columns), min(power_of_two(read), LONGEST_SEGMENT)
+        block, segment = power_of_two(columns), min(power_of_two(read), MAX_SEGMENT)
         turns = cdiv(read, segment)
-        # By the machine code of sm_90, in what one column costs.
+        # In units of what one column costs in the machine code of sm_90.
         cost = cdiv(target, columns) * (400 + turns * (block + 0.7 * segment))
         return cost, {"COLUMNS": columns, "BLOCK": block, "SEGMENT": segment, "WHOLE": turns == 1}
 
     heavy = backward and axis.antialias and axis.interpolation == "bicubic"  # weights that would fill the registers
-    return min(map(tile, range(16, WIDEST_BLOCK // (1 + heavy) + 1, 16)), key=itemgetter(0))[1]
+    return min(map(tile, range(16, MAX_COLUMNS // (1 + heavy) + 1, 16)), key=itemgetter(0))[1]
 
 
 def active_lanes(axis: Axis, tile: dict[str, int]) -> int:
-    """How many lanes of a warp own a column: fewer than 32 where a tile has lanes to spare and fewer of the words that
-    they read then share one of the 32 banks of shared memory."""
+    """Return how many lanes of a warp own a column.
 
-    def words_a_bank(lanes: int) -> int:
+    They are fewer than 32 where the tile has more lanes than columns, and where fewer of the words that they read then
+    share one of the 32 banks of shared memory.
+    """
+
+    def words_per_bank(lanes: int) -> int:
         return cdiv(math.ceil((lanes - 1) * axis.size_in / axis.size_out) + 1, 32)
 
-    return min(32, tile["COLUMNS"] * 32 // tile["BLOCK"], key=words_a_bank)
+    return min(32, tile["COLUMNS"] * 32 // tile["BLOCK"], key=words_per_bank)
 
 
 def power_of_two(count: int) -> int:
-    """That holds `count`, and a warp's lanes."""
+    """Return the least power of two that is at least `count` and a warp's 32 lanes."""
     return max(32, 1 << (count - 1).bit_length())
 
 
 def launch_options(
     images: Tensor, size: Sequence[int], interpolation: str, antialias: bool, patch_size: int, backward: bool
 ) -> tuple[tuple[float, ...], dict[str, Any], tuple[int, int]]:
-    """The sizes and counts that both kernels take, their options, and the grid.
+    """Return the sizes and counts that both kernels take, their options, and the grid.
 
-    What is a constant of the model is compiled in: as an argument Triton would round it to float32, for float64 too.
+    Constants of the model are compiled in: as arguments Triton would round them to float32, for float64 too.
     """
     H, W = images.shape[2:]
     h, w = size
     y, x = (Axis(*pair, interpolation, antialias) for pair in ((H, h), (W, w)))
     tile = tiles(x, backward)
-    copied = backward and not antialias and (h, w) == (H, W)  # as torch copies that gradient, NaN and all
+    copied = backward and not antialias and (h, w) == (H, W)  # torch copies that gradient, NaN and all
     height, width = (H, W) if backward else (h, w)
-    rows = max(1, min(ROWS, images.shape[0]))  # few where few images leave a GPU idle
+    rows = max(1, min(ROWS, images.shape[0]))  # few images with many rows each would leave a GPU idle
     options = {
         "CUBIC": interpolation == "bicubic" and not copied,
         "ANTIALIAS": antialias,
@@ -105,7 +115,7 @@ def launch_options(
 
 
 def antialias_sums(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
-    """1 / the sum of the weights of each row and column of the output, [h + w]."""
+    """Compute 1 / the sum of the weights of each row and column of the output, [h + w]."""
     from ..kernels.resize import antialias_sums_kernel
 
     H, W = images.shape[2:]

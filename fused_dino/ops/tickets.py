@@ -1,25 +1,25 @@
-"""Counters by which the programs of one launch find out which of them is the last."""
+"""Counters that tell the programs of a launch which of them finishes last."""
 
 from collections import defaultdict, deque
 
 import torch
 from torch import Tensor
 
-FEWEST, FRESH = 2048, 4096  # more launches of ours than this never wait on a GPU at once
+MIN_SLOTS, NEW_SLOTS = 2048, 4096  # more of our launches than MIN_SLOTS are never queued on a GPU at once
 _slots: defaultdict[torch.device, deque[Tensor]] = defaultdict(deque)
 
 
 def ticket(x: Tensor) -> Tensor:
-    """A zero [] int32 on the device of `x`, for a launch that leaves it zero again.
+    """Return a zero [] int32 on the device of `x`, for a launch that leaves it zero again.
 
-    Zeroing one for each launch would be a launch more. Slots go round, so that launches on different streams do not
-    share one; a slot that a CUDA graph captures is the graph's for good.
+    Zeroing one for each launch would be another launch. Slots are taken in turn, so that launches on different streams
+    do not share one. A slot that a CUDA graph captures is not used again outside the graph.
     """
     if not x.is_cuda:
         return x.new_zeros((), dtype=torch.int32)
     slots, capturing = _slots[x.device], torch.cuda.is_current_stream_capturing()
-    if len(slots) < FEWEST and not capturing:
-        slots.extend(x.new_zeros(FRESH, dtype=torch.int32).unbind())
+    if len(slots) < MIN_SLOTS and not capturing:
+        slots.extend(x.new_zeros(NEW_SLOTS, dtype=torch.int32).unbind())
         torch.cuda.current_stream(x.device).synchronize()  # once: other streams may use them next
     if not slots:
         return x.new_zeros((), dtype=torch.int32)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..reference.vicreg import covariance_divisor, wanted
+from ..reference.vicreg import covariance_divisor, is_computed
 
 
 class Plan(NamedTuple):
@@ -57,7 +57,7 @@ def make_plan(
 
 def flags(weights: dict[str, Any]) -> dict[str, Any]:
     """What a plan says of weights whose numbers are elsewhere. A compiler makes no float of a comparison."""
-    return {name: 1.0 if wanted(weight) else 0.0 for name, weight in weights.items()}
+    return {name: 1.0 if is_computed(weight) else 0.0 for name, weight in weights.items()}
 
 
 def weights_of(plan: Plan, weights: Tensor | None) -> tuple[float | Tensor, ...]:

@@ -11,12 +11,14 @@ from .dtypes import upcast
 
 
 def interpolate(pixels: Tensor, size: Sequence[int], mode: str, antialias: bool) -> Tensor:
-    """F.interpolate, but for a result one column wide: torch on a CPU then leaves the rows of an antialiased image
-    as they are, and so it is asked for one row of the transposed image."""
+    """Resize as F.interpolate does, and correctly also where an antialiased result is one column wide.
+
+    There torch on a CPU resizes no rows. So the transposed image is resized to one row.
+    """
     h, w = size
     if antialias and w == 1:
-        turned = F.interpolate(pixels.mT.contiguous(), (w, h), mode=mode, align_corners=False, antialias=True)
-        return turned.mT
+        transposed = F.interpolate(pixels.mT.contiguous(), (w, h), mode=mode, align_corners=False, antialias=True)
+        return transposed.mT
     return F.interpolate(pixels, (h, w), mode=mode, align_corners=False, antialias=antialias)
 
 
@@ -33,9 +35,9 @@ def preprocess(
     out_dtype: torch.dtype,
     patch_size: int | None,
 ) -> Tensor:
-    """((resize(images) - low) / (high - low) - mean) / std, per channel.
+    """Return ((resize(images) - low) / (high - low) - mean) / std, per channel.
 
-    The weights of a resize sum to one, so that normalising first, as most recipes do, is the same function. Only a
+    The weights of a resize sum to one, so that normalising first, as most trainers do, is the same function. Only a
     clamp does not commute: it acts on the resized pixels.
     """
     low, high = input_range

@@ -1,4 +1,4 @@
-"""Variance, invariance and covariance, of the student alone (the teacher is frozen)."""
+"""VICReg's invariance, and the variance and covariance of the student alone, since the target is frozen."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from .dtypes import scaled, upcast, without_autocast
 
 def vicreg_loss(
     student: Tensor,  # [N, D]
-    teacher: Tensor,  # [N, D]
+    target: Tensor,  # [N, D]
     *,
     inv_weight: float | Tensor,
     var_weight: float | Tensor,
@@ -21,7 +21,7 @@ def vicreg_loss(
     unbiased: bool,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss and its three terms, over the rows of every process that `total` sums over.
+    """Return the loss and its three terms, over the rows of every process that `total` sums over.
 
     invariance = mean((y - g)^2)
     variance   = mean_j relu(gamma - sqrt(var_j + eps)),  var_j over N rows, or over N - 1 if unbiased
@@ -29,23 +29,23 @@ def vicreg_loss(
 
     One row has deviations of 0: N - 1 is at least 1. A term whose weight is the number 0 is left out: it is 0.
     """
-    y, g = upcast(student, teacher)
+    y, g = upcast(student, target)
     n, d = total(y.new_full((), y.shape[0])), y.shape[1]
-    spare = (n - 1).clamp(min=1)
+    dof = (n - 1).clamp(min=1)
     invariance = variance = covariance = y[:0].sum() + g[:0].sum()  # 0, with a gradient of zeros
 
-    if wanted(inv_weight):
+    if is_computed(inv_weight):
         invariance = total((y - g).square().sum()) / (n * d)
 
     yc = y - total(y.sum(0)) / n
-    if wanted(var_weight):
-        over = torch.where(n == 0, n, spare) if unbiased else n
-        deviation = (total(yc.square().sum(0)) / over + eps).sqrt()
+    if is_computed(var_weight):
+        divisor = torch.where(n == 0, n, dof) if unbiased else n
+        deviation = (total(yc.square().sum(0)) / divisor + eps).sqrt()
         variance = torch.relu(gamma - deviation).mean()
 
-    if wanted(cov_weight):
+    if is_computed(cov_weight):
         with without_autocast(y):
-            c = total(yc.T @ yc) / spare
+            c = total(yc.T @ yc) / dof
         off_diagonal = c - torch.diag(torch.diag(c))
         covariance = off_diagonal.square().sum() / covariance_divisor(d, cov_reduction)
 
@@ -53,10 +53,11 @@ def vicreg_loss(
     return loss, invariance, variance, covariance
 
 
-def wanted(weight: float | Tensor) -> bool:
-    """Whether a term is computed: a tensor's value is not looked at, which would wait for its device."""
+def is_computed(weight: float | Tensor) -> bool:
+    """Whether a term is computed. It is for any tensor: reading the value would wait for its device."""
     return isinstance(weight, Tensor) or weight != 0
 
 
 def covariance_divisor(width: int, cov_reduction: str) -> int:
+    """Return what the sum of squared covariances is divided by."""
     return width * width if cov_reduction == "mean" else width

@@ -13,40 +13,45 @@ from proving import Case, Op
 
 
 def cosine_scales(
-    student: Tensor, teacher: Tensor, grad_output: Tensor, *, eps: float = 1e-12, reduction: str = "mean",
+    student: Tensor, target: Tensor, grad_output: Tensor, *, eps: float = 1e-12, reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Two for a row's distance; a row's share of the loss over its norm for its gradient."""
+    """A row's distance is at most two. Its gradient is that of the distance, over the norm."""
     distance = torch.full(student.shape[:-1], 2.0, dtype=torch.float64, device=student.device, requires_grad=True)
     value = reduce(distance, weight, reduction)
-    (share,) = torch.autograd.grad(value, distance, grad_output.double())
+    (grad,) = torch.autograd.grad(value, distance, grad_output.double())
     # A norm whose square leaves the range is infinite.
-    norms = (x.double().norm(dim=-1).clamp(eps, 1e154) for x in (student, teacher))
-    for_student, for_teacher = ((share.abs() / norm).unsqueeze(-1) for norm in norms)
-    return value.detach(), for_student, for_teacher
+    norms = (x.double().norm(dim=-1).clamp(eps, 1e154) for x in (student, target))
+    student_grad, target_grad = ((grad.abs() / norm).unsqueeze(-1) for norm in norms)
+    return value.detach(), student_grad, target_grad
 
 
 def mse_scales(
-    student: Tensor, teacher: Tensor, grad_output: Tensor, *, normalize: bool = True, norm_eps: float = 1e-12,
+    student: Tensor, target: Tensor, grad_output: Tensor, *, normalize: bool = True, norm_eps: float = 1e-12,
     reduction: str = "mean", weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The squares of what is subtracted, and their derivative; over the norm where rows are normalised, together with
-    the whole row's share along the row."""
-    s, t = (x.double() for x in (student, teacher))
+    """The value sums squares of differences, the gradient their derivatives.
+
+    The gradient of a normalised row is over its norm, and each element has an error of the whole row.
+    """
+    s, t = (x.double() for x in (student, target))
     norms = [x.norm(dim=-1, keepdim=True).clamp(norm_eps, 1e154) if normalize else torch.ones_like(x) for x in (s, t)]
     sizes = sum(x.abs() / norm for x, norm in zip((s, t), norms, strict=True)).requires_grad_()
     value = reduce(sizes.square(), None if weight is None else weight.unsqueeze(-1), reduction)
-    (share,) = torch.autograd.grad(value, sizes, grad_output.double())
-    share = share.abs()
-    if normalize:
-        share = share.norm(dim=-1, keepdim=True)
-    return value.detach(), share / norms[0], share / norms[1]
+    (grad,) = torch.autograd.grad(value, sizes, grad_output.double())
+    grad = grad.norm(dim=-1, keepdim=True) if normalize else grad.abs()
+    return value.detach(), grad / norms[0], grad / norms[1]
 
 
-def rows_arguments(kind: str, student: Tensor, teacher: Tensor, *made: Tensor) -> tuple:
-    """Of cosine_rows: in the forward the loss alone, in the backward both gradients."""
-    grad_output = made[0].expand(len(student)) if made else None
-    return student, teacher, None, None, grad_output, *RowOptions(kind, "sum", len(student), 1e-12, *[bool(made)] * 2)
+def forward_arguments(kind: str, student: Tensor, target: Tensor) -> tuple:
+    """Arguments of cosine_rows for the loss alone."""
+    return student, target, None, None, None, *RowOptions(kind, "sum", len(student), 1e-12)
+
+
+def backward_arguments(kind: str, student: Tensor, target: Tensor, loss: Tensor, *outputs: Tensor) -> tuple:
+    """Arguments of cosine_rows for both gradients."""
+    options = RowOptions(kind, "sum", len(student), 1e-12, student_grad=True, target_grad=True)
+    return student, target, None, None, loss.expand(len(student)), *options
 
 
 COSINE = Op(
@@ -72,8 +77,8 @@ COSINE = Op(
     rowwise=True,
     forward=cosine_rows.overload,
     backward=cosine_rows.overload,
-    forward_arguments=partial(rows_arguments, "cosine"),
-    backward_arguments=partial(rows_arguments, "cosine"),
+    forward_arguments=partial(forward_arguments, "cosine"),
+    backward_arguments=partial(backward_arguments, "cosine"),
 )
 MSE = Op(
     "mse_loss",
@@ -96,6 +101,6 @@ MSE = Op(
     rowwise=True,
     forward=cosine_rows.overload,
     backward=cosine_rows.overload,
-    forward_arguments=partial(rows_arguments, "mse"),
-    backward_arguments=partial(rows_arguments, "mse"),
+    forward_arguments=partial(forward_arguments, "mse"),
+    backward_arguments=partial(backward_arguments, "mse"),
 )

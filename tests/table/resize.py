@@ -25,22 +25,23 @@ def preprocess(images: Tensor, *, backend: str | None = None, size: tuple[int, i
 
 
 def preprocess_options(images: Tensor, size: tuple[int, int] = (4, 6), **options: Any) -> resize.Options:
-    """As the public function fills them in."""
-    given = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "interpolation": "bilinear"}
-    given |= {"antialias": False, "clamp": False, "out_dtype": images.dtype, "patch_size": None}
-    return resize.Options(size, **(given | options))
+    """The options as the public function fills them in."""
+    defaults = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "clamp": False}
+    defaults |= {"interpolation": "bilinear", "antialias": False, "out_dtype": images.dtype, "patch_size": None}
+    return resize.Options(size, **(defaults | options))
 
 
 def preprocess_scales(images: Tensor, grad_output: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Of a value, the largest finite pixel of its image as it is normalised; of a gradient, the largest grad_output
-    times how many outputs read one input.
+    """The value is as large as its image's largest finite pixel, normalised.
+
+    The gradient sums as many of the largest grad_output as there are outputs that read one input.
     """
     chosen = preprocess_options(images, **options)
     largest = images.detach().double().abs().flatten(1).nan_to_num(0, 0, 0).amax(1).clamp(max=1e300)
     value = largest * max(chosen.scale) + max(map(abs, chosen.shift))
-    readers = math.prod(max(1, out / given) for out, given in zip(chosen.size, images.shape[2:], strict=True))
+    readers = math.prod(max(1, out / side) for out, side in zip(chosen.size, images.shape[2:], strict=True))
     gradient = grad_output.double().abs().amax() * max(chosen.scale) * readers
-    return value.view(-1, *(1 for _ in grad_output.shape[1:])), gradient
+    return value.view(-1, *[1] * (grad_output.ndim - 1)), gradient
 
 
 PREPROCESS = Op(
@@ -75,7 +76,7 @@ PREPROCESS = Op(
     forward=resize.resize_fwd.overload,
     backward=resize.resize_bwd.overload,
     forward_arguments=lambda x: (x, *preprocess_options(x)),
-    backward_arguments=lambda x, made: (torch.ones_like(made), x, *preprocess_options(x)),
+    backward_arguments=lambda x, out: (torch.ones_like(out), x, *preprocess_options(x)),
     inputs=("images",),
-    shape=lambda rows, width: (rows, 3, 3, min(width, 1200)),  # of several segments
+    shape=lambda rows, width: (rows, 3, 3, min(width, 1200)),  # several segments
 )  # fmt: skip

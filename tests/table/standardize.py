@@ -14,7 +14,7 @@ from proving import Case, Op
 def standardize(
     x: Tensor, *, backend: str, normalize: bool = True, eps: float = 1e-5, norm_eps: float = 1e-12
 ) -> Tensor:
-    """What mse_loss(whiten=True) does to each of its inputs before it compares them."""
+    """Do to x what mse_loss(whiten=True) does to each of its inputs before it compares them."""
     if backend == "reference":
         return prepare(*upcast(x), normalize=normalize, norm_eps=norm_eps, whiten_eps=eps)
     options = standardize_triton.Standardization(normalize, eps, norm_eps, acc_dtype(x))
@@ -24,21 +24,23 @@ def standardize(
 def standardize_scales(
     x: Tensor, grad_output: Tensor, *, normalize: bool = True, eps: float = 1e-5, norm_eps: float = 1e-12
 ) -> tuple[Tensor, Tensor]:
-    """With r the rounding of z - mean, |z| and the column's size, over what it is divided by: of y = (z - mean) /
-    (s + eps) that r, and by as much as s is rounded y itself; of its gradient g, mean(g) and the product of
-    (z - mean) / s with the sum of g y, each rounded so. Along a row of length one all of the row comes in."""
-    z = x.double()
-    norm = z.norm(dim=-1, keepdim=True).clamp(norm_eps, 1e154) if normalize else torch.ones_like(z[:, :1])
-    z, dof, g = F.normalize(z, dim=-1, eps=norm_eps) if normalize else z, len(z) - 1, grad_output.double().abs()
-    away, sigma = (z - z.mean(0)).abs(), z.std(0)
+    """The value (z - mean) / (s + eps) has two errors: of z - mean, and of s times the value itself.
+
+    The first is a rounding of |z| and of its column's size. The gradient adds g, mean(g), and the product of
+    (z - mean) / s with the sum of g (z - mean) / s; a product has the errors of its factors. The gradient of a
+    normalised row is over its norm, and each element has an error of the whole row.
+    """
+    z, g = x.double(), grad_output.double().abs()
+    norm = z.norm(dim=-1, keepdim=True).clamp(norm_eps, 1e154)
+    z = F.normalize(z, dim=-1, eps=norm_eps) if normalize else z
+    deviation, sigma = (z - z.mean(0)).abs(), z.std(0)
     rounding = (z.abs() + z.square().mean(0).sqrt()) / (sigma + eps)
-    value = rounding + away / (sigma + eps) * rounding.square().mean(0).sqrt()
-    size = torch.where(sigma == 0, 0, away / sigma)
-    along = (size * (g * rounding).sum(0) + rounding * (g * size).sum(0)) / dof
-    gradient = ((g + g.mean(0)) * (1 + rounding.square().mean(0).sqrt()) + along) / (sigma + eps)
-    if normalize:
-        gradient = gradient.norm(dim=-1, keepdim=True) / norm
-    return value, gradient
+    sigma_rounding = rounding.square().mean(0).sqrt()
+    value = rounding + deviation / (sigma + eps) * sigma_rounding
+    scaled = torch.where(sigma == 0, 0, deviation / sigma)
+    projection = (scaled * (g * rounding).sum(0) + rounding * (g * scaled).sum(0)) / (len(z) - 1)
+    gradient = ((g + g.mean(0)) * (1 + sigma_rounding) + projection) / (sigma + eps)
+    return value, gradient.norm(dim=-1, keepdim=True) / norm if normalize else gradient
 
 
 AS_THEY_ARE = {"normalize": False}
@@ -61,7 +63,7 @@ STANDARDIZE = Op(
     forward=standardize_triton.standardize_fwd.overload,
     backward=standardize_triton.standardize_bwd.overload,
     forward_arguments=lambda x: (x, True, 1e-5, 1e-12, acc_dtype(x)),
-    backward_arguments=lambda x, *made: (torch.ones_like(made[0]), x, *made, True, 1e-5, 1e-12, acc_dtype(x)),
+    backward_arguments=lambda x, out, *saved: (torch.ones_like(out), x, out, *saved, True, 1e-5, 1e-12, acc_dtype(x)),
     inputs=("x",),
     shape=lambda rows, width: (max(rows, 2), width),
     part_of="mse_loss",

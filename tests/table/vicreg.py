@@ -10,30 +10,33 @@ from proving import Case, Op
 
 
 def vicreg_scales(
-    student: Tensor, teacher: Tensor, grad_output: Tensor, *, inv_weight: float = 25.0, var_weight: float = 10.0,
+    student: Tensor, target: Tensor, grad_output: Tensor, *, inv_weight: float = 25.0, var_weight: float = 10.0,
     cov_weight: float = 0.5, gamma: float = 1.0, eps: float = 1e-4, cov_reduction: str = "mean", unbiased: bool = False,
     route: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of the terms as they are summed, without their signs: c_ij is a sum of |x_ni x_nj|, its gradient one of their
-    products with |x|. The diagonal, which eager leaves out, is no part of the unit. An x near 0 is a difference too,
-    which is rounded as its column is."""
-    y, g = student.double(), teacher.double()
+    """The terms are summed without their signs.
+
+    The covariance c_ij sums |x_ni x_nj|, and its gradient sums products of them with |x|. The diagonal, which eager
+    leaves out, is no part of the unit. An x near 0 is a difference too, which is rounded as its column is.
+    """
+    y, t, grad = student.double(), target.double(), grad_output.double().abs()
     n, d = y.shape
-    spare = max(n - 1, 1)
+    dof = max(n - 1, 1)
+    count = dof if unbiased else n
     x = y - y.mean(0)
-    c = (x.T @ x / spare).fill_diagonal_(0)
-    size = (x.abs().T @ x.abs() / spare).fill_diagonal_(0)
-    away = x.abs() + x.square().mean(0).sqrt()
-    sigma = (x.square().sum(0) / (spare if unbiased else n) + eps).sqrt()
+    c = (x.T @ x / dof).fill_diagonal_(0)
+    unsigned = (x.abs().T @ x.abs() / dof).fill_diagonal_(0)
+    deviation = x.abs() + x.square().mean(0).sqrt()
+    sigma = (x.square().sum(0) / count + eps).sqrt()
     divisor = d * d if cov_reduction == "mean" else d
-    value = inv_weight * (y - g).square().mean() + var_weight * (abs(gamma) + sigma.mean())
-    value = (value + cov_weight * (c.abs() * size).sum() / divisor) * grad_output.abs()
-    towards = 2 * inv_weight / (n * d) * (y.abs() + g.abs())
-    pull = var_weight / (d * (spare if unbiased else n)) * away / sigma
-    spread = 4 * cov_weight / (divisor * spare) * (away @ size)
-    outer = grad_output.double().abs()
+    value = inv_weight * (y - t).square().mean() + var_weight * (abs(gamma) + sigma.mean())
+    value = value + cov_weight * (c.abs() * unsigned).sum() / divisor
+    inv_grad = 2 * inv_weight / (n * d) * (y.abs() + t.abs())
+    var_grad = var_weight / (d * count) * deviation / sigma
+    cov_grad = 4 * cov_weight / (divisor * dof) * (deviation @ unsigned)
     smallest = torch.finfo(torch.float64).tiny  # where nothing is summed the result is 0, to the bit
-    return value, ((towards + pull + spread) * outer).clamp(smallest), (towards * outer).clamp(smallest)
+    student_grad, target_grad = (x * grad for x in (inv_grad + var_grad + cov_grad, inv_grad))
+    return value * grad, student_grad.clamp(smallest), target_grad.clamp(smallest)
 
 
 def vicreg_plan(rows: int, width: int) -> tuple:
@@ -43,16 +46,17 @@ def vicreg_plan(rows: int, width: int) -> tuple:
     )  # fmt: skip
 
 
-def vicreg_backward_arguments(student: Tensor, teacher: Tensor, *made: Tensor) -> tuple:
-    weights = torch.tensor((25.0, 10.0, 0.5), dtype=made[0].dtype, device=student.device)
-    return (student, teacher, torch.ones_like(made[0]), weights, *made[4:], True, True, *vicreg_plan(*student.shape))
+def vicreg_backward_arguments(student: Tensor, target: Tensor, loss: Tensor, *outputs: Tensor) -> tuple:
+    weights = torch.tensor((25.0, 10.0, 0.5), dtype=loss.dtype, device=student.device)
+    _, _, _, *saved = outputs
+    return (student, target, torch.ones_like(loss), weights, *saved, True, True, *vicreg_plan(*student.shape))
 
 
 ALONE = {"inv_weight": 0.0, "var_weight": 0.0}  # so that the covariance cannot hide behind the other terms
 
 VICREG = Op(
     "vicreg_loss",
-    lambda student, teacher, **options: FD.vicreg_loss(student, teacher, **options).loss,
+    lambda student, target, **options: FD.vicreg_loss(student, target, **options).loss,
     (
         Case((16, 40), "fewer rows than columns: the product of rows"),
         Case((40, 16), "fewer columns: the product of columns"),
