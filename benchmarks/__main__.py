@@ -12,11 +12,7 @@ from .arguments import add_arguments
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure, print tables, and write the evidence")
-    add_arguments(run)
-    run.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="start no row after this long")
-    run.add_argument("--row", metavar="TEXT", help="only rows whose line, as it is printed while it runs, has this")
-    run.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    add_arguments(commands.add_parser("run", help="measure, print tables, and keep the evidence"))
     commands.add_parser("report", help="render docs/performance.md and the README's table from benchmarks/results/")
     options = vars(parser.parse_args(argv))
     try:

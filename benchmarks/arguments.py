@@ -1,4 +1,4 @@
-"""What a run is asked for; imports nothing that takes time."""
+"""The arguments of a run, the same for `python -m benchmarks run` and `fused-dino bench`. Imports nothing slow."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", metavar="NAME", help="only this one, such as cosine_loss")
+    parser.add_argument("--row", metavar="TEXT", help="only rows whose line, as it is printed while it runs, has this")
     parser.add_argument("--quick", action="store_true", help="one telling row an op, in one direction")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="start no row after this long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every round, and what was measured where")
-    parser.add_argument(
-        "--self-check", action="store_true", help="time eager twice under two names: the spread is noise"
-    )
+    parser.add_argument("--self-check", action="store_true", help="time eager twice: the difference is noise")

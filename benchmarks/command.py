@@ -1,10 +1,13 @@
-"""The command: checks what it is asked before anything is measured, measures, prints, and keeps what was measured."""
+"""Measure what is asked for, print it, and keep it: the one command behind its two names."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from . import evidence, harness, session, show
+import torch
+
+from . import evidence, harness, session, table
 
 
 class Refused(Exception):
@@ -13,17 +16,19 @@ class Refused(Exception):
 
 def bench(
     op: str | None = None,
+    row: str | None = None,
     quick: bool = False,
+    device: str | None = None,
+    seconds: float = float("inf"),
     json: Path | None = None,
     self_check: bool = False,
-    seconds: float = float("inf"),
-    row: str | None = None,
-    device: str | None = None,
 ) -> int:
-    """-> the exit status: 0, or 130 when Ctrl-C ended the run."""
+    """Return the exit status: 0, or 130 when Ctrl-C ended the run. Refuse before anything is measured."""
     benches = harness.benches()
     if op is not None and op not in benches:
         raise Refused(f"--op: {op!r} is not measured; choose from {', '.join(benches)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device: there is no GPU that this torch can use")
     if json is not None:
         try:
             evidence.prepare(json)
@@ -35,11 +40,16 @@ def bench(
         raise Refused(f"--row: no row that is to be measured has {row!r} in its name")
     if not cases:
         raise Refused(f"--quick: no row of {op} is in the quick selection; leave --quick out")
-    with show.progress(len(cases)) as starting:
-        run = session.run(
-            cases, device=device, quick=quick, self_check=self_check, seconds=seconds, path=json, starting=starting
-        )
-    print(show.report(run, len(cases)))
+    run = session.run(
+        cases,
+        device=device,
+        quick=quick,
+        self_check=self_check,
+        seconds=seconds,
+        path=json,
+        starting=lambda case: print(f"measuring {case}", file=sys.stderr, flush=True),
+    )
+    print(table.report(run, len(cases)))
     if json is not None:
         print(f"Evidence: {json}")
     return 130 if run.ended == "interrupted" else 0

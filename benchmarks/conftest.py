@@ -1,38 +1,19 @@
-"""`pytest benchmarks`: every provider of every row is a test, whose rounds pytest-benchmark shows.
+"""`pytest benchmarks`: pytest-benchmark measures every implementation of every row by itself.
 
-pytest-benchmark times one provider after the other, and a machine drifts meanwhile. So the harness measures the
-providers of a row together, when the first of their tests runs, and each test replays what was recorded of it.
+An implementation is a test of its row. It has to pass the same trial as in `python -m benchmarks run` before it is
+timed. A round is the wall time of calls that each wait for the GPU. Implementations follow one another, so that a drift
+of the machine enters their ratios; `python -m benchmarks run` interleaves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
-import torch
 
-from . import harness, session
-from .evidence import Record
-from .session import Case
-
-RECORDS: dict[str, Record] = {}  # of each case that was measured
-
-
-class Replay:
-    """A clock that advances by the recorded seconds of a round each time that it is told to."""
-
-    __name__ = "replay"
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.rounds: Iterator[float] = iter(())
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self) -> None:
-        self.now += next(self.rounds)
+from . import harness, measure, roofs, session
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,43 +21,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) -> list[pytest.Item] | None:
-    """The tests of a module's BENCH: one a provider, row and direction."""
+    """Make the tests of a module's BENCH: one for each row, direction and implementation."""
     if not isinstance(obj, harness.Bench) or name != "BENCH":
         return None
-    device, quick = session.default_device(), collector.config.getoption("--quick")
-    cases = session.plan([obj], device, quick)
-    return [item(collector, case, name, device, quick) for case in cases for name in names(case, device)]
+    device = session.default_device()
+    tests = [
+        pytest.Function.from_parent(collector, name=f"{case}[{provider.name}]", callobj=test_of(case, provider, device))
+        for case in session.plan([obj], device, collector.config.getoption("--quick"))
+        for provider in harness.providers(case, device)
+    ]
+    for test in tests:
+        test.add_marker(pytest.mark.benchmark(group=test.name.partition("[")[0]))
+    return list(tests)
 
 
-def names(case: Case, device: str) -> list[str]:
-    return [provider.name for provider in harness.providers(case.bench, case.row, device, torch.empty(0))]
-
-
-def item(collector: pytest.Module, case: Case, name: str, device: str, quick: bool) -> pytest.Item:
-    clock = Replay()
-    test = pytest.Function.from_parent(
-        collector, name=f"{case}[{name}]", callobj=replayer(case, name, clock, device, quick)
-    )
-    test.add_marker(pytest.mark.benchmark(group=str(case), timer=clock))
-    return test
-
-
-def replayer(case: Case, name: str, clock: Replay, device: str, quick: bool) -> Callable[..., None]:
+def test_of(case: harness.Case, provider: harness.Provider, device: str) -> Callable[..., None]:
     def test(benchmark: Any) -> None:
-        record = measured(case, device, quick)
-        (timing,) = (t for t in record.timings if t.name == name)
-        if timing.why and timing.role == "ours" and timing.why.startswith("wrong"):
-            pytest.fail(timing.why)
-        if timing.why:
-            pytest.skip(timing.why)
-        clock.rounds = iter([sample[record.headline] for sample in timing.rounds])
-        benchmark.extra_info.update(precision=record.precision, errors=timing.errors)
-        benchmark.pedantic(clock.advance, rounds=len(timing.rounds))
+        with roofs.matrix_precision(case.row.tf32):
+            trial = trial_of(case, device)
+            timing, function = trial.judge(provider)
+            if function is None:
+                why = str(timing.why)
+                (pytest.fail if timing.role == "ours" and not why.startswith("not run") else pytest.skip)(why)
+            benchmark.extra_info.update(precision=case.row.precision, errors=timing.errors)
+            benchmark(measure.waiting(trial.bind(function), device))
 
     return test
 
 
-def measured(case: Case, device: str, quick: bool) -> Record:
-    if str(case) not in RECORDS:
-        RECORDS[str(case)] = session.record(case, device, session.SECONDS[quick])
-    return RECORDS[str(case)]
+trial_of = lru_cache(maxsize=1)(harness.Trial)  # the tests of a row follow one another

@@ -131,24 +131,19 @@ def rows_of(head: Line, lines: list[Line]) -> list[str]:
         key = x["op"], x["row"], x["precision"]
         if key not in last or x["direction"] > last[key]["direction"]:  # "forward + backward" comes after "forward"
             last[key] = x
-    telling = {id(x) for x in last.values()}
-    shown = [x for x in lines if smoke.bad(x) or id(x) in telling]
+    shown = [x for x in lines if smoke.bad(x) or x in last.values()]
     if not shown:
         return []
     header = ["op row, times in us", *judge.FIGURES, "predicted", "share", "target", "verdict"]
-    cells = [cells_of(x, judge.gpu_of(head["device"]), id(x) in telling) for x in shown]
+    said = aligned(header, [cells_of(x, judge.gpu_of(head["device"]), x in last.values()) for x in shown])
     slow = sum(is_slow(x) for x in lines)
-    return aligned(header, cells) + [
-        f"host with > is above eager's, in {slow} of {len(lines)} lines of smoke.jsonl"
-    ] * bool(slow)
+    return said + [f"host with > is above eager's, in {slow} of {len(lines)} lines of smoke.jsonl"] * bool(slow)
 
 
 def aligned(header: list[str], cells: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    return [
-        " ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]])
-        for row in (header, *cells)
-    ]
+    """Align all columns but the last."""
+    rows = [header, *cells]
+    return [f"{line} {row[-1]}" for line, row in zip(table.aligned([row[:-1] for row in rows]), rows, strict=True)]
 
 
 def cells_of(x: Line, gpu: int | None, telling: bool) -> list[str]:
@@ -157,8 +152,7 @@ def cells_of(x: Line, gpu: int | None, telling: bool) -> list[str]:
     shown[-1] += f">{x['eager_host_us']:.0f}" if is_slow(x) else ""
     found = judge.predictions_of(x["op"], x["row"], x["direction"], x["precision"]) if gpu is not None else []
     p, share = found[0] if found else None, x.get("share")
-    name = short(f"{x['op'].removesuffix('_loss')} {x['row']}") + (" TF32" if x["precision"] == "TF32" else "")
-    name += "" if telling else f" {x['direction']}"
+    name = name_of(x["op"], x["row"], x["precision"]) + ("" if telling else f" {x['direction']}")
     if p is None or gpu is None:
         expected, target, verdict = "-", "-", "right"
     else:
@@ -173,6 +167,10 @@ def cells_of(x: Line, gpu: int | None, telling: bool) -> list[str]:
 
 def is_slow(x: Line) -> bool:
     return x.get("host_us", 0) > x.get("eager_host_us", float("inf"))
+
+
+def name_of(op: str, row: str, precision: str) -> str:
+    return short(f"{op.removesuffix('_loss')} {row}") + (" TF32" if precision == "TF32" else "")
 
 
 def short(row: str) -> str:
@@ -201,21 +199,21 @@ def comparisons(run: Evidence) -> list[str]:
         header = ["reached/target beside rivals", "us", "eager", "compile", "share", "verdict"]
         said = aligned(header, [cells_beside(x, gpu) for x in found])
     else:
-        telling = {op: table.telling(op, run) for op in dict.fromkeys(r.op for r in run.records)}
-        said = [f"{op} {short(record.row)}: {table.claim(record, run)}" for op, record in telling.items()]
+        telling = [table.telling(op, run) for op in table.ops(run)]
+        said = [f"{record.op} {short(record.row)}: {table.claim(record, run)}" for record in telling]
     return said + ([slow] if (slow := table.slow_hosts(run)) else [])
 
 
 def cells_beside(x: judge.Compared, gpu: int) -> list[str]:
     p = x.prediction
     us = "-" if x.us is None else f"{table.digits(x.us)}" + ("" if p.figure == "cold" else f" {p.figure}")
-    share = "-" if x.share is None else f"{x.share:.0%}"
+    shares = ["-" if share is None else f"{share:.0%}" for share in (x.share, p.share and p.share[gpu])]
     pairs = [
-        f"{table.times(x.eager)}/{judge.at_least(p.eager)}",
-        f"{table.times(x.compile)}/{judge.at_least(p.compile)}",
+        (table.times(x.eager), judge.at_least(p.eager)),
+        (table.times(x.compile), judge.at_least(p.compile)),
+        shares,
     ]
-    name = short(f"{p.op.removesuffix('_loss')} {p.row}") + (" TF32" if p.precision == "TF32" else "")
-    return [name, us, *pairs, f"{share}/{'-' if p.share is None else f'{p.share[gpu]:.0%}'}", judge.said(x.met)]
+    return [name_of(p.op, p.row, p.precision), us, *map("/".join, pairs), judge.said(x.met)]
 
 
 if __name__ == "__main__":

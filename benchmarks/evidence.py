@@ -1,6 +1,6 @@
-"""What a run leaves behind: one JSON file that says by itself where, how and of what it was measured.
+"""Keep a run in one JSON file: the machine, the software, and every round of every provider.
 
-It holds every round of every provider, and no host name and no path.
+It holds no host name and no path.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 import fused_dino
 
-from .measure import middle, spread
+from .measure import spread
 
-SCHEMA = 2  # in 1 a GPU's `cold` had the host's time in it, where that was longer
+SCHEMA = 2
 PACKAGES = ("torch", "triton", "timm", "einops", "torchvision", "kornia", "lightly", "numpy")
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Timing:
-    """A provider on a row. rounds: {figure: seconds} each; none where `why` says what disqualified or stopped it."""
+    """A provider on a row. rounds: {figure: seconds} each; empty where `why` says what excluded or stopped it."""
 
     name: str
     role: str
@@ -40,7 +41,7 @@ class Timing:
 
     def figure(self, name: str) -> float | None:
         values = [sample[name] for sample in self.rounds if name in sample]
-        return middle(values) if values else None
+        return median(values) if values else None
 
     def spread(self, name: str) -> float:
         return spread([sample[name] for sample in self.rounds if name in sample])
@@ -48,7 +49,7 @@ class Timing:
 
 @dataclass
 class Record:
-    """A row in one direction: what was to be done, and everyone who did it."""
+    """A row in one direction: its work, and the times of each provider."""
 
     op: str
     row: str
@@ -65,19 +66,19 @@ class Record:
 
     @property
     def headline(self) -> str:
-        """The figure that ratios are taken of."""
+        """Name the figure that ratios are taken of."""
         return "wall" if self.kind == "cpu" else "cold"
 
     def seconds(self, timing: Timing | None) -> float | None:
         return timing.figure(self.headline) if timing else None
 
     def of(self, role: str) -> Timing | None:
-        """The fastest provider of a role, or None where none was timed."""
+        """Return the fastest provider of a role, or None where none was timed."""
         timed = [t for t in self.timings if t.role == role and t.figure(self.headline) is not None]
         return min(timed, key=lambda t: t.figure(self.headline) or 0.0, default=None)
 
     def ratio(self, timing: Timing | None, over: Timing | None) -> float | None:
-        """How many times faster `timing` is than `over`."""
+        """Return how many times faster `timing` is than `over`."""
         mine, theirs = self.seconds(timing), self.seconds(over)
         return theirs / mine if mine and theirs else None
 
@@ -101,33 +102,30 @@ class Evidence:
         return self.device["kind"]
 
     def noise(self) -> list[float]:
-        """Of each row of a self-check: how far apart one provider's two medians are."""
+        """Return, for each row of a self-check, how far apart eager's two medians are."""
         ratios = (record.ratio(record.of("again"), record.of("eager")) for record in self.records)
         return [abs(ratio - 1) for ratio in ratios if ratio is not None]
 
 
 def begin(device: str, quick: bool) -> Evidence:
-    return Evidence(describe(device), versions(), commit(), now(), quick)
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Evidence(describe(device), versions(), commit(), now, quick)
 
 
 def describe(device: str) -> dict[str, Any]:
     if device == "cpu":
-        mhz = sorted(float(x) for x in re.findall(r"cpu MHz\s*: ([\d.]+)", read("/proc/cpuinfo")))
-        name = re.search(r"model name\s*: (.+)", read("/proc/cpuinfo"))
+        info = Path("/proc/cpuinfo")
+        name = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
         return {
             "kind": "cpu",
             "name": name.group(1).strip() if name else platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "clocks_mhz": [mhz[0], mhz[-1]] if mhz else None,
             "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # processes, over a minute
         }
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    found = output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"])
     return {
         "kind": "cuda",
         "name": gpu.name,
@@ -137,14 +135,8 @@ def describe(device: str) -> dict[str, Any]:
         "multiprocessors": gpu.multi_processor_count,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda or torch.version.hip,
-        "found": dict(zip(fields.split(","), map(str.strip, smi(fields).split(",")), strict=False)),
+        "found": dict(zip(fields.split(","), map(str.strip, found.split(",")), strict=False)),
     }
-
-
-def smi(fields: str) -> str:
-    """Of the first GPU, only ever asked: its settings stay as they are."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
-    return output(command)
 
 
 def output(command: list[str], cwd: Path | None = None) -> str:
@@ -153,13 +145,6 @@ def output(command: list[str], cwd: Path | None = None) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def versions() -> dict[str, str]:
@@ -173,7 +158,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of a checkout, with a + where its code differs from it; an installed package has none."""
+    """Name the checkout's commit, with a + where its code differs from it; an installed package has none."""
     if not (ROOT / ".git").exists() or not (head := output(["git", "rev-parse", "--short=12", "HEAD"], ROOT)):
         return None
     code = ["fused_dino", "kernels", "benchmarks", ":!benchmarks/results"]
@@ -181,14 +166,14 @@ def commit() -> str | None:
 
 
 def clean(error: BaseException) -> str:
-    """An exception in one line of at most 160 characters that names no path of this machine."""
+    """Say an exception in one line of at most 160 characters that names no path of this machine."""
     line = next((line for line in str(error).splitlines() if line.strip()), "").strip()
     line = re.sub(r"(?:[A-Za-z]:)?[\\/][^\s'\":,;()]+", lambda path: Path(path[0]).name, line)
     return f"{type(error).__name__}: {line}"[:160]
 
 
 def prepare(path: Path) -> None:
-    """Raises OSError where `path` cannot be written, before anything is measured."""
+    """Raise OSError where `path` cannot be written, before anything is measured."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
     part(path).write_text("")
@@ -200,17 +185,17 @@ def part(path: Path) -> Path:
 
 
 def save(evidence: Evidence, path: Path) -> None:
-    """Whole or not at all, since a run may be ended at any time."""
+    """Write the file whole or not at all, since a run may be ended at any time."""
     part(path).write_text(json.dumps(asdict(evidence), indent=1) + "\n", encoding="utf-8")
     part(path).replace(path)
 
 
 def load(path: Path) -> Evidence:
-    """Raises ValueError for a file that is no evidence of this schema."""
+    """Read a file. Raise ValueError for one that is no evidence of this schema."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["schema"] != SCHEMA and (raw["schema"], raw["device"]["kind"]) != (1, "cpu"):
-            raise ValueError(f"its schema is {raw['schema']}, and this reads {SCHEMA}, and of a CPU 1")
+        if raw["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {raw['schema']}, and this reads {SCHEMA}")
         records = [Record(**{**x, "timings": [Timing(**t) for t in x["timings"]]}) for x in raw.pop("records")]
         return Evidence(**raw, records=records)
     except (KeyError, TypeError, ValueError) as error:

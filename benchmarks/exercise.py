@@ -26,7 +26,7 @@ from .smoke import OUT_OF_TIME
 
 Case = tuple[str, Callable[[], object]]
 F64, F32, BF16, F16, U8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8
-MANY_ROWS = 4200  # of which a program takes several
+MANY_ROWS = 4200  # a program takes several of so many
 
 
 def cases(device: str) -> list[Case]:
@@ -36,14 +36,14 @@ def cases(device: str) -> list[Case]:
     return [case for _, case in sorted(turns, key=lambda turn: turn[0])]
 
 
-def gradients(call: Callable[..., Tensor], *inputs: Tensor, wanted: int = 1, **options: Any) -> object:
-    """Run the backward to the first `wanted` of the inputs, or the forward alone. No number of grad_output is 1."""
-    leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(inputs)]
+def gradients(call: Callable[..., Tensor], *inputs: Tensor, grads: int = 1, **options: Any) -> object:
+    """Run the backward to the first inputs, `grads` in number, or the forward alone. No value of grad_output is 1."""
+    leaves = [x.detach().requires_grad_(i < grads) for i, x in enumerate(inputs)]
     out = call(*leaves, backend="triton", **options)
-    if not wanted:
+    if not grads:
         return out
     grad_output = torch.linspace(0.5, 1.5, out.numel() + 1, dtype=out.dtype, device=out.device)[1:].view(out.shape)
-    return torch.autograd.grad(out, leaves[:wanted], grad_output)
+    return torch.autograd.grad(out, leaves[:grads], grad_output)
 
 
 def normal(device: str, *shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -55,20 +55,20 @@ def cosine(device: str) -> Iterator[Case]:
         inputs = [normal(device, *shape, dtype=dtype) for _ in range(2)]
         return f"{loss.__name__} {shape[0]} x {shape[1]} {dtype}, {name}", partial(gradients, loss, *inputs, **options)
 
-    yield case("to both", (5, 200), BF16, wanted=2)
+    yield case("to both", (5, 200), BF16, grads=2)
     yield case("programs of several rows", (MANY_ROWS, 40), BF16)
     weight, alpha = torch.linspace(0.5, 1, 5, device=device), torch.tensor(0.3, device=device)
     yield case("weights and a scale", (5, 1000), F32, weight=weight, scale=alpha)
     for width in (1000, 3000, 5000):  # each of the blocks, and a loop over the widest
         yield case("to student", (5, width), F32)
-        yield case("to both", (5, width), BF16, wanted=2)
-    yield case("a value a row", (5, 200), F64, reduction="none", wanted=2)
-    elements = partial(case, loss=FD.mse_loss, reduction="none", wanted=2)
+        yield case("to both", (5, width), BF16, grads=2)
+    yield case("a value a row", (5, 200), F64, reduction="none", grads=2)
+    elements = partial(case, loss=FD.mse_loss, reduction="none", grads=2)
     yield elements("a value an element", (5, 200), F32)
     yield elements("a value an element, as they are", (5, 5000), BF16, normalize=False)
-    yield case("forward", (5, 200), F16, wanted=0)
+    yield case("forward", (5, 200), F16, grads=0)
     yield case("as they are", (5, 200), F32, FD.mse_loss, normalize=False)
-    yield case("elements, forward", (5, 200), F32, FD.mse_loss, reduction="none", wanted=0)
+    yield case("elements, forward", (5, 200), F32, FD.mse_loss, reduction="none", grads=0)
 
 
 def resize(device: str) -> Iterator[Case]:
@@ -78,8 +78,8 @@ def resize(device: str) -> Iterator[Case]:
         images = (normal(device, 2, 3, *side) * 60 + 128).clamp(0, 255).to(dtype)
         images = images.contiguous(memory_format=torch.channels_last) if last else images
         given = {"size": (14, 28), "input_range": (0.0, 255.0), **options}
-        wanted = int(dtype.is_floating_point)
-        return f"preprocess {dtype}, {name}", partial(gradients, FD.preprocess, images, wanted=wanted, **given)
+        grads = int(dtype.is_floating_point)
+        return f"preprocess {dtype}, {name}", partial(gradients, FD.preprocess, images, grads=grads, **given)
 
     yield case("bilinear")
     yield case("bytes", U8, out_dtype=BF16)
@@ -100,20 +100,19 @@ def vicreg(device: str) -> Iterator[Case]:
             return FD.vicreg_loss(*inputs, **options).loss
 
     def case(name: str, shape: tuple[int, int], dtype: torch.dtype, mean: float = 0.0, **options: Any) -> Case:
-        inputs = [normal(device, *shape, dtype=F32) + mean for _ in range(2)]
-        inputs = [x.to(dtype) for x in inputs]
+        inputs = [(normal(device, *shape) + mean).to(dtype) for _ in range(2)]
         return f"vicreg_loss {shape[0]} x {shape[1]} {dtype}, {name}", partial(gradients, loss, *inputs, **options)
 
     yield case("by rows, split", (40, 600), F32)
     yield case("by columns, split, runs of rows merged", (1100, 40), BF16)
     yield case("by rows, large means", (40, 300), F16, mean=100.0)
     yield case("by columns, large means", (300, 40), BF16, mean=100.0)
-    yield case("by rows, TF32, to both", (70, 80), F32, wanted=2, tf32=True)
+    yield case("by rows, TF32, to both", (70, 80), F32, grads=2, tf32=True)
     yield case("by columns", (80, 70), F32)
-    yield case("by rows, to both", (20, 300), BF16, wanted=2)
+    yield case("by rows, to both", (20, 300), BF16, grads=2)
     yield case("by columns", (300, 20), F16)
     yield case("by rows, split", (20, 1200), F64)
-    yield case("without a covariance", (20, 60), F32, cov_weight=0.0, wanted=2)
+    yield case("without a covariance", (20, 60), F32, cov_weight=0.0, grads=2)
 
 
 def standardize(device: str) -> Iterator[Case]:
@@ -129,9 +128,7 @@ def standardize(device: str) -> Iterator[Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.exercise", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), metavar="S", help="start no case after this long"
-    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="start no case after them")
     seconds, start = parser.parse_args().seconds, time.monotonic()
     device = session.default_device()
     found = cases(device)

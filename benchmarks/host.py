@@ -1,4 +1,4 @@
-"""What a call costs the host: the plain route beside the general one, in one run, without a GPU.
+"""Measure what a call costs the host without a GPU: the plain route beside the general one, in one run.
 
     python -m benchmarks.host
 
@@ -17,18 +17,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import fused_dino.functional as FD
 
 from . import test_cosine, test_resize, test_vicreg
 
 CALLS, ROUNDS = 100, 15
-DEVICE = 1000  # that is none: what Triton keeps of the stub serves no other device
+DEVICE = 1000  # no real device: what Triton keeps of the stub serves no other
 MOST = {"cosine forward + backward": 0.57, "vicreg forward + backward": 0.6, "preprocess": 0.5}  # of the general route
 
 
 class Driver:
-    """Triton's driver of an H100 whose launches are kept in `launches`, and run nothing."""
+    """Stand in for Triton's driver of an H100: keep launches in `launches`, and run nothing."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget
@@ -55,12 +56,12 @@ class Driver:
 
 @cache
 def the_driver() -> Driver:
-    """There is one, to which all that is compiled belongs."""
+    """Return the only one, which all compiled kernels belong to."""
     return Driver()
 
 
-def no_obstacle(tensor: torch.Tensor, interpreter: bool = True) -> None:
-    """As on a GPU."""
+def no_obstacle(tensor: Tensor, interpreter: bool = True) -> None:
+    """Find none, as on a GPU."""
 
 
 def watched() -> bool:
@@ -69,59 +70,61 @@ def watched() -> bool:
 
 @contextmanager
 def stubbed_driver() -> Iterator[Driver]:
-    """Within it Triton compiles for a GPU, and launches on tensors of a CPU do nothing."""
+    """Let Triton compile for a GPU, and launches on tensors of a CPU do nothing."""
     from triton.runtime import driver
 
-    with (
-        mock.patch.object(driver, "_active", the_driver()),
-        mock.patch("fused_dino.backend.triton_obstacle", no_obstacle),
-    ):
+    unobstructed = mock.patch("fused_dino.backend.triton_obstacle", no_obstacle)
+    with mock.patch.object(driver, "_active", the_driver()), unobstructed:
         yield the_driver()
 
 
 @contextmanager
 def general_route() -> Iterator[None]:
-    """Within it no call is plain."""
+    """Send every call along the general route."""
     with mock.patch("fused_dino.ops.plain.watched", watched):
         yield
 
 
-def calls() -> dict[str, Callable[[], object]]:
-    """The calls that are measured, small enough that a GPU would wait for the host."""
-    student, target = (torch.randn(256, 1024, dtype=torch.bfloat16) for _ in range(2))
-    images, grad = torch.zeros(4, 3, 256, 256), torch.ones(())
-    cosine, vicreg, wide = student.requires_grad_(), student.detach().float().requires_grad_(), target.float()
+Calls = dict[str, Callable[[], object]]
 
-    def preprocess() -> object:
+
+def calls(shape: tuple[int, int], images: Tensor, cosine: Any, vicreg: Any, preprocess: Any) -> Calls:
+    """Return the calls that are measured."""
+    target, grad = torch.randn(shape), torch.ones(())
+    bf16, bf16_target = torch.randn(shape).bfloat16().requires_grad_(), target.bfloat16()
+    fp32 = torch.randn(shape).requires_grad_()
+
+    def without_gradient() -> object:
         with torch.no_grad():
-            return FD.preprocess(images, 224, out_dtype=torch.bfloat16, backend="triton")
+            return preprocess(images)
 
     return {
-        "cosine forward + backward": lambda: torch.autograd.grad(
-            FD.cosine_loss(cosine, target, backend="triton"), cosine, grad
-        ),
-        "vicreg forward + backward": lambda: torch.autograd.grad(
-            FD.vicreg_loss(vicreg, wide, backend="triton").loss, vicreg, grad
-        ),
-        "preprocess": preprocess,
+        "cosine forward + backward": lambda: torch.autograd.grad(cosine(bf16, bf16_target), bf16, grad),
+        "vicreg forward + backward": lambda: torch.autograd.grad(vicreg(fp32, target), fp32, grad),
+        "preprocess": without_gradient,
     }
 
 
-def eager_calls() -> dict[str, Callable[[], object]]:
-    """Eager's code for the same, on so few numbers that a CPU computes them at once: its time is the host's."""
-    student, target = (torch.randn(2, 4, dtype=torch.bfloat16) for _ in range(2))
-    images, grad = torch.zeros(1, 3, 2, 2), torch.ones(())
-    cosine, vicreg, wide = student.requires_grad_(), student.detach().float().requires_grad_(), target.float()
+def our_calls() -> Calls:
+    """Return ours, small enough that a GPU would wait for the host."""
+    return calls(
+        (256, 1024),
+        torch.zeros(4, 3, 256, 256),
+        lambda x, y: FD.cosine_loss(x, y, backend="triton"),
+        lambda x, y: FD.vicreg_loss(x, y, backend="triton").loss,
+        lambda x: FD.preprocess(x, 224, out_dtype=torch.bfloat16, backend="triton"),
+    )
 
-    def preprocess() -> object:
-        with torch.no_grad():
-            return test_resize.eager(test_resize.unit(images), (2, 2)).to(torch.bfloat16)
 
-    return {
-        "cosine forward + backward": lambda: torch.autograd.grad(test_cosine.recipe(cosine, target), cosine, grad),
-        "vicreg forward + backward": lambda: torch.autograd.grad(test_vicreg.recipe(vicreg, wide), vicreg, grad),
-        "preprocess": preprocess,
-    }
+def eager_calls() -> Calls:
+    """Return eager's, on so few numbers that a CPU computes them at once: their time is the host's."""
+    return calls(
+        (2, 4),
+        torch.zeros(1, 3, 2, 2),
+        test_cosine.recipe,
+        test_vicreg.recipe,
+        lambda x: test_resize.eager(test_resize.unit(x), (2, 2)).to(torch.bfloat16),
+    )
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -132,7 +135,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def ratio(call: Callable[[], object]) -> tuple[float, float, float]:
-    """(microseconds of the plain route, of the general one, the median of their ratios), by turns."""
+    """Return (microseconds of the plain route, of the general one, the median of their ratios), measured by turns."""
     microseconds(call)
     with general_route():
         microseconds(call)
@@ -149,7 +152,7 @@ def main() -> int:
     status = 0
     eager = {name: min(microseconds(call) for _ in range(ROUNDS)) for name, call in eager_calls().items()}
     with stubbed_driver():
-        for name, call in calls().items():
+        for name, call in our_calls().items():
             plain, general, share = ratio(call)
             status |= share > MOST[name]
             times = f"plain {plain:6.1f} us  general {general:6.1f} us"

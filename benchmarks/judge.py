@@ -81,7 +81,7 @@ def expected() -> Table:
         ]
         for p in PREDICTIONS
     ]  # fmt: skip
-    return Table("", header, rows)
+    return Table(header, rows)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def beside(evidence: Evidence) -> Table | None:
         ]
         for x in compared(evidence)
     ]  # fmt: skip
-    return Table("", header, rows) if rows else None
+    return Table(header, rows) if rows else None
 
 
 def times_of(record: Record, role: str) -> dict[str, float | None]:

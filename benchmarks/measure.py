@@ -1,4 +1,4 @@
-"""Time, on a CPU and on a GPU: samples of one call, and providers interleaved in shuffled rounds."""
+"""Time calls on a CPU and on a GPU, interleaved in shuffled rounds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ LEAST, MOST = 5, 60  # rounds
 def interleave(
     samplers: Mapping[str, Callable[[], Sample]], seconds: float, clock: Clock = time.perf_counter
 ) -> dict[str, list[Sample]]:
-    """{name: its sample of each round}. Every round samples all, in a new order, so that a drift of the machine meets
-    everyone; there are at least LEAST rounds, and more while `seconds` last."""
+    """Return {name: its sample of each round}: at least LEAST rounds, and more while `seconds` last.
+
+    Every round samples all in a new order, so that a drift of the machine meets all of them.
+    """
     shuffle = random.Random(0).shuffle
     order = list(samplers)
     rounds: dict[str, list[Sample]] = {name: [] for name in order}
@@ -37,23 +39,24 @@ def interleave(
     return rounds
 
 
-def middle(values: Sequence[float]) -> float:
-    return median(values)
-
-
 def spread(values: Sequence[float]) -> float:
-    """The interquartile range over the median."""
+    """Return the interquartile range over the median."""
     if len(values) < 2:
         return 0.0
     low, mid, high = quantiles(values, n=4, method="inclusive")
     return (high - low) / mid if mid else 0.0
 
 
-def host_sampler(call: Callable[[], Any], clock: Clock = time.perf_counter) -> Callable[[], Sample]:
-    """-> a function () -> the wall time of one call, the mean of as many as SAMPLE takes.
+def sampler(calls: Sequence[Callable[[], Any]], device: str) -> Callable[[], Sample]:
+    """Return a function that samples a call. calls: The same call, on a GPU on as many inputs as rotate(...) made."""
+    return gpu_sampler(calls) if device == "cuda" else host_sampler(calls[0])
 
-    A call that is not timed comes before them: whoever was sampled last left other data in the caches, and other memory
-    in malloc's hands, which a loop over this call alone would not meet.
+
+def host_sampler(call: Callable[[], Any], clock: Clock = time.perf_counter) -> Callable[[], Sample]:
+    """Return a function that gives the wall time of one call, the mean of as many as SAMPLE takes.
+
+    A call that is not timed comes before them: the provider that was sampled last left other data in the caches, and
+    other memory in malloc's hands.
     """
 
     def once(repeat: int) -> float:
@@ -84,11 +87,11 @@ COPIES = 512  # at most
 
 
 def gpu_sampler(calls: Sequence[Callable[[], Any]]) -> Callable[[], Sample]:
-    """-> a function () -> cold, graph and host, in seconds a call.
+    """Return a function that gives a call's figures in seconds. A call that cannot be captured has no `graph`.
 
-    calls: the same call on as many inputs as rotate(...) made. cold: of the GPU alone, with nothing in its L2; graph:
-    all calls in one CUDA graph, so that no launch is waited for; host: until a call is enqueued. A call that cannot be
-    captured has no graph figure.
+    cold: GPU time of a call whose inputs are not in the L2.
+    graph: GPU time of a call in a CUDA graph of all calls, so that no launch is waited for.
+    host: Time until a call is enqueued.
     """
     call = calls[0]
     graph = capture(calls)
@@ -152,7 +155,7 @@ def empty_the_cache() -> None:
 
 
 def rotate(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Copies of the inputs, strides and all, that together are larger than ROTATION times the L2."""
+    """Copy the inputs, strides and all, until they are together larger than ROTATION times the L2."""
     size = sum(x.numel() * x.element_size() for x in inputs)
     needed = ROTATION * torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
     return [inputs, *(tuple(x.clone() for x in inputs) for _ in range(min(COPIES, needed // max(size, 1))))]
@@ -176,7 +179,7 @@ def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
 
 
 def replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of one replay, the median of five."""
+    """Return the seconds of one replay, the median of five."""
     graph.replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
     marks[0].record()
@@ -185,6 +188,17 @@ def replay(graph: torch.cuda.CUDAGraph) -> float:
         mark.record()
     torch.cuda.synchronize()
     return median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
+
+
+def waiting(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Make a call wait until the GPU has ended it. On a CPU it is the call itself."""
+
+    def call_and_wait() -> Any:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return call_and_wait if device == "cuda" else call
 
 
 def lost() -> bool:
@@ -198,7 +212,7 @@ def lost() -> bool:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """What one call allocates on the GPU beyond what was allocated before it."""
+    """Return what one call allocates on the GPU beyond what was allocated before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -1,14 +1,15 @@
-"""The machine's own ceilings, measured in the run that they are compared with: a copy, and matrix products."""
+"""Measure the machine's roofs in the run that they are compared with: a copy, and matrix products."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
 
-from .measure import cold, enqueue, host_sampler, middle
+from .measure import cold, enqueue, host_sampler
 
 Roofs = dict[str, float]  # "copy": bytes a second, read and written; a precision: FLOP a second
 
@@ -37,12 +38,12 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         return cold(call, enqueue(call))
     sample = host_sampler(call)
-    return middle([sample()["wall"] for _ in range(7)])
+    return median([sample()["wall"] for _ in range(7)])
 
 
 @contextmanager
 def matrix_precision(tf32: bool) -> Iterator[None]:
-    """Within it float32 matrix products use TF32, or do not."""
+    """Let float32 matrix products use TF32, or not."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
@@ -52,7 +53,7 @@ def matrix_precision(tf32: bool) -> Iterator[None]:
 
 
 def of_the_roof(seconds: float, bytes: float, flops: float, precision: str, roofs: Roofs) -> tuple[float, str]:
-    """(the share, the roof that is nearer): "copy" or "matrix"."""
+    """Return the share of the nearer roof and its name, "copy" or "matrix"."""
     shares = {"copy": bytes / seconds / roofs["copy"], "matrix": flops / seconds / roofs.get(precision, float("inf"))}
     name = max(shares, key=shares.__getitem__)
     return shares[name], name

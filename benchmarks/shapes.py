@@ -1,4 +1,4 @@
-"""Every size that is measured, and why. Data alone: tests import it too."""
+"""Every size that is measured, and why. Data alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ CPU, GPU = ("cpu",), ("cuda",)
 FORWARD, BACKWARD = "forward", "forward + backward"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One line of an op's table.
 
-    shape: of the op's first input, [rows, width] of a loss, [B, 3, H, W] of images.
-    dtype: of the inputs, a name that torch has.
-    options: what the op's declaration reads from it, such as size, out_dtype or layout.
-    grad_output: what the gradient of a scalar is scaled by: 1 is a plain backward(), anything else a weighted loss.
-    tf32: float32 matrix products may use TF32. It has rows of its own, since its errors are other errors.
-    directions: what is measured of it; its tables end with the last.
-    on: the kinds of device that it is for.
-    quick: in the quick selection; the last quick row of an op is the one that its sentence speaks of.
+    shape: Shape of the op's first input: [rows, width] of a loss, [B, 3, H, W] of images.
+    dtype: Dtype of the inputs, a name that torch has.
+    options: What the op's declaration reads from it, such as size, out_dtype or layout.
+    grad_output: Factor of a scalar's gradient: 1 is a plain backward(), anything else a weighted loss.
+    tf32: Whether float32 matrix products may use TF32. It has rows of its own, since its errors are other errors.
+    directions: What is measured of it. Its tables end with the last.
+    on: The kinds of device that it is for.
+    quick: Whether it is in the quick selection. An op's sentence speaks of its last quick row.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def precision(self) -> str:
-        """Of the arithmetic's inputs: what is compared with what."""
+        """Return the precision of the arithmetic's inputs. Only times of one precision are compared."""
         return "TF32" if self.tf32 else {"bfloat16": "bf16", "float16": "fp16"}.get(self.dtype, "IEEE")
 
 

@@ -1,6 +1,6 @@
 """Check every row of our kernels against float64, and time it: the first thing that a GPU is asked.
 
-    python3 -m benchmarks.smoke OUT [--seconds 150] [--op NAME] [--device cuda|cpu]
+    python3 -m benchmarks.smoke OUT [--seconds 150] [--device cuda|cpu]
 
 A row takes about a second: nothing is compiled but the kernels, and eager gives its error and its host time alone. The
 most telling rows come first. Each becomes a line of OUT/smoke.jsonl as soon as it is measured. A wrong address takes
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import evidence, harness, judge, measure, roofs, session
-from .session import Case
+from .harness import Case, Trial
 
 OUT_OF_TIME = 75
 PROFILED = 5  # calls
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     path, device = options.out / "smoke.jsonl", options.device
-    cases = order(chosen(harness.benches().values(), device, options.op))
+    cases = order(chosen(harness.benches().values(), device))
     if not options.resume:
         found = roofs.measure_roofs(device, {case.row.precision for case in cases}) if device == "cuda" else {}
         described = evidence.describe(device)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file.write(json.dumps(lines[-1]) + "\n")
         print(f"  {words(lines[-1])}", flush=True)
         if lines[-1]["wrong"] and device == "cuda" and measure.lost():
-            go_on(options, options.seconds - (time.monotonic() - start))
+            go_on(options.out, options.seconds - (time.monotonic() - start))
     print(count_of(lines, len(cases)))
     return int(any(map(bad, lines))) or (0 if len(lines) == len(cases) else OUT_OF_TIME)
 
@@ -65,21 +65,18 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.smoke", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="the folder for smoke.jsonl")
     parser.add_argument("--seconds", type=float, default=150.0, metavar="LIMIT", help="start no row after this long")
-    parser.add_argument("--op", metavar="NAME", help="only this one, such as cosine_loss")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--resume", action="store_true", help="go on with the rows that smoke.jsonl does not have")
     return parser
 
 
-def chosen(benches: Iterable[harness.Bench], device: str, op: str | None = None) -> list[Case]:
-    """All rows of the ops that have kernels. A CPU only shows that this runs, and takes the smallest row of each op."""
-    plan = [c for c in session.plan(benches, device, quick=False) if c.bench.rooms is None and op in (None, c.bench.op)]
+def chosen(benches: Iterable[harness.Bench], device: str) -> list[Case]:
+    """Return all rows of the ops that have kernels; on a CPU, which only shows that this runs, each op's smallest."""
+    plan = [case for case in session.plan(benches, device, quick=False) if case.bench.parts is None]
     if device == "cuda":
         return plan
-    least = {
-        c.bench.op: str(min((x.row for x in plan if x.bench is c.bench), key=lambda r: prod(r.shape))) for c in plan
-    }
-    return [c for c in plan if str(c.row) == least[c.bench.op]]
+    smallest = {c.bench.op: min((x.row for x in plan if x.bench is c.bench), key=lambda r: prod(r.shape)) for c in plan}
+    return [case for case in plan if case.row is smallest[case.bench.op]]
 
 
 def order(cases: list[Case]) -> list[Case]:
@@ -90,9 +87,8 @@ def order(cases: list[Case]) -> list[Case]:
         return case.direction != case.bench.directions(case.row)[-1], not known, not case.row.quick
 
     turns = {case.bench.op: count() for case in cases}
-    ranked = sorted(cases, key=rank)
-    at = [next(turns[case.bench.op]) for case in ranked]
-    return [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: (rank(ranked[i])[0], at[i]))]
+    turned = [(rank(case)[0], next(turns[case.bench.op]), case) for case in sorted(cases, key=rank)]
+    return [case for *_, case in sorted(turned, key=lambda turn: turn[:2])]
 
 
 def row_of(case: Case, device: str, found: roofs.Roofs) -> Line:
@@ -101,48 +97,38 @@ def row_of(case: Case, device: str, found: roofs.Roofs) -> Line:
                   "direction": case.direction, "wrong": None}  # fmt: skip
     try:
         with roofs.matrix_precision(case.row.tf32):
-            inspect(case, device, found, line)
+            inspect(Trial(case, device), found, line)
     except Exception as error:
         line["wrong"] = f"{type(error).__name__}: {error}"[:500]
     return line
 
 
-def inspect(case: Case, device: str, found: roofs.Roofs, line: Line) -> None:
-    bench, row, direction = case.bench, case.row, case.direction
-
-    def bind(function: harness.Function, inputs: tuple) -> Callable[[], list]:
-        return harness.bind(bench, row, function, inputs, direction)
-
-    inputs = harness.draw(bench, row, device)
-    true = harness.truth(bench, row, inputs, direction)
-    eager = bind(harness.place(bench.recipe(row), device), inputs)
-    eagers = harness.errors(eager(), true)
-    ours = harness.place(harness.ours(bench, row, "triton" if device == "cuda" else "torch", inputs[0]), device)
+def inspect(trial: Trial, found: roofs.Roofs, line: Line) -> None:
+    bench, row, device = trial.case.bench, trial.case.row, trial.device
+    ours = harness.ours(bench, row, "triton" if device == "cuda" else "torch", device)
     start = time.perf_counter()
-    call = bind(ours, inputs)
-    got = call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    call = trial.bind(ours)
+    got = measure.waiting(call, device)()
     line["first_call_s"] = round(time.perf_counter() - start, 2)
-    errors = harness.errors(got, true)
-    again = call()
-    line |= {"errors": errors, "eager_errors": eagers, "wrong": harness.verdict(got, errors, eagers),
-             "repeats": all(map(torch.equal, got, again))}  # fmt: skip
+    line["errors"], line["wrong"] = trial.compare(got)
+    line["eager_errors"], _ = trial.compare(trial.eager)
+    line["repeats"] = all(map(torch.equal, got, call()))
     if device == "cpu":
         line["host_us"] = measure.host_sampler(call)()["wall"] * 1e6
         return
     line["host_us"] = (host := measure.enqueue(call)) * 1e6
-    line["eager_host_us"] = measure.enqueue(eager) * 1e6
+    line["eager_host_us"] = measure.enqueue(trial.eager_call) * 1e6
     line["cold_us"] = (seconds := measure.cold(call, host)) * 1e6
-    calls = [bind(ours, x) for x in measure.rotate(inputs)]
+    calls = [trial.case.bind(ours, x) for x in measure.rotate(trial.inputs)]
     graph = measure.capture(calls)
     line["graph_us"] = None if graph is None else measure.replay(graph) / len(calls) * 1e6
-    line["share"], line["roof"] = roofs.of_the_roof(seconds, *bench.work(row, direction), row.precision, found)
+    work = bench.work(row, trial.case.direction)
+    line["share"], line["roof"] = roofs.of_the_roof(seconds, *work, row.precision, found)
     line["kernels_us"] = kernels(call)
 
 
 def kernels(call: Callable[[], Any]) -> dict[str, float] | str:
-    """{kernel: microseconds of a call}: where the time of an op of several kernels goes."""
+    """Return {kernel: microseconds of a call}: where the time of an op of several kernels goes."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     try:
         with torch.profiler.profile(activities=activities) as profile:
@@ -155,16 +141,15 @@ def kernels(call: Callable[[], Any]) -> dict[str, float] | str:
     return {name: round(us, 2) for name, us in spent.items() if us} or "no profiler: it saw no kernel"
 
 
-def go_on(options: argparse.Namespace, seconds: float) -> None:
+def go_on(out: Path, seconds: float) -> None:
     """Put a new process in the place of this one, whose GPU is lost."""
-    command = [sys.executable, "-m", "benchmarks.smoke", str(options.out), "--resume", "--seconds", f"{seconds:.0f}"]
+    command = [sys.executable, "-m", "benchmarks.smoke", str(out), "--resume", "--seconds", f"{seconds:.0f}"]
     print("  the GPU is lost: a new process goes on", flush=True)
-    os.execv(sys.executable, command + (["--op", options.op] if options.op else []))
+    os.execv(sys.executable, command)
 
 
 def read(path: Path) -> list[Line]:
-    """Read the lines of a file, such as smoke.jsonl: one for the run, then one a row. A line that a kill cut short is
-    left out."""
+    """Read a file such as smoke.jsonl: a line for the run, then one a row. Leave out a line that was cut short."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -179,7 +164,7 @@ def bad(line: Line) -> bool:
 
 
 def count_of(lines: list[Line], planned: int) -> str:
-    """Say in a line what the rows show."""
+    """Count the rows, those that are wrong, and those that do not repeat."""
     wrong = sum(bool(line["wrong"]) for line in lines)
     differ = sum(not line.get("repeats", True) for line in lines)
     return f"{len(lines)} of {planned} rows, {wrong} wrong, {differ} whose bits differ"
@@ -189,8 +174,7 @@ def words(line: Line) -> str:
     us = [f"{name} {line[name + '_us']:.1f} us" for name in judge.FIGURES if line.get(f"{name}_us") is not None]
     share = [f"{line['share']:.0%} of {line['roof']}"] if "share" in line else []
     ends = ["bits differ"] if not line.get("repeats", True) else []
-    ends += [f"WRONG: {line['wrong']}"] if line["wrong"] else ["right"]
-    return ", ".join([*us, *share, *ends, str(line.get("kernels_us", ""))]).rstrip(", ")
+    return ", ".join([*us, *share, *ends, f"WRONG: {line['wrong']}" if line["wrong"] else "right"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cosine between rows: what moves is two inputs in, and with a gradient one more out."""
+"""Measure the cosine of rows: a forward reads two inputs, and a gradient is written as one more."""
 
 import math
 from functools import partial
@@ -18,7 +18,7 @@ def recipe(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Three products of rows; with a gradient two scaled rows and their sum."""
+    """Count three products of rows; a gradient adds two scaled rows and their sum."""
     elements = math.prod(row.shape)
     tensors, operations = (2, 6) if direction == FORWARD else (3, 10)
     return tensors * elements * getattr(torch, row.dtype).itemsize, operations * elements

@@ -1,4 +1,4 @@
-"""Mean squared error between rows of length one: what moves is two inputs in, and with a gradient one more out."""
+"""Measure the squared error of unit rows: a forward reads two inputs, and a gradient is written as one more."""
 
 import math
 from functools import partial
@@ -21,8 +21,10 @@ def recipe(student: Tensor, teacher: Tensor, whiten: bool = False) -> Tensor:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Two norms and a squared difference; with a gradient two scaled rows and their sum. Whitening takes two means, two
-    deviations and what they are taken off and over; with a gradient two more sums, and what these are."""
+    """Count two norms and a squared difference; a gradient adds two scaled rows and their sum.
+
+    Whitening adds two means, two deviations, and their subtraction and division; a gradient adds two sums over rows.
+    """
     elements = math.prod(row.shape)
     tensors, operations = (2, 7) if direction == FORWARD else (3, 11)
     if row.options.get("whiten"):

@@ -1,4 +1,4 @@
-"""Resize and normalise: what moves is the images in and the result out, and with a gradient the same back."""
+"""Measure resizing and normalising: images are read and the result is written; a gradient moves the same back."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def out_dtype(row: Row) -> torch.dtype:
 
 
 def unit(images: Tensor) -> Tensor:
-    """In 0..1, from bytes or from -1..1."""
+    """Map bytes, or floats in -1..1, to 0..1."""
     return (images + 1) / 2 if images.is_floating_point() else images.float() / 255
 
 
@@ -64,7 +64,7 @@ def ours(row: Row, backend: str) -> Function:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Three interpolations of two values and a multiply-add for each output; its adjoint costs as much."""
+    """Count three interpolations of two values and a multiply-add for each output; the adjoint costs as much."""
     inside = math.prod(row.shape)
     outside = row.shape[0] * 3 * row.options["size"] ** 2
     moved = inside * getattr(torch, row.dtype).itemsize + outside * out_dtype(row).itemsize

@@ -1,4 +1,4 @@
-"""A whole supervised step in the row's dtype, on random weights, with the share of each room in it."""
+"""Measure a whole supervised step in the row's dtype, on random weights, and the share of each of its parts."""
 
 from functools import cache
 
@@ -55,25 +55,25 @@ def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
     return normal((row.shape[0], IN_DIM), row, generator), normal(row.shape, row, generator).tanh()
 
 
-def rooms(row: Row, z: Tensor, images: Tensor) -> dict:
-    room = Recipe(row).to(z.device)
-    x, see, leaf = FD.preprocess(images, SIZE), torch.no_grad()(room.teacher), z.detach().requires_grad_()
-    g, y = see(x)["global"], room.projector(z).detach().requires_grad_()
-    weights = [leaf, *room.projector.parameters()]
+def parts(row: Row, z: Tensor, images: Tensor) -> dict:
+    recipe = Recipe(row).to(z.device)
+    x, see, leaf = FD.preprocess(images, SIZE), torch.no_grad()(recipe.teacher), z.detach().requires_grad_()
+    g, y = see(x)["global"], recipe.projector(z).detach().requires_grad_()
+    weights = [leaf, *recipe.projector.parameters()]
     return {
         "preprocess": lambda: FD.preprocess(images, SIZE),
         "teacher": lambda: see(x),
-        "projector": lambda: torch.autograd.grad(room.projector(leaf), weights, y),
+        "projector": lambda: torch.autograd.grad(recipe.projector(leaf), weights, y),
         "loss": lambda: torch.autograd.grad(FD.cosine_loss(y, g), y),
     }
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Images and weights, the projector's three times with its gradient; a product of each weight with each token."""
-    eyes = teacher(row.options["teacher"])
-    seen, projector = sum(p.numel() for p in eyes.parameters()), (IN_DIM + eyes.embed_dim) * 4096
-    elements = row.shape[0] * 3 * row.shape[2] * row.shape[3] + seen + 3 * projector
-    return elements * getattr(torch, row.dtype).itemsize, 2 * row.shape[0] * (TOKENS * seen + 3 * projector)
+    """Move the images and weights, the projector's three times with its gradient; use each weight for each token."""
+    model = teacher(row.options["teacher"])
+    weights, projector = sum(p.numel() for p in model.parameters()), (IN_DIM + model.embed_dim) * 4096
+    elements = row.shape[0] * 3 * row.shape[2] * row.shape[3] + weights + 3 * projector
+    return elements * getattr(torch, row.dtype).itemsize, 2 * row.shape[0] * (TOKENS * weights + 3 * projector)
 
 
-BENCH = Bench("step", STEPS, inputs, Recipe, Ours, work, rooms=rooms, asks="cosine_loss")
+BENCH = Bench("step", STEPS, inputs, Recipe, Ours, work, parts=parts, asks="cosine_loss")

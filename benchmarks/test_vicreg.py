@@ -1,4 +1,4 @@
-"""VICReg against a frozen teacher: what counts is a product, of rows or of columns, and twice it for the gradient."""
+"""Measure VICReg against a frozen teacher: one product of rows or columns, and twice as much for its gradient."""
 
 from functools import partial
 from typing import Any
@@ -28,12 +28,10 @@ def ours(row: Row, backend: Any) -> Function:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """The half of a symmetric product, and with a gradient a whole one."""
+    """Count half of a symmetric product; a gradient adds a whole one."""
     n, d = row.shape
     tensors, products = (2, 1) if direction == FORWARD else (3, 3)
     return tensors * n * d * getattr(torch, row.dtype).itemsize, products * n * d * min(n, d)
 
 
-BENCH = Bench(
-    op="vicreg_loss", rows=BATCHES, inputs=pair, recipe=lambda row: recipe, ours=ours, work=work
-)  # fmt: skip
+BENCH = Bench("vicreg_loss", BATCHES, pair, lambda row: recipe, ours, work)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks import yardstick
 from fused_dino.ops import cosine_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -170,11 +171,6 @@ def check_accuracy(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: 
 
 
 def check_error(name: str, got: Tensor, plain: Tensor, true: Tensor, unit: Tensor, floor: float) -> None:
-    """Of finite `got`, in units of `unit`: at most twice eager's, `plain`, plus the floor and one rounding."""
-    limits = torch.finfo(got.dtype)
-    # The result's own rounding, to which a subnormal's last step is large.
-    rounding = limits.eps * (true.abs().clamp(min=limits.smallest_normal) / unit).max().item()
-    error = ((got.double() - true).abs() / unit).max().item()
-    eagers = torch.where(plain.isfinite(), (plain.double() - true).abs() / unit, 0).max().item()
-    allowed = 2 * eagers + floor + rounding
-    assert error <= allowed, f"{name}: error {error:.3g} of its scale; eager's {eagers:.3g}, allowed {allowed:.3g}"
+    """Refuse a finite result by the yardstick of the benchmarks: against float64, beside eager's, `plain`."""
+    error = yardstick.compare(got, plain, true, unit, floor)
+    assert not error.too_large, f"{name}: {error}"

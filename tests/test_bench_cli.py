@@ -1,16 +1,20 @@
 """`fused-dino bench` and `python -m benchmarks`: what they refuse before they measure, and what they print."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fused_dino.benchmarks import command, harness, roofs, session, show
+from benchmarks import __main__ as module
+from fused_dino.benchmarks import command, harness, roofs, session
 from fused_dino.benchmarks.shapes import Row
 from fused_dino.cli import main
 
 ROOT = Path(__file__).parents[1]
+BENCH = command.bench
 
 
 @pytest.fixture
@@ -67,6 +71,13 @@ class TestRefusals:
         refused(capsys, "--op", "softmax", "--json", str(tmp_path / "x.json"))
         assert (tmp_path / "x.json").read_text() == "older"
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_gpu_that_is_not_there(self, capsys):
+        assert "--device: there is no GPU" in refused(capsys, "--device", "cuda")
+
+    def test_a_row_that_is_not_there(self, capsys):
+        assert "--row: no row that is to be measured has '7 x 7' in its name" in refused(capsys, "--row", "7 x 7")
+
     def test_the_module_refuses_as_well(self):
         run = subprocess.run(
             [sys.executable, "-m", "benchmarks", "run", "--op", "softmax"], cwd=ROOT, capture_output=True, text=True
@@ -80,7 +91,7 @@ class TestRuns:
     def test_it_ends_in_a_sentence_and_says_that_this_is_a_cpu(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr(session, "default_device", lambda: "cpu")
         assert main(["bench", "--quick", "--self-check", "--json", str(tmp_path / "x.json")]) == 0
-        *_, noise, device, sentence, kept = capsys.readouterr().out.replace("\n  ", " ").strip().splitlines()
+        *_, noise, device, sentence, kept = capsys.readouterr().out.strip().splitlines()
         assert noise.startswith("Self-check: ")
         assert "a CPU" in device
         assert sentence.startswith("cosine_loss: ")
@@ -95,8 +106,7 @@ class TestRuns:
         assert main(["bench"]) == 130
         assert "Measured 0 of 2: the run was ended early." in capsys.readouterr().out
 
-    def test_without_rich_it_prints_plain_lines(self, capsys, monkeypatch):
-        monkeypatch.setattr(show, "find_spec", lambda name: None)
+    def test_each_row_is_named_before_it_is_measured(self, capsys):
         assert command.bench(quick=True) == 0
         out, err = capsys.readouterr()
         assert err == "measuring cosine_loss 3 x 4 float32 (IEEE), forward + backward\n"
@@ -109,9 +119,12 @@ def test_the_command_loads_nothing_of_it_until_it_runs():
     assert run.stdout.strip() == "['fused_dino.benchmarks', 'fused_dino.benchmarks.arguments']"
 
 
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["bench", "--help"])
-    assert exit.value.code == 0
-    out = capsys.readouterr().out
-    assert all(option in out for option in ("--op", "--quick", "--json", "--self-check"))
+def test_both_names_of_the_command_call_one_function_with_the_same_arguments(monkeypatch):
+    argv = ["--op", "step", "--row", "2", "--quick", "--device", "cpu", "--seconds", "9", "--json", "x", "--self-check"]
+    calls = []
+    for bench in (command, module.command):
+        monkeypatch.setattr(bench, "bench", lambda **options: calls.append(options) or 0)
+    assert main(["bench", *argv]) == module.main(["run", *argv]) == 0
+    assert main(["bench"]) == module.main(["run"]) == 0
+    assert calls[0] == calls[1] != calls[2] == calls[3]
+    assert {*calls[0]} == {*inspect.signature(BENCH).parameters}

@@ -1,18 +1,26 @@
 """The harness: who is timed and who is not, how rounds are taken, and what a run keeps of them."""
 
 import itertools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 
-from benchmarks import command, conftest, evidence, harness, measure, roofs, session, show, table
+import proving
+from benchmarks import command, evidence, harness, measure, roofs, session, table, yardstick
 from benchmarks.shapes import BACKWARD, BATCHES, FORWARD, IMAGES, ROWS, STEPS, Row
 
 TINY = Row((4, 8), "as small as it gets", quick=True)
-DEVICE = session.default_device()
+ROOT = Path(__file__).parents[1]
+EPS = torch.finfo(torch.float32).eps
 
 
 def tiny(recipe=lambda x, y: (x * y).mean(), peers=None, rows=(TINY,), **options):
@@ -105,7 +113,7 @@ class TestMeasuring:
         rounds = measure.interleave(samplers, seconds=1e9)
         first, second = ([sample["wall"] for sample in rounds[name]] for name in samplers)
         assert len(first) == measure.MOST
-        assert measure.middle(first) == pytest.approx(measure.middle(second), rel=0.02)
+        assert median(first) == pytest.approx(median(second), rel=0.02)
 
     def test_rounds_go_on_while_seconds_last(self):
         now = [0.0]
@@ -169,7 +177,6 @@ class TestMeasuring:
         assert [sample["wall"] for samples in rounds.values() for sample in samples] == pytest.approx([0.01] * 10)
 
     def test_statistics(self):
-        assert measure.middle([3, 1, 2]) == 2
         assert measure.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
         assert measure.spread([7]) == 0
 
@@ -187,28 +194,82 @@ class TestMeasuring:
         assert torch.get_float32_matmul_precision() == before
 
 
+def scaled(factor):
+    """A wrong implementation: `rows.float().square().mean()` times a factor."""
+    return lambda x: x.square().mean() * factor
+
+
+def by_the_tests(factor):
+    """What tests/proving.py says of it."""
+    op = proving.Op(
+        "toy",
+        lambda x, backend: scaled(1.0 if backend == "reference" else factor)(x),
+        (),
+        scales=lambda x, grad_output: (x.double().square().mean(), 2 * x.double().abs().max() / x.numel()),
+        inputs=("student",),
+    )
+    try:
+        proving.check_accuracy(op, (torch.linspace(-1, 1, 32).view(4, 8),), "torch")
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def by_the_benchmarks(factor):
+    """What the benchmarks' trial says of it."""
+    bench = replace(tiny(recipe=scaled(1.0)), inputs=lambda row, generator: (torch.linspace(-1, 1, 32).view(4, 8),))
+    trial = harness.Trial(harness.Case(bench, TINY, BACKWARD), "cpu")
+    return trial.judge(harness.Provider("it", "peer", lambda: scaled(factor)))[0].why
+
+
+class TestYardstick:
+    def test_tests_and_benchmarks_refuse_the_same_planted_error(self, monkeypatch):
+        assert by_the_tests(1.0) is by_the_benchmarks(1.0) is None
+        said = by_the_tests(1.00001)
+        assert said.startswith("value: error 1e-05, eager's ")
+        assert by_the_benchmarks(1.00001).startswith("wrong, not timed: value: error 1e-05, eager's ")
+        monkeypatch.setattr(yardstick.Error, "too_large", False)
+        assert by_the_tests(1.00001) is by_the_benchmarks(1.00001) is None, "one rule decides for both"
+
+    @pytest.mark.parametrize(("error", "eagers", "refused"), [
+        (3e-4, 2e-4, False), (5e-4, 2e-4, True), (16 * EPS, 0.0, False), (17 * EPS, 0.0, True),
+        (math.nan, 0.0, True), (math.inf, math.inf, True), (1e-3, math.nan, True),
+    ])  # fmt: skip
+    def test_what_is_allowed(self, error, eagers, refused):
+        """Twice eager's error, the floor of 15 roundings here, and one rounding of the result."""
+        true, one = torch.ones(3, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+        got, eager = (true + torch.tensor([0.0, x, 0.0], dtype=torch.float64) for x in (error, eagers))
+        assert yardstick.compare(got.float(), eager.float(), true, one, 15 * EPS).too_large == refused
+
+    def test_a_coarser_dtype_or_another_shape_than_eagers_is_allowed_nothing_more(self):
+        true = torch.full((3,), 1.001, dtype=torch.float64)
+        assert not yardstick.compare(true.bfloat16(), true.bfloat16(), true, true, 0.0).too_large
+        assert yardstick.compare(true.bfloat16(), true.float(), true, true, 0.0).too_large
+        assert yardstick.compare(true[:1], true, true, true, 1.0).too_large
+
+
 @pytest.mark.usefixtures("uncompiled")
 class TestDisqualification:
     def timings(self, peer, **options):
         bench = tiny(peers={"peer": peer}, **options)
-        record = session.record(session.Case(bench, TINY, BACKWARD), "cpu", 0.0)
+        record = session.record(harness.Case(bench, TINY, BACKWARD), "cpu", 0.0)
         return {timing.name: timing for timing in record.timings}
 
     @pytest.mark.parametrize(
         ("peer", "says"),
         [
-            (lambda x, y: (x * y).mean() * 1.001, "value is off by"),
-            (lambda x, y: (x * y.roll(1, 0)).mean(), "is off by"),
-            (lambda x, y: (x * y).mean().detach() + 0 * x.sum(), "gradient is off by"),
-            (lambda x, y: (x * y).mean() * float("nan"), "value is off by nan"),
-            (lambda x, y: (x * y).mean(1), "value is off by inf"),
+            (lambda x, y: (x * y).mean() * 1.001, "value: error 0.001"),
+            (lambda x, y: (x * y.roll(1, 0)).mean(), ": error "),
+            (lambda x, y: (x * y).mean().detach() + 0 * x.sum(), "gradient: error 1,"),
+            (lambda x, y: (x * y).mean() * float("nan"), "value: error nan"),
+            (lambda x, y: (x * y).mean(1), "value: error inf"),
         ],
         ids=["a scaled value", "wrong rows", "a zero gradient", "NaN", "a wrong shape"],
     )
     def test_a_wrong_provider_is_not_timed(self, peer, says):
         calls = []
         timing = self.timings(lambda row: lambda x, y: calls.append(1) or peer(x, y))["peer"]
-        assert timing.why.startswith("wrong, not timed: its")
+        assert timing.why.startswith("wrong, not timed: ")
         assert says in timing.why
         assert timing.rounds == []
         assert len(calls) <= 2, "checked, and not called again"
@@ -230,23 +291,16 @@ class TestDisqualification:
 
     def test_one_that_is_not_installed_says_so_and_one_that_does_not_apply_is_absent(self):
         bench = tiny(peers={"missing": None, "elsewhere": lambda row: None})
-        record = session.record(session.Case(bench, TINY, FORWARD), "cpu", 0.0)
+        record = session.record(harness.Case(bench, TINY, FORWARD), "cpu", 0.0)
         assert {t.name: t.why for t in record.timings if t.role == "peer"} == {"missing": "not run: not installed"}
 
     def test_a_backend_that_an_op_does_not_have_says_why(self):
         with pytest.raises(harness.Unavailable, match="no closed form yet|interpreter|GPU"):
-            harness.ours(replace(tiny(), op="nothing", asks="cosine_loss"), TINY, "triton", torch.ones(2, 2))
-
-    def test_the_allowance_follows_eager(self):
-        value = [torch.ones((), dtype=torch.float32)]
-        assert harness.verdict(value, [3e-4], [2e-4]) is None
-        assert harness.verdict(value, [5e-4], [2e-4]) is not None
-        assert harness.verdict(value, [harness.ROUNDINGS * 1e-7], [0.0]) is None
-        assert harness.verdict(value, [math.nan], [1.0]) is not None
+            harness.ours(replace(tiny(), op="nothing", asks="cosine_loss"), TINY, "triton", "cpu")
 
     def test_tensors_are_weighed_by_a_gradient_that_differs_between_elements(self):
         bench = tiny(recipe=lambda x, y: x * y, peers={"flipped": lambda row: lambda x, y: (x * y).flip(0).flip(0)})
-        timings = session.record(session.Case(bench, TINY, BACKWARD), "cpu", 0.0).timings
+        timings = session.record(harness.Case(bench, TINY, BACKWARD), "cpu", 0.0).timings
         assert [t.why for t in timings] == [None] * len(timings)
         assert len(harness.grad_output_of(torch.ones(3, 4), TINY).unique()) == 12
 
@@ -271,29 +325,17 @@ class TestRuns:
         seen = []
         cases = session.plan([tiny()], "cpu", quick=False)
 
-        def done(record):
-            kept = evidence.load(path)
-            seen.append((kept.ended, len(kept.records)))
+        def starting(case):
+            if path.exists():
+                kept = evidence.load(path)
+                seen.append((kept.ended, len(kept.records)))
 
-        run = session.run(cases, device="cpu", path=path, self_check=True, done=done)
-        assert seen == [("never", 1), ("never", 2)]
+        run = session.run(cases, device="cpu", path=path, self_check=True, starting=starting)
+        assert seen == [("never", 1)]
         assert run.ended == "complete"
         assert asdict(evidence.load(path)) == asdict(run)
         assert len(run.noise()) == 2
-        assert "differs from itself" in table.noise(run)
-
-    def test_the_gpus_times_of_an_older_file_are_refused_and_a_cpus_are_read(self, tmp_path, monkeypatch):
-        path = tmp_path / "run.json"
-        monkeypatch.setattr(session, "SECONDS", dict.fromkeys((True, False), 0.0))
-        run = session.run(session.plan([tiny()], "cpu", True), device="cpu")
-        for kind in ("cpu", "cuda"):
-            run.schema, run.device["kind"] = 1, kind
-            evidence.save(run, path)
-            if kind == "cpu":
-                assert evidence.load(path).records[0].of("ours").figure("wall")
-            else:
-                with pytest.raises(ValueError, match="its schema is 1, and this reads 2"):
-                    evidence.load(path)
+        assert "differs from itself" in table.report(run, 2)
 
     def test_one_that_cannot_be_timed_ends_no_run(self, monkeypatch):
         def refuses(timing, *_):
@@ -335,20 +377,20 @@ class TestRuns:
         run = session.run(session.plan([tiny()], "cpu", False), device="cpu", path=path, starting=starting)
         assert run.ended == "interrupted"
         assert [record.direction for record in evidence.load(path).records] == [FORWARD]
-        assert "Measured 1 of 2" in show.report(run, 2)
+        assert "Measured 1 of 2" in table.report(run, 2)
 
     def test_the_time_may_run_out(self):
         run = session.run(session.plan([tiny()], "cpu", False), device="cpu", seconds=0.0)
         assert (run.ended, run.records) == ("out of time", [])
-        assert "Measured 0 of 2" in show.report(run, 2)
+        assert "Measured 0 of 2" in table.report(run, 2)
 
-    def test_rooms_are_timed_beside_the_whole(self):
-        bench = tiny(rooms=lambda row, x, y: {"kitchen": lambda: x * y})
+    def test_parts_are_timed_beside_the_whole(self):
+        bench = tiny(parts=lambda row, x, y: {"product": lambda: x * y})
         run = session.run(session.plan([bench], "cpu", True), device="cpu")
-        assert "of fused_dino torch: kitchen" in show.report(run, 1)
+        assert "of fused_dino torch: product" in table.report(run, 1)
 
-    def test_a_room_that_cannot_be_timed_ends_no_run(self):
-        bench = tiny(rooms=lambda row, x, y: {"kitchen": lambda: 1 / 0})
+    def test_a_part_that_cannot_be_timed_ends_no_run(self):
+        bench = tiny(parts=lambda row, x, y: {"product": lambda: 1 / 0})
         (record,) = session.run(session.plan([bench], "cpu", True), device="cpu").records
         assert record.timings[-1].why == "could not be timed: ZeroDivisionError: division by zero"
         assert record.of("ours") is not None
@@ -367,57 +409,69 @@ class TestRuns:
         assert f"/{getpass.getuser()}/" not in text
 
     def test_a_file_that_is_no_evidence_is_refused(self, tmp_path):
-        for content in ("", "[]", "{}", '{"schema": 99}', '{"schema": 1, "records": []}'):
+        for content in ("", "[]", "{}", '{"schema": 1, "records": []}', '{"schema": 2, "records": []}'):
             (tmp_path / "x.json").write_text(content)
             with pytest.raises(ValueError, match=r"x\.json is no results file"):
                 evidence.load(tmp_path / "x.json")
 
 
-class FakeBenchmark:
-    """What a test sees of pytest-benchmark: rounds, timed by a clock of its own."""
+TOY = """
+import time
+from functools import partial
+from benchmarks import measure
+from benchmarks.harness import Bench, normal
+from benchmarks.shapes import Row
 
-    def __init__(self, clock):
-        self.clock, self.extra_info, self.seconds = clock, {}, []
+measure.interleave = measure.host_sampler = None  # nothing of what a run measures with
 
-    def pedantic(self, target, rounds):
-        for _ in range(rounds):
-            start = self.clock()
-            target()
-            self.seconds.append(self.clock() - start)
+def dot(x, factor=1.0, seconds=0.0):
+    time.sleep(seconds)
+    return x.square().mean() * factor
+
+BENCH = Bench(
+    op="cosine_loss",
+    rows=(Row((4, 8), "ours is right"), Row((3, 8), "ours is wrong", "bfloat16")),
+    inputs=lambda row, generator: (normal(row.shape, row, generator),),
+    recipe=lambda row: dot,
+    ours=lambda row, backend: partial(dot, factor=1.0 if row.shape[0] == 4 else 1.5),
+    work=lambda row, direction: (1.0, 1.0),
+    peers={"slow": lambda row: partial(dot, seconds=0.02), "wrong": lambda row: partial(dot, factor=1.5)},
+)
+"""
 
 
-@pytest.mark.usefixtures("uncompiled")
-class TestReplay:
-    """pytest-benchmark is shown the rounds that were recorded, in their order, and nothing else."""
+class TestFace:
+    """pytest-benchmark times the implementations of the same rows by itself, once they have passed the same trial."""
 
-    @pytest.fixture(autouse=True)
-    def no_records(self, monkeypatch):
-        monkeypatch.setattr(conftest, "RECORDS", {})
+    def test_a_planted_sleep_shows_in_its_statistics_and_what_is_wrong_is_not_timed(self, tmp_path):
+        pytest.importorskip("pytest_benchmark")
+        (tmp_path / "test_toy.py").write_text(TOY)
+        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", str(tmp_path / "test_toy.py"),
+                   f"--rootdir={tmp_path}", "-rs", "-p", "no:cacheprovider", "-k", "backward and not compile",
+                   "--benchmark-max-time=0.1", f"--benchmark-json={tmp_path / 'x.json'}"]  # fmt: skip
+        # A worker of pytest-xdist times nothing.
+        environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        found = json.loads((tmp_path / "x.json").read_text())["benchmarks"]
+        right, wrong = (
+            f"cosine_loss {row}, forward + backward" for row in ("4 x 8 float32 (IEEE)", "3 x 8 bfloat16 (bf16)")
+        )
+        assert [(x["group"], x["name"].partition("[")[2]) for x in found] == [
+            (right, "eager]"), (right, "fused_dino torch]"), (right, "slow]"), (wrong, "eager]"), (wrong, "slow]"),
+        ]  # fmt: skip
+        for x in found:
+            assert (x["stats"]["min"] >= 0.02) == ("slow" in x["name"])
+            assert x["stats"]["rounds"] >= 5
+            assert len({*x["stats"]["data"]}) > 1
+        assert done.returncode == 1
+        assert "1 failed, 5 passed, 2 skipped" in done.stdout
+        assert "Failed: wrong, not timed: value: error 0.5" in done.stdout
 
-    def replay(self, case, name):
-        clock = conftest.Replay()
-        benchmark = FakeBenchmark(clock)
-        conftest.replayer(case, name, clock, "cpu", True)(benchmark)
-        return benchmark.seconds
-
-    def test_the_rounds_are_those_of_the_record(self):
-        case = session.Case(tiny(), TINY, BACKWARD)
-        shown = {name: self.replay(case, name) for name in conftest.names(case, "cpu")}
-        (record,) = conftest.RECORDS.values()
-        assert list(shown) == ["eager", "torch.compile", "fused_dino torch"]
-        for timing in record.timings:
-            assert shown[timing.name] == pytest.approx([x["wall"] for x in timing.rounds])
-
-    def test_a_wrong_peer_is_skipped_and_ours_fails(self):
-        def wrong(x, y):
-            return x.sum()
-
-        bench = replace(tiny(peers={"peer": lambda row: wrong}), ours=lambda row, backend: wrong)
-        case = session.Case(bench, TINY, FORWARD)
-        with pytest.raises(pytest.skip.Exception, match="wrong"):
-            self.replay(case, "peer")
-        with pytest.raises(pytest.fail.Exception, match="wrong"):
-            self.replay(case, "fused_dino torch")
+    def test_a_call_waits_for_the_gpu(self, monkeypatch):
+        done = []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+        call = measure.waiting(lambda: done.append("call") or 7, "cuda")
+        assert (call(), done) == (7, ["call", "synchronize"])
 
 
 class TestShapes:
@@ -431,7 +485,7 @@ class TestShapes:
     @pytest.mark.parametrize("bench", harness.benches().values(), ids=lambda bench: bench.op)
     def test_inputs_are_those_of_the_row_repeatable_and_never_zero(self, bench):
         row = next(row for row in bench.rows if row.on != ("cuda",))
-        inputs, again = (harness.draw(bench, row, "cpu") for _ in range(2))
+        inputs, again = (harness.Case(bench, row, FORWARD).draw("cpu") for _ in range(2))
         for x, y in zip(inputs, again, strict=True):
             assert torch.equal(x, y)
             assert x.dtype == getattr(torch, row.dtype)
