@@ -28,6 +28,16 @@ def check_backend(name: str, where: str = "backend") -> str:
     return name
 
 
+def on_reference(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a module's options with the reference as backend, for a trial run at construction.
+
+    A module may be constructed without the device that its own backend needs.
+    """
+    if options.get("backend") is not None:
+        check_backend(options["backend"])
+    return {**options, "backend": "reference"}
+
+
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
     """Context manager: within it, calls that name no backend run on this one.

@@ -6,7 +6,6 @@ the dtype of its inputs and whatever autocast says.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .backend import Backend, check_backend, choose
+from .backend import Backend, choose
 from .reference.dtypes import acc_dtype
+from .rows import rows_loss
 from .validation import (
     check_choice,
     check_flag,
@@ -32,7 +32,6 @@ from .validation import (
     check_scale,
     check_size,
     check_triple,
-    check_weight,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 __all__ = ["cosine_loss", "mse_loss", "preprocess", "vicreg_loss"]
 
 Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class VICRegOutput(NamedTuple):
@@ -77,7 +75,7 @@ def preprocess(
     patch_size: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    r"""Resizes images, brings them to 0..1 and normalises each channel, as a teacher wants them.
+    r"""Resizes images, brings them to 0..1 and normalises each channel, as a teacher expects them.
 
     .. math:: y = ((\operatorname{resize}(x) - low) / (high - low) - mean) / std
 
@@ -122,11 +120,11 @@ def preprocess(
     """
     check_images(images)
     size = check_size(size)
-    given = check_range(input_range, images.dtype)
+    low_high = check_range(input_range, images.dtype)
     options: dict[str, Any] = {
-        "input_range": given,
+        "input_range": low_high,
         "mean": check_triple("mean", mean),
-        "std": check_scale(check_triple("std", std, positive=True), given),
+        "std": check_scale(check_triple("std", std, positive=True), low_high),
         "interpolation": check_choice("interpolation", interpolation, ("bilinear", "bicubic")),
         "antialias": check_flag("antialias", antialias),
         "clamp": check_flag("clamp", clamp),
@@ -198,6 +196,7 @@ def mse_loss(
     scale: float | Tensor | None = None,
     reduction: Reduction = "mean",
     eps: float = 1e-5,
+    norm_eps: float = 1e-12,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Squared error between elements, of rows of length one unless told otherwise.
@@ -210,7 +209,7 @@ def mse_loss(
     Args:
         student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
         target (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
-        normalize (bool): Divides rows by their norms, of at least 1e-12, first. Default: ``True``.
+        normalize (bool): Divides rows by their norms first. Default: ``True``.
         whiten (bool): Standardises each column over all rows next: ``(x - mean) / (std + eps)`` with the unbiased
             deviation. It does not decorrelate columns. Needs two rows. Default: ``False``.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
@@ -219,6 +218,7 @@ def mse_loss(
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.mse_loss``. A mean over no rows is NaN. Default:
             ``"mean"``.
         eps (float): Added to a deviation where ``whiten`` is set. Default: 1e-5.
+        norm_eps (float): Smallest norm that divides where ``normalize`` is set. Default: 1e-12.
         backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
     Shape:
@@ -243,36 +243,9 @@ def mse_loss(
         "normalize": check_flag("normalize", normalize),
         "whiten": check_flag("whiten", whiten),
         "eps": check_number("eps", eps, minimum=0),
+        "norm_eps": check_number("norm_eps", norm_eps, minimum=0),
     }
     return rows_loss("mse_loss", student, target, weight, scale, reduction, backend, **options)[0]
-
-
-def rows_loss(
-    op: str,
-    student: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: float | Tensor | None,
-    reduction: str,
-    backend: str | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Of an op by rows: (the loss, the loss without scale and without a gradient: for logs)."""
-    check_matching(student, target)
-    if options.get("whiten") and math.prod(student.shape[:-1]) < 2:
-        raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
-    options["weight"] = check_weight(weight, student)
-    options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
-    if scale is not None:
-        scale = check_scalar("scale", scale, student.device)
-        scale = scale.to(acc_dtype(student, target)) if isinstance(scale, Tensor) else scale
-    name, implementation = choose(op, student, backend)
-    if name == "reference":
-        value = implementation(student, target, **options)
-        return (value if scale is None else scale * value), value.detach()
-    if isinstance(scale, float):
-        scale = student.new_full((), scale, dtype=acc_dtype(student, target))
-    return implementation(student, target, scale=scale, **options)
 
 
 def vicreg_loss(
@@ -369,10 +342,3 @@ def vicreg_loss(
             options["group"] = group
     loss, *terms = implementation(student, target, **options)
     return VICRegOutput(loss, *(x.detach() for x in terms))
-
-
-def rehearsal(options: dict[str, Any]) -> dict[str, Any]:
-    """A module's options for a trial run at its construction, on the reference: the device may come later."""
-    if options.get("backend") is not None:
-        check_backend(options["backend"])
-    return {**options, "backend": "reference"}

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as FD
+from .backend import on_reference
 from .functional import Backend, Reduction, VICRegOutput
 from .registry import OPS
+from .rows import rows_loss
 from .validation import check_choice, check_flag, check_group
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Loss(nn.Module):
         for name, value in tensors.items():
             self.register_buffer(name, value, persistent=False)
         rows = torch.zeros(2, 1, device=next(iter(tensors.values()), torch.zeros(())).device)
-        type(self).op(rows, rows, **FD.rehearsal(options))
+        type(self).op(rows, rows, **on_reference(options))
 
     def compute(self, student: Tensor, target: Tensor, **more: Any) -> Any:
         if self.detach_teacher and isinstance(target, Tensor):
@@ -101,6 +103,7 @@ class MSELoss(Loss):
         scale (float or Tensor, optional): As in the function.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Default: ``"mean"``.
         eps (float): Added to a deviation where ``whiten`` is set. Default: 1e-5.
+        norm_eps (float): Smallest norm that divides where ``normalize`` is set. Default: 1e-12.
         detach_teacher (bool): Lets no gradient reach the target. Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
 
@@ -128,11 +131,14 @@ class MSELoss(Loss):
         scale: float | Tensor | None = None,
         reduction: Reduction = "mean",
         eps: float = 1e-5,
+        norm_eps: float = 1e-12,
         detach_teacher: bool = True,
         backend: Backend | None = None,
     ) -> None:
-        rows = {"normalize": normalize, "whiten": whiten}
-        super().__init__(detach_teacher, **rows, scale=scale, reduction=reduction, eps=eps, backend=backend)
+        super().__init__(
+            detach_teacher, normalize=normalize, whiten=whiten, scale=scale, reduction=reduction, eps=eps,
+            norm_eps=norm_eps, backend=backend,
+        )  # fmt: skip
 
     def forward(self, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """student, target [..., D], weight [...] -> as the function."""
@@ -268,7 +274,7 @@ def weighed(
     ):
         settings = {**loss.options, "scale": None if alpha is None and weight == 1 else factor}
         target = target.detach() if loss.detach_teacher else target
-        scaled, value = FD.rows_loss(loss.op.__name__, student, target, None, **settings)
+        scaled, value = rows_loss(loss.op.__name__, student, target, None, **settings)
         return value, scaled
     out = loss(student, target)
     value = out.loss if isinstance(out, VICRegOutput) else out

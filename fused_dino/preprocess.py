@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as FD
+from .backend import on_reference
 from .validation import check_range
 
 
@@ -59,7 +60,7 @@ class Preprocess(nn.Module):
             "antialias": antialias, "clamp": clamp, "out_dtype": out_dtype, "patch_size": patch_size,
             "backend": backend,
         }  # fmt: skip
-        FD.preprocess(torch.zeros(1, 3, 1, 1), size, **FD.rehearsal(self.options))
+        FD.preprocess(torch.zeros(1, 3, 1, 1), size, **on_reference(self.options))
 
     def forward(self, images: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """out_dtype: of this result, where the module's own options name none."""

@@ -8,31 +8,33 @@ from .store import store
 
 @triton.jit
 def inverse(norm, eps):
-    """1 / max(norm, eps), by tl.where and not tl.maximum: a NaN norm must stay NaN."""
+    """Return 1 / max(norm, eps), by tl.where and not tl.maximum: a NaN norm must stay NaN."""
     return 1 / tl.where(norm < eps, eps, norm)
 
 
 @triton.jit
 def load_row(row, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Upcast right at the load: half precision must not reach the products, and bf16 in the interpreter is wrong."""
+    """Load a block of a row and upcast it at once."""
+    # Half precision must not reach the products, and the interpreter computes wrongly in bf16.
     column = start + tl.arange(0, BLOCK)
     return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)
 
 
 @triton.jit
 def store_row(row, start, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a block of a row."""
     column = start + tl.arange(0, BLOCK)
     store(row + column, value, column < WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "count"])
 def cosine_rows_kernel(
-    student, teacher,  # [N, D], last dimension contiguous
-    weight, alpha, grad_output,  # [N], [], and [N] or [N, D]; None is 1
-    loss, value,  # [], [N] or [N, D]; the sum without alpha; None where it is not wanted
-    partial, ticket,  # one element a program; a zero, which is left zero
-    grad_student, grad_teacher,  # [N, D] contiguous; None where it is not wanted
-    stride_student, stride_teacher, stride_weight, stride_grad_row, stride_grad_column,
+    student, target,  # [N, D], last dimension contiguous
+    weight, scale, grad_output,  # [N], [], and [N] or [N, D]; None is 1
+    loss, unscaled,  # [], [N] or [N, D]; the sum without scale; None: not computed
+    partial, ticket,  # one element per program; a zero, which is left zero
+    grad_student, grad_target,  # [N, D] contiguous; None: not computed
+    stride_student, stride_target, stride_weight, stride_grad_row, stride_grad_column,
     rows, count,
     KIND: tl.constexpr, REDUCTION: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
@@ -40,24 +42,24 @@ def cosine_rows_kernel(
     # One program of P owns every P-th row, one after the other. Where a block holds a row, the loops over columns run
     # once and the compiler keeps the row in registers; wider rows come out of the cache again. The product of two rows
     # is taken of rows of length one, since of the rows themselves it can leave the range.
-    GRADIENT: tl.constexpr = grad_student is not None or grad_teacher is not None
+    GRADIENT: tl.constexpr = grad_student is not None or grad_target is not None
     ELEMENTS: tl.constexpr = REDUCTION == "elements"
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     first = program.to(tl.int64)  # int64: row * stride passes 2**31
     eps = tl.full((), EPS, ACC)  # Triton 3.6 compares with a constant in float32
-    outer = tl.full((), 1, ACC)
-    if alpha is not None:
-        outer = tl.load(alpha).to(ACC)
+    loss_scale = tl.full((), 1, ACC)
+    if scale is not None:
+        loss_scale = tl.load(scale).to(ACC)
     total = tl.zeros((), ACC)
     for i in range(0, tl.cdiv(rows - program, programs)):
         row = first + i * programs
         s_row = student + row * stride_student
-        t_row = teacher + row * stride_teacher
-        share = tl.full((), 1, ACC)
+        t_row = target + row * stride_target
+        row_weight = tl.full((), 1, ACC)
         if weight is not None:
-            share = tl.load(weight + row * stride_weight).to(ACC)
-        scale = outer * share / count
+            row_weight = tl.load(weight + row * stride_weight).to(ACC)
+        factor = loss_scale * row_weight / count
 
         s_inverse = tl.full((), 1, ACC)
         t_inverse = tl.full((), 1, ACC)
@@ -86,7 +88,7 @@ def cosine_rows_kernel(
             t = load_row(t_row, start, WIDTH, BLOCK, ACC) * t_inverse
             if ELEMENTS:
                 if loss is not None:
-                    store_row(loss + row * WIDTH, start, scale * (s - t) * (s - t), WIDTH, BLOCK)
+                    store_row(loss + row * WIDTH, start, factor * (s - t) * (s - t), WIDTH, BLOCK)
                 if GRADIENT:
                     u = gradient_of_elements(
                         grad_output + row * stride_grad_row, stride_grad_column, start, s, t, WIDTH
@@ -104,25 +106,25 @@ def cosine_rows_kernel(
             if KIND != "cosine":
                 distance = tl.sum(dd, 0)
             if REDUCTION == "rows":
-                tl.store(loss + row, scale * distance)
-            total += share * distance
+                tl.store(loss + row, factor * distance)
+            total += row_weight * distance
 
         if GRADIENT:
             if ELEMENTS:
-                s_along = tl.where(s_clamped, 0, cos)  # a clamped norm is a constant, and has no share in the gradient
-                t_along = tl.where(t_clamped, 0, tl.sum(tu, 0))
+                s_projection = tl.where(s_clamped, 0, cos)  # a clamped norm is a constant
+                t_projection = tl.where(t_clamped, 0, tl.sum(tu, 0))
             else:
                 if grad_output is not None:
-                    scale *= tl.load(grad_output + row * stride_grad_row).to(ACC)
+                    factor *= tl.load(grad_output + row * stride_grad_row).to(ACC)
                 if KIND == "cosine":
-                    s_along = tl.where(s_clamped, 0, cos)
-                    t_along = tl.where(t_clamped, 0, cos)
+                    s_projection = tl.where(s_clamped, 0, cos)
+                    t_projection = tl.where(t_clamped, 0, cos)
                 else:
-                    scale *= 2
-                    s_along = tl.where(s_clamped, 1, cos)
-                    t_along = tl.where(t_clamped, 1, cos)
-            s_scale = scale * s_inverse
-            t_scale = scale * t_inverse
+                    factor *= 2
+                    s_projection = tl.where(s_clamped, 1, cos)
+                    t_projection = tl.where(t_clamped, 1, cos)
+            s_factor = factor * s_inverse
+            t_factor = factor * t_inverse
             for start in range(0, WIDTH, BLOCK):
                 s = load_row(s_row, start, WIDTH, BLOCK, ACC) * s_inverse
                 t = load_row(t_row, start, WIDTH, BLOCK, ACC) * t_inverse
@@ -130,45 +132,45 @@ def cosine_rows_kernel(
                     u = gradient_of_elements(
                         grad_output + row * stride_grad_row, stride_grad_column, start, s, t, WIDTH
                     )
-                    for_s = u - s_along * s
-                    for_t = t_along * t - u
+                    s_grad = u - s_projection * s
+                    t_grad = t_projection * t - u
                 else:
-                    for_s = s_along * s - t
-                    for_t = t_along * t - s
+                    s_grad = s_projection * s - t
+                    t_grad = t_projection * t - s
                 if grad_student is not None:
-                    store_row(grad_student + row * WIDTH, start, s_scale * for_s, WIDTH, BLOCK)
-                if grad_teacher is not None:
-                    store_row(grad_teacher + row * WIDTH, start, t_scale * for_t, WIDTH, BLOCK)
+                    store_row(grad_student + row * WIDTH, start, s_factor * s_grad, WIDTH, BLOCK)
+                if grad_target is not None:
+                    store_row(grad_target + row * WIDTH, start, t_factor * t_grad, WIDTH, BLOCK)
 
     if loss is not None and REDUCTION == "sum":
-        # The program that finishes last adds up what all have left, in their order.
+        # The program that finishes last adds up the partial sums of all, in their order.
         tl.store(partial + program, total)
         if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
             index = tl.arange(0, BLOCK)
             sums = tl.zeros((BLOCK,), ACC)
             for start in range(0, programs, BLOCK):
                 sums += tl.load(partial + start + index, mask=start + index < programs, other=0)
-            whole = tl.sum(sums, 0) / count
-            tl.store(loss, outer * whole)
-            if value is not None:
-                tl.store(value, whole)
+            reduced = tl.sum(sums, 0) / count
+            tl.store(loss, loss_scale * reduced)
+            if unscaled is not None:
+                tl.store(unscaled, reduced)
             tl.store(ticket, 0)
 
 
 @triton.jit
 def gradient_of_elements(row, stride, start, s, t, WIDTH: tl.constexpr):
-    """Of (s - t)^2 with respect to s, for a grad_output of any stride."""
+    """Return the gradient of (s - t)^2 with respect to s, for a row of grad_output of any stride."""
     column = start + tl.arange(0, s.shape[0])
-    outer = tl.load(row + column.to(tl.int64) * stride, mask=column < WIDTH, other=0).to(s.dtype)
-    return 2 * outer * (s - t)
+    grad = tl.load(row + column.to(tl.int64) * stride, mask=column < WIDTH, other=0).to(s.dtype)
+    return 2 * grad * (s - t)
 
 
 @triton.jit
 def cosine_rescale_kernel(grad, grad_output, numel, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    # A fixed grid strides over the flat gradient, so that at most 1,024 programs, not one a row, load a 1 and leave.
-    outer = tl.load(grad_output).to(ACC)
-    if outer != 1:  # NaN too
+    # A fixed grid strides over the flat gradient: at most 1,024 programs, not one per row, load a 1 and leave.
+    factor = tl.load(grad_output).to(ACC)
+    if factor != 1:  # NaN too
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, tl.num_programs(0) * BLOCK):
             index = start + tl.arange(0, BLOCK)
             live = index < numel
-            store(grad + index, tl.load(grad + index, mask=live, other=0).to(ACC) * outer, live)
+            store(grad + index, tl.load(grad + index, mask=live, other=0).to(ACC) * factor, live)

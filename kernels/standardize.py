@@ -1,4 +1,4 @@
-"""Columns standardised over all rows, of rows as they are or divided by their norms. See ops/standardize.py."""
+"""Standardised columns, of raw rows or of rows divided by their norms. See ops/standardize.py."""
 
 import triton
 import triton.language as tl
@@ -29,9 +29,9 @@ def standardize_factors_kernel(
 @triton.jit
 def standardize_fwd_kernel(
     x, factors,  # [N, D], last dimension contiguous; [N] or None
-    shift, squares,  # [D]: the means beside the first row, in float64, and the sums of squares about them
+    shift, squares,  # [D]: the means minus the first row, in float64, and the sums of squares about the means
     out,  # [N, D] contiguous
-    stride, rows, width, spare,
+    stride, rows, width, dof,
     EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns a tile of the result.
@@ -41,18 +41,18 @@ def standardize_fwd_kernel(
     value = load_rows(x, factors, stride, row, column, rows, inside, ACC)
     pivot = load_pivot(x, factors, column, inside, ACC)
     mean = pivot.to(tl.float64) + tl.load(shift + column, mask=inside, other=0)
-    near = mean.to(ACC)  # and what its rounding takes: a large mean's last digit is a large part of small deviations
-    away = (value - near[None, :]) - (mean - near.to(tl.float64)).to(ACC)[None, :]
+    near = mean.to(ACC)  # the rest is subtracted too: a large mean's last digit is a large part of small deviations
+    deviations = (value - near[None, :]) - (mean - near.to(tl.float64)).to(ACC)[None, :]
     square = tl.load(squares + column, mask=inside, other=1)
-    divisor = deviation(square, spare, 0.0, ACC) + tl.full((), EPS, ACC)
+    divisor = deviation(square, dof, 0.0, ACC) + tl.full((), EPS, ACC)
     live = (row < rows)[:, None] & inside[None, :]
-    tl.store(out + row[:, None] * width + column[None, :], away / divisor[None, :], mask=live)
+    tl.store(out + row[:, None] * width + column[None, :], deviations / divisor[None, :], mask=live)
 
 
 @triton.jit
 def standardize_sums_kernel(
-    grad, out,  # [N, D] contiguous: of the result, and the result
-    totals, along,  # [RUNS, D]: sums of grad, and of grad * out
+    grad, out,  # [N, D] contiguous: gradient of the result, and the result
+    totals, products,  # [RUNS, D]: sums of grad, and of grad * out
     rows, width, rows_a_run,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -71,14 +71,14 @@ def standardize_sums_kernel(
         product += tl.sum(g * load_rows(out, None, width, row, column, last, inside, ACC), 0)
     at = tl.program_id(1).to(tl.int64) * width + column
     tl.store(totals + at, total, mask=inside)
-    tl.store(along + at, product, mask=inside)
+    tl.store(products + at, product, mask=inside)
 
 
 @triton.jit
 def standardize_finish_kernel(
-    totals, along, squares,  # [RUNS, D], [RUNS, D], [D]
-    mean, share,  # [D]: of grad; and by how much of the result the gradient is less
-    rows, width, runs, spare,
+    totals, products, squares,  # [RUNS, D], [RUNS, D], [D]
+    mean, slope,  # [D]: the mean of grad, and the factor of the result that the gradient subtracts
+    rows, width, runs, dof,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns BLOCK columns, and adds up the runs of rows in their order: in float64, since they are few.
@@ -89,40 +89,40 @@ def standardize_finish_kernel(
     for run in range(runs):
         at = tl.cast(run, tl.int64) * width + column
         total += tl.load(totals + at, mask=inside, other=0).to(tl.float64)
-        product += tl.load(along + at, mask=inside, other=0).to(tl.float64)
-    sigma = deviation(tl.load(squares + column, mask=inside, other=1), spare, 0.0, ACC)
+        product += tl.load(products + at, mask=inside, other=0).to(tl.float64)
+    sigma = deviation(tl.load(squares + column, mask=inside, other=1), dof, 0.0, ACC)
     # The deviation of a constant column has a gradient of 0, as in torch.
-    less = tl.where(sigma == 0, 0, product.to(ACC) / (tl.cast(spare, ACC) * sigma))
+    column_slope = tl.where(sigma == 0, 0, product.to(ACC) / (tl.cast(dof, ACC) * sigma))
     tl.store(mean + column, (total / tl.cast(rows, tl.float64)).to(ACC), mask=inside)
-    tl.store(share + column, less, mask=inside)
+    tl.store(slope + column, column_slope, mask=inside)
 
 
 @triton.jit
 def gradient_of_columns(
-    grad, out, squares, mean, share, row, column, rows, width, spare, EPS: tl.constexpr, ACC: tl.constexpr
+    grad, out, squares, mean, slope, row, column, rows, width, dof, EPS: tl.constexpr, ACC: tl.constexpr
 ):
-    """A tile of the gradient to what the columns were before: rows as they are, or of length one."""
+    """Compute a tile of the gradient with respect to the columns before they were standardised."""
     inside = column < width
     g = load_rows(grad, None, width, row, column, rows, inside, ACC)
     y = load_rows(out, None, width, row, column, rows, inside, ACC)
     square = tl.load(squares + column, mask=inside, other=1)
-    divisor = deviation(square, spare, 0.0, ACC) + tl.full((), EPS, ACC)
+    divisor = deviation(square, dof, 0.0, ACC) + tl.full((), EPS, ACC)
     mean = tl.load(mean + column, mask=inside, other=0)
-    share = tl.load(share + column, mask=inside, other=0)
+    slope = tl.load(slope + column, mask=inside, other=0)
     live = (row < rows)[:, None] & inside[None, :]
-    return tl.where(live, (g - mean[None, :]) / divisor[None, :] - y * share[None, :], 0)
+    return tl.where(live, (g - mean[None, :]) / divisor[None, :] - y * slope[None, :], 0)
 
 
 @triton.jit
 def standardize_bwd_kernel(
-    grad, out, x, factors,  # [N, D]; of x the last dimension contiguous, factors [N] or None
-    squares, mean, share,  # [D]
+    grad, out, x, factors,  # [N, D], the last dimension of x contiguous; factors [N] or None
+    squares, mean, slope,  # [D]
     grad_x,  # [N, D] contiguous
-    stride, rows, width, spare,
+    stride, rows, width, dof,
     EPS: tl.constexpr, NORM_EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_N rows. Where they were divided by their norms, it first reads them for what the gradient
-    # has along each.
+    # One program owns BLOCK_N rows. If they were divided by their norms, it reads each row twice: first for the
+    # projection of the gradient onto the row.
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if factors is not None:
         factor = tl.load(factors + row, mask=row < rows, other=0)
@@ -130,18 +130,18 @@ def standardize_bwd_kernel(
         product = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         for start in range(0, width, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
-            g = gradient_of_columns(grad, out, squares, mean, share, row, column, rows, width, spare, EPS, ACC)
+            g = gradient_of_columns(grad, out, squares, mean, slope, row, column, rows, width, dof, EPS, ACC)
             value = load_rows(x, None, stride, row, column, rows, column < width, ACC)
             square += value * value
             product += g * (value * factor[:, None])
-        # A clamped norm is a constant, and has no share in the gradient.
+        # A clamped norm is a constant.
         clamped = tl.sqrt(tl.sum(square, 1)) < tl.full((), NORM_EPS, ACC)
-        along = tl.where(clamped, 0, tl.sum(product, 1))
+        projection = tl.where(clamped, 0, tl.sum(product, 1))
     for start in range(0, width, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
-        g = gradient_of_columns(grad, out, squares, mean, share, row, column, rows, width, spare, EPS, ACC)
+        g = gradient_of_columns(grad, out, squares, mean, slope, row, column, rows, width, dof, EPS, ACC)
         if factors is not None:
             unit = load_rows(x, factors, stride, row, column, rows, column < width, ACC)
-            g = (g - unit * along[:, None]) * factor[:, None]
+            g = (g - unit * projection[:, None]) * factor[:, None]
         live = (row < rows)[:, None] & (column < width)[None, :]
         store(grad_x + row[:, None] * width + column[None, :], g, live)

@@ -152,7 +152,7 @@ def vicreg_cases() -> Iterator[Case]:
 
 def standardize_cases() -> Iterator[Case]:
     def cases(name: str, x: torch.Tensor, normalize: bool = True) -> Iterator[Case]:
-        how = standardize_triton.Standardization(normalize, 1e-5, cosine_triton.acc_dtype(x))
+        how = standardize_triton.Standardization(normalize, 1e-5, 1e-12, cosine_triton.acc_dtype(x))
         out, *rest = standardize_triton.standardize_fwd_empty(x, how)
         yield Case(name, partial(standardize_triton.standardize_fwd.run, x, how))
         yield Case(f"{name} backward", partial(standardize_triton.standardize_bwd.run, out, x, out, *rest, how))

@@ -68,6 +68,7 @@ class Op:
     inputs: their names; all are of one shape.
     shape(rows, width): of inputs with so many examples, whose last dimension is so wide.
     rowwise: each row of [..., D] has a loss of its own: it takes a reduction and one weight a row.
+    more_sizes: rows and widths, beside the common ones, at which its kernels must write every element.
     poisoned: one NaN or overflow reaches every result, and whether it ends as NaN or infinite is no part of the op.
     part_of: the public op that it is a step of, where it is none itself.
     floor: what is allowed beside twice eager's error, in units of scale * eps: eager may happen to hit a value exactly.
@@ -84,6 +85,7 @@ class Op:
     inputs: tuple[str, ...] = ("student", "teacher")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, width: (rows, width)
     rowwise: bool = False
+    more_sizes: tuple[tuple[int, int], ...] = ((1, 1),)
     poisoned: bool = False
     part_of: str = ""
     floor: float = 2.0
@@ -102,9 +104,22 @@ class Op:
         return {"weight": torch.linspace(0.25, 2, count + 1, device=DEVICE)[:count].view(shape[:-1])}
 
     @property
+    def reductions(self) -> tuple[dict[str, str], ...]:
+        """The options of its default result, and of one value a row where the op has that."""
+        return ({}, {"reduction": "none"}) if self.rowwise else ({},)
+
+    @property
     def unreduced(self) -> dict[str, str]:
         """The option under which one row cannot hide behind another."""
-        return {"reduction": "none"} if self.rowwise else {}
+        return self.reductions[-1]
+
+    @property
+    def differentiated(self) -> tuple[tuple[str, ...], ...]:
+        """The inputs that need a gradient, call by call: all of them; of an op by rows then the first alone.
+
+        Its forward writes the gradient of a student whose teacher needs none.
+        """
+        return (self.inputs, self.inputs[:1]) if self.rowwise else (self.inputs,)
 
 
 def grad_output_of(out: Tensor) -> Tensor:
@@ -113,15 +128,13 @@ def grad_output_of(out: Tensor) -> Tensor:
 
 
 def results(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: Any) -> list[Tensor]:
-    """The op's value and the gradients of its inputs; of an op by rows once more for the first alone.
-
-    Its forward writes the gradient of a student whose teacher wants none.
-    """
+    """The op's value and the gradients of its inputs, for each choice of inputs that need one."""
     found = []
-    for wanted in (len(inputs), 1)[: 1 + op.rowwise]:
-        leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(inputs)]
-        out = op.run(*leaves, backend=backend, **options)
-        found += [out.detach(), *torch.autograd.grad(out, leaves[:wanted], grad_output_of(out))]
+    for needs_grad in op.differentiated:
+        leaves = {name: x.detach() for name, x in zip(op.inputs, inputs, strict=True)}
+        tensors = [leaves[name].requires_grad_() for name in needs_grad]
+        out = op.run(*leaves.values(), backend=backend, **options)
+        found += [out.detach(), *torch.autograd.grad(out, tensors, grad_output_of(out))]
     return found
 
 
@@ -135,13 +148,13 @@ def check_accuracy(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: 
     truth = results(op, tuple(x.double() for x in inputs), "reference", **options)
     eager = results(op, inputs, "reference", **options)
     ours = results(op, inputs, backend, **options)
-    scales = op.scales(*inputs, grad_output_of(truth[0]), **options)
+    units = op.scales(*inputs, grad_output_of(truth[0]), **options)
+    scales = dict(zip(("value", *op.inputs), units, strict=True))
+    names = [name for needs_grad in op.differentiated for name in ("value", *needs_grad)]
     wide = torch.finfo(eager[0].dtype).eps * op.floor
     if eager[0].dtype == torch.float64:
         wide *= 8  # the oracle is eager itself, whose own error is not counted: sums in another order differ by more
-    names, again = ("value", *op.inputs), 2 * op.rowwise
-    named = zip(names + names[:again], ours, eager, truth, scales + scales[:again], strict=True)
-    for name, got, plain, true, scale in named:
+    for name, got, plain, true in zip(names, ours, eager, truth, strict=True):
         assert (got.dtype, got.shape) == (plain.dtype, plain.shape), name
         finite = plain.isfinite() & true.isfinite()
         if op.poisoned:
@@ -153,7 +166,7 @@ def check_accuracy(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: 
             assert_close(got[~finite], plain[~finite], equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
         if not finite.any():
             continue
-        check_error(name, got[finite], plain[finite], true[finite], scale.expand(true.shape)[finite], wide)
+        check_error(name, got[finite], plain[finite], true[finite], scales[name].expand(true.shape)[finite], wide)
 
 
 def check_error(name: str, got: Tensor, plain: Tensor, true: Tensor, unit: Tensor, floor: float) -> None:

@@ -121,6 +121,13 @@ def test_bad_arguments_are_named(loss, name, arguments):
         loss(**{"student": S, "target": T, **arguments})
 
 
+@pytest.mark.parametrize("value", [-1.0, "small", 10**400, float("nan"), None])
+def test_a_smallest_norm_that_is_no_number_is_named(value):
+    for call in (lambda: FD.mse_loss(S, T, norm_eps=value), lambda: MSELoss(norm_eps=value)):
+        with pytest.raises(ValueError, match="^norm_eps must be a finite number of at least 0"):
+            call()
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_named():
     """Of torch's two kinds one says that it lies densely."""
@@ -138,6 +145,12 @@ def test_flags_are_true_or_false(name):
 def test_whitening_needs_two_rows(shape):
     with pytest.raises(ValueError, match="^whiten needs at least two rows"):
         FD.mse_loss(torch.ones(shape), torch.ones(shape), whiten=True)
+
+
+def test_the_module_has_the_smallest_norm_of_the_function():
+    s, t = pair(4, 8)
+    assert_close(MSELoss(norm_eps=5.0)(s, t), FD.mse_loss(s, t, norm_eps=5.0), rtol=0, atol=0)
+    assert not torch.equal(MSELoss(norm_eps=5.0)(s, t), MSELoss()(s, t))
 
 
 def test_modules_detach_the_teacher_unless_told_otherwise():

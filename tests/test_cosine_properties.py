@@ -7,10 +7,14 @@ from torch.testing import assert_close
 
 import recipe
 from fused_dino import functional as FD
+from fused_dino.rows import rows_loss
 from proving import DEVICE, DTYPES, pair, rows
 
 LOSSES = [FD.cosine_loss, FD.mse_loss]
-OPTIONS = {FD.cosine_loss: {"eps": 1e-12}, FD.mse_loss: {"normalize": True, "whiten": False, "eps": 1e-5}}
+OPTIONS = {
+    FD.cosine_loss: {"eps": 1e-12},
+    FD.mse_loss: {"normalize": True, "whiten": False, "eps": 1e-5, "norm_eps": 1e-12},
+}
 SHAPES = [(5,), (1, 1), (7, 33), (2, 3, 16)]
 
 
@@ -44,6 +48,19 @@ def test_whitening_is_the_recipe(normalize, eps):
     assert_close(out, recipe.mse(s, t, normalize, True, eps), rtol=1e-12, atol=1e-12)
     tokens = FD.mse_loss(s.view(3, 3, 6), t.view(3, 3, 6), normalize=normalize, whiten=True, eps=eps)
     assert_close(tokens, out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("norm_eps", [1e-12, 3.0, 1e3])
+def test_norm_eps_is_the_smallest_norm_that_divides(norm_eps, whiten):
+    """In float64, norms of 2 to 4 lie on both sides of 3; gradients of both inputs."""
+    s, t = (x.requires_grad_() for x in pair(9, 8))
+    s_unit, t_unit = (F.normalize(x, dim=-1, eps=norm_eps) for x in (s, t))
+    out = FD.mse_loss(s, t, whiten=whiten, norm_eps=norm_eps)
+    expected = recipe.mse(s_unit, t_unit, False, whiten, 1e-5)
+    assert_close(out, expected, rtol=1e-12, atol=1e-15)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (s, t)) for x in (out, expected)), strict=True):
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
 
 
 def test_normalised_mse_is_cosine_over_half_the_width():
@@ -157,6 +174,9 @@ def test_eps_tames_a_zero_row():
     grads = [torch.autograd.grad(FD.cosine_loss(zero, t, eps=eps), zero)[0].norm() for eps in (1e-12, 1e-3)]
     assert_close(grads[0].item(), 1e12, rtol=1e-5, atol=0)
     assert_close(grads[1].item(), 1e3, rtol=1e-5, atol=0)
+    grads = [torch.autograd.grad(FD.mse_loss(zero, t, norm_eps=eps), zero)[0].norm() for eps in (1e-12, 1e-3)]
+    assert_close(grads[0].item(), 0.25e12, rtol=1e-5, atol=0)  # 2 / D of the cosine's
+    assert_close(grads[1].item(), 0.25e3, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -172,7 +192,7 @@ def test_alpha_is_a_factor_of_loss_and_gradient(loss, reduction, backend, weight
             assert_close(scaled, alpha * plain, rtol=1e-12, atol=1e-15)
             grads = (torch.autograd.grad(x.sum(), s, retain_graph=True)[0] for x in (scaled, alpha * plain))
             assert_close(*grads, rtol=1e-10, atol=1e-14)
-    value = FD.rows_loss(loss.__name__, s, t, None, 0.0, reduction, backend, **OPTIONS[loss])[1]
+    value = rows_loss(loss.__name__, s, t, None, 0.0, reduction, backend, **OPTIONS[loss])[1]
     if reduction != "none":
         assert_close(value, loss(s, t, reduction=reduction, backend="reference").detach(), rtol=1e-12, atol=1e-15)
     assert not value.requires_grad

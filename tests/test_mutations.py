@@ -24,8 +24,8 @@ MUTATIONS = {
         "test_kernels.py::test_nothing_out_of_bounds_is_touched",
     ),
     "cosine: a stride": (
-        "teacher + row * stride_teacher",
-        "teacher + row * stride_student",
+        "target + row * stride_target",
+        "target + row * stride_student",
         "test_ops.py::test_layouts -k cosine",
     ),
     "cosine: an eps": (
@@ -39,8 +39,8 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
     "cosine: a missing row": (
-        "tl.store(loss + row, scale * distance)",
-        "tl.store(loss + row, scale * distance, mask=row != 2)",
+        "tl.store(loss + row, factor * distance)",
+        "tl.store(loss + row, factor * distance, mask=row != 2)",
         "test_kernels.py::test_every_element_is_written -k cosine",
     ),
     "cosine: a ticket that is not given back": (
@@ -49,8 +49,8 @@ MUTATIONS = {
         "test_kernels.py::test_a_ticket_is_left_zero",
     ),
     "cosine: a gradient without its scale": (
-        "scale *= tl.load(grad_output + row * stride_grad_row).to(ACC)",
-        "scale *= 1",
+        "factor *= tl.load(grad_output + row * stride_grad_row).to(ACC)",
+        "factor *= 1",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
     "cosine: rows that are not the program's own": (
@@ -139,12 +139,12 @@ MUTATIONS = {
         "test_kernels.py::test_nothing_out_of_bounds_is_touched -k standardize",
     ),
     "standardize: an eps": (
-        "divisor = deviation(square, spare, 0.0, ACC) + tl.full((), EPS, ACC)",
-        "divisor = deviation(square, spare, EPS, ACC)",
+        "divisor = deviation(square, dof, 0.0, ACC) + tl.full((), EPS, ACC)",
+        "divisor = deviation(square, dof, EPS, ACC)",
         "test_ops.py::test_is_as_accurate_as_eager -k standardize",
     ),
     "standardize: a biased deviation": (
-        "sigma = deviation(tl.load(squares + column, mask=inside, other=1), spare, 0.0, ACC)",
+        "sigma = deviation(tl.load(squares + column, mask=inside, other=1), dof, 0.0, ACC)",
         "sigma = deviation(tl.load(squares + column, mask=inside, other=1), rows, 0.0, ACC)",
         "test_ops.py::test_is_as_accurate_as_eager -k standardize",
     ),
@@ -154,18 +154,18 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k 530x5",
     ),
     "standardize: a gradient of a constant column": (
-        "tl.where(sigma == 0, 0, product.to(ACC) / (tl.cast(spare, ACC) * sigma))",
-        "product.to(ACC) / (tl.cast(spare, ACC) * sigma)",
+        "tl.where(sigma == 0, 0, product.to(ACC) / (tl.cast(dof, ACC) * sigma))",
+        "product.to(ACC) / (tl.cast(dof, ACC) * sigma)",
         "test_standardize.py::test_a_constant_column_is_as_in_eager",
     ),
     "standardize: a mean that is rounded": (
-        "away = (value - near[None, :]) - (mean - near.to(tl.float64)).to(ACC)[None, :]",
-        "away = value - near[None, :]",
+        "deviations = (value - near[None, :]) - (mean - near.to(tl.float64)).to(ACC)[None, :]",
+        "deviations = value - near[None, :]",
         "test_standardize.py::test_a_mean_takes_no_digits",
     ),
     "standardize: a clamped norm with a share in the gradient": (
-        "along = tl.where(clamped, 0, tl.sum(product, 1))",
-        "along = tl.sum(product, 1)",
+        "projection = tl.where(clamped, 0, tl.sum(product, 1))",
+        "projection = tl.sum(product, 1)",
         "test_standardize.py::test_rows_about_the_smallest_norm",
     ),
     "standardize: a dtype": (

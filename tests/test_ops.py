@@ -150,15 +150,15 @@ def test_autocast_changes_nothing(op, backend, where):
 
 
 @pytest.mark.parametrize(
-    ("op", "unreduced"),
-    [pytest.param(op, u, id=f"{op.name}-{u}") for op in OPS for u in (False, True)[: 1 + op.rowwise]],
+    ("op", "reduction"),
+    [pytest.param(op, options, id=f"{op.name}-{options}") for op in OPS for options in op.reductions],
 )
-def test_derivatives(op, backend, unreduced):
+def test_derivatives(op, backend, reduction):
     shape = op.shape(3, 5)
     inputs = tuple(x.requires_grad_() for x in op.draw(shape, torch.float64))
 
     def run(*leaves):
-        return op.run(*leaves, backend=backend, **op.weight(shape), **(op.unreduced if unreduced else {}))
+        return op.run(*leaves, backend=backend, **op.weight(shape), **reduction)
 
     # A whole Jacobian takes two calls an element; one random direction of it, where that is too many.
     fast = {"fast_mode": inputs[0].numel() > 100}

@@ -6,7 +6,7 @@ With s = student / max(|student|, eps), t likewise:
     mse      value = |s - t|^2      d value / d student = 2 (<s, t> s - t) / |student|
     raw      value = |s - t|^2 of the rows as they are, or as standardize.py makes them
 
-where a norm is clamped it is a constant, and the gradient loses its part along s.
+A clamped norm is a constant, and the gradient then loses its part along s.
 
 The forward writes the student's gradient for a grad_output of 1, with weight and scale in it, where
 `stores_gradient` says so. The first backward returns it, scaled in place. Later backwards compute it from the rows.
@@ -20,30 +20,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.cosine import NORM_EPS, cosine_distance, prepared
-from ..reference.dtypes import acc_dtype
+from ..reference.cosine import cosine_distance, prepare
+from ..reference.dtypes import acc_dtype, upcast
 from .cosine_torch import cosine_rows_torch
 from .cosine_triton import RowOptions, cosine_rescale_, cosine_rows
 from .function import batched_rows, make_function
-from .standardize import standardize
+from .standardize import Standardization, standardize
 
 
 def forward(
     student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, options: RowOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, it without scale, and the stored gradient."""
+    """Return the loss, the loss without scale, and the student's gradient where it is stored, else an empty tensor."""
     run = cosine_rows if backend == "triton" else cosine_rows_torch
     return run(student, target, weight, scale, None, options)[:3]
 
 
 def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_grad: tuple[bool, bool]) -> tuple:
+    """Return the gradients of student and target."""
     student, target, weight, scale, stored = saved
     (grad,), options = grads, ctx.options
-    if options.for_student and not needs_grad[1] and not torch.compiler.is_compiling() and not hasattr(ctx, "returned"):
-        ctx.returned = True  # for good: it may become p.grad, and anyone may change it
-        for_student = stored.data  # the same memory, with its own version counter and reference count
-        rescale(for_student, grad, ctx.backend)
-        return for_student, None
+    may_return = options.student_grad and not needs_grad[1] and not torch.compiler.is_compiling()
+    if may_return and not hasattr(ctx, "returned"):
+        ctx.returned = True  # once only: it may become p.grad, and anyone may change it
+        grad_student = stored.data  # the same memory, with its own version counter and reference count
+        rescale(grad_student, grad, ctx.backend)
+        return grad_student, None
     run = cosine_rows if ctx.backend == "triton" else cosine_rows_torch
     grad = grad.expand(student.shape[0]) if grad.ndim == 0 else grad
     kind, reduction, divisor, eps = options[:4]
@@ -53,11 +55,12 @@ def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_gr
 def formula(
     student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, options: RowOptions
 ) -> Tensor:
+    """Return the loss by eager formulas, for higher derivatives."""
     kind, reduction = options.kind, options.reduction
     if kind == "cosine":
         values = cosine_distance(student, target, options.eps)
     else:
-        s, t = prepared(student, target, normalize=kind == "mse", whiten=None)
+        s, t = (prepare(x, normalize=kind == "mse", norm_eps=options.eps) for x in upcast(student, target))
         values = (s - t).square() if reduction == "elements" else (s - t).square().sum(-1)
     for factor in (weight if weight is None or values.ndim == 1 else weight.unsqueeze(-1), scale):
         values = values if factor is None else values * factor
@@ -68,30 +71,32 @@ def vmap(
     apply: Callable, info: Any, in_dims: tuple, student: Tensor, target: Tensor, weight: Tensor | None,
     scale: Tensor | None, options: RowOptions, backend: str,
 ) -> tuple:  # fmt: skip
+    """Run one call over the rows of all batches, which share no value, and reduce the rows of each batch."""
     batch = info.batch_size
     rows = batched_rows(batch, in_dims[:3], student, target, weight)
     each = "elements" if options.reduction == "elements" else "rows"
     values = apply(*rows, None, RowOptions(options.kind, each, options.divisor, options.eps), backend)[0]
     values = values.unflatten(0, (batch, values.shape[0] // batch))
-    value = values.sum(1) if options.reduction == "sum" else values
-    loss = value
+    unscaled = values.sum(1) if options.reduction == "sum" else values
+    loss = unscaled
     if scale is not None:
-        loss = value * (scale if in_dims[3] is None else scale.view(batch, *(1 for _ in value.shape[1:])))
-    return (loss, value, value.new_empty(0)), (0, 0, None)
+        loss = unscaled * (scale if in_dims[3] is None else scale.view(batch, *(1 for _ in unscaled.shape[1:])))
+    return (loss, unscaled, unscaled.new_empty(0)), (0, 0, None)
 
 
 cosine_function = make_function("CosineFunction", forward, backward, formula, inputs=2, saved=2, vmap=vmap)
 
 
 def rescale(grad: Tensor, grad_output: Tensor, backend: str) -> None:
+    """Multiply the gradient by grad_output in place, unless that is known to be 1."""
     if backend == "triton":
         cosine_rescale_(grad, grad_output)
     elif grad.device.type != "cpu" or type(grad_output) is not Tensor or grad_output != 1:
-        grad.mul_(grad_output)  # a CPU may look at a value, if there is one, and spare itself the pass
+        grad.mul_(grad_output)  # on a CPU reading the value costs less than a pass
 
 
 def stores_gradient(student: Tensor, target: Tensor, reduction: str) -> bool:
-    """Whether the forward writes the gradient, from what the host knows. A hint: the backward is right either way."""
+    """Whether the forward writes the gradient. It is a hint from what the host knows: the backward is right anyway."""
     return (
         torch.is_grad_enabled()
         and student.requires_grad
@@ -113,38 +118,40 @@ def rows_loss(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, the loss without scale and without a gradient)."""
+    """Return the loss, and the loss without scale and without a gradient."""
     leading, width = student.shape[:-1], student.shape[-1]
     if student.ndim != 2:  # a view would be a node of the graph
         student, target = (x.reshape(-1, width) for x in (student, target))
     elements = kind != "cosine" and reduction == "none"
-    count = 1
+    divisor = 1
     if reduction == "mean":
-        count = (1 if kind == "cosine" else width) * (1 if weight is not None else student.shape[0])
+        divisor = (1 if kind == "cosine" else width) * (1 if weight is not None else student.shape[0])
     if weight is not None:
         weight = weight.to(acc_dtype(student, target)).expand(leading).reshape(-1)
         if reduction == "mean":
             total = weight.sum()
             weight = weight / torch.where(total == 0, 1, total)
-    reduced = {"none": "elements" if elements else "rows"}.get(reduction, "sum")
-    options = RowOptions(kind, reduced, count, eps, stores_gradient(student, target, reduced))
-    loss, value, _ = cosine_function(student, target, weight, scale, options, backend)
-    value = loss.detach() if scale is None else value
-    return (loss, value) if reduction != "none" else (loss.reshape((*leading, *loss.shape[1:])), value)
+    row_reduction = {"none": "elements" if elements else "rows"}.get(reduction, "sum")
+    options = RowOptions(kind, row_reduction, divisor, eps, stores_gradient(student, target, row_reduction))
+    loss, unscaled, _ = cosine_function(student, target, weight, scale, options, backend)
+    unscaled = loss.detach() if scale is None else unscaled
+    return (loss, unscaled) if reduction != "none" else (loss.reshape((*leading, *loss.shape[1:])), unscaled)
 
 
 def cosine_loss(student: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return what rows_loss returns, for the cosine distance."""
     return rows_loss(student, target, kind="cosine", **options)
 
 
 def mse_loss(
-    student: Tensor, target: Tensor, *, normalize: bool, whiten: bool, eps: float, **options: Any
+    student: Tensor, target: Tensor, *, normalize: bool, whiten: bool, eps: float, norm_eps: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return what rows_loss returns, for the squared error of prepared rows."""
     if not whiten:
-        return rows_loss(student, target, kind="mse" if normalize else "raw", eps=NORM_EPS, **options)
+        return rows_loss(student, target, kind="mse" if normalize else "raw", eps=norm_eps, **options)
     dtype, width = acc_dtype(student, target), student.shape[-1]
     s, t = (
-        standardize(x.reshape(-1, width), normalize, eps, dtype, options["backend"]).reshape(x.shape)
+        standardize(x.reshape(-1, width), Standardization(normalize, eps, norm_eps, dtype), options["backend"])
         for x in (student, target)
     )
-    return rows_loss(s, t, kind="raw", eps=NORM_EPS, **options)
+    return rows_loss(s.reshape(student.shape), t.reshape(target.shape), kind="raw", eps=norm_eps, **options)

@@ -13,82 +13,92 @@ from .blocks import blocks
 from .cosine_triton import RowOptions, cosine_rows_empty
 
 
-def unit(x: Tensor, eps: float, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows over their norms, 1 / norm, and which norms are clamped. Products are taken of these: the square of a large
-    norm leaves the range."""
-    norm = torch.mul(x, x, out=into).sum(-1, keepdim=True).sqrt()
-    inverse = 1 / norm.clamp(min=eps)
-    return torch.mul(x, inverse, out=into), inverse, norm < eps
+def unit(x: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows over their norms, 1 / norm, and whether a norm is clamped.
 
-
-def some_rows(
-    student: Tensor, teacher: Tensor, scale: Tensor, into: list[Tensor | None], spare: list[Tensor | None], *,
-    kind: str, elements: bool, eps: float, loss: bool, for_student: bool, for_teacher: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """What is wanted of some rows: their values, the gradients of student and of teacher.
-
-    scale: the gradient of each row's value, [n, 1], or of each element's, [n, D]. into: for each result, the memory
-    to make it in, or None; spare: memory for three [n, D], likewise.
+    Products are taken of rows of length one: the square of a large norm leaves the range.
     """
-    s, t = upcast(student, teacher)
-    s_unit = t_unit = None
-    cos = s.new_empty(0)  # of which rows as they are have no use
+    norm = torch.mul(x, x, out=out).sum(-1, keepdim=True).sqrt()
+    inverse = 1 / norm.clamp(min=eps)
+    return torch.mul(x, inverse, out=out), inverse, norm < eps
+
+
+def compute_block(
+    student: Tensor, target: Tensor, factor: Tensor, out: list[Tensor | None], scratch: list[Tensor | None], *,
+    kind: str, elements: bool, eps: float, loss: bool, student_grad: bool, target_grad: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compute the values of a block of rows and the gradients of student and target, as many of the three as asked.
+
+    Args:
+        factor: Gradient of the loss with respect to each row's value, [n, 1], or each element's, [n, D].
+        out: Memory for each result, or None. A result need not use it.
+        scratch: Memory for three intermediate [n, D], or None for each.
+    """
+    s, t = upcast(student, target)
+    s_norm = t_norm = None
+    cos = s.new_empty(0)  # not used for rows that are not normalised
     if kind != "raw":
-        (s, *s_unit), (t, *t_unit) = unit(s, eps, spare[0]), unit(t, eps, spare[1])
-        cos = torch.mul(s, t, out=spare[2]).sum(-1, keepdim=True)
-    made = []
+        (s, *s_norm), (t, *t_norm) = unit(s, eps, scratch[0]), unit(t, eps, scratch[1])
+        cos = torch.mul(s, t, out=scratch[2]).sum(-1, keepdim=True)
+    results = []
     if loss and kind == "cosine":
-        made.append(1 - cos.squeeze(-1))
+        results.append(1 - cos.squeeze(-1))
     elif loss:
-        error = torch.sub(s, t, out=spare[2]).square_()
-        made.append(error if elements else error.sum(-1))
+        error = torch.sub(s, t, out=scratch[2]).square_()
+        results.append(error if elements else error.sum(-1))
     gradient = partial(gradient_of_elements if elements else gradient_of_rows, cos=cos, kind=kind)
-    if for_student:
-        made.append(gradient(s, t, scale, s_unit, into[len(made)]))
-    if for_teacher:
-        made.append(gradient(t, s, scale, t_unit, into[len(made)]))
-    return tuple(made)
+    if student_grad:
+        results.append(gradient(s, t, factor, s_norm, out[len(results)]))
+    if target_grad:
+        results.append(gradient(t, s, factor, t_norm, out[len(results)]))
+    return tuple(results)
 
 
 def gradient_of_rows(
-    x: Tensor, y: Tensor, scale: Tensor, unit: list[Tensor] | None, into: Tensor | None, *, cos: Tensor, kind: str
+    x: Tensor, y: Tensor, factor: Tensor, norm: list[Tensor] | None, out: Tensor | None, *, cos: Tensor, kind: str
 ) -> Tensor:
-    """The gradient of what became x; the two inputs are alike."""
+    """Return the gradient of the input behind x, for one value per row.
+
+    x is student or target and y the other one, normalised if `norm` has x's 1 / norm and whether it is clamped.
+    """
     if kind != "cosine":
-        scale = 2 * scale
-    if unit is None:
-        return torch.sub(x, y, out=into).mul_(scale)
-    inverse, clamped = unit
-    along = torch.where(clamped, float(kind != "cosine"), cos)
-    return torch.mul(x, along, out=into).sub_(y).mul_(scale * inverse)
+        factor = 2 * factor
+    if norm is None:
+        return torch.sub(x, y, out=out).mul_(factor)
+    inverse, clamped = norm
+    projection = torch.where(clamped, float(kind != "cosine"), cos)
+    return torch.mul(x, projection, out=out).sub_(y).mul_(factor * inverse)
 
 
 def gradient_of_elements(
-    x: Tensor, y: Tensor, scale: Tensor, unit: list[Tensor] | None, into: Tensor | None, *, cos: Tensor, kind: str
+    x: Tensor, y: Tensor, factor: Tensor, norm: list[Tensor] | None, out: Tensor | None, *, cos: Tensor, kind: str
 ) -> Tensor:
-    u = torch.sub(x, y, out=into).mul_(2 * scale)
-    if unit is None:
-        return u
-    inverse, clamped = unit
-    along = torch.where(clamped, 0, (u * x).sum(-1, keepdim=True))
-    return u.sub_(x * along).mul_(inverse)
+    """Return the gradient of the input behind x, for one value per element."""
+    grad = torch.sub(x, y, out=out).mul_(2 * factor)
+    if norm is None:
+        return grad
+    inverse, clamped = norm
+    projection = torch.where(clamped, 0, (grad * x).sum(-1, keepdim=True))
+    return grad.sub_(x * projection).mul_(inverse)
 
 
-def in_blocks(run: Callable, outputs: list[Tensor], student: Tensor, teacher: Tensor, scale: Tensor) -> list[Tensor]:
-    """run(...), as some_rows, into `outputs`, in blocks that use the same memory again and again: on a CPU fresh memory
-    costs more than a pass."""
+def in_blocks(run: Callable, outputs: list[Tensor], student: Tensor, target: Tensor, factor: Tensor) -> list[Tensor]:
+    """Write what `run` (see compute_block) returns into `outputs`, block by block.
+
+    All blocks use the same memory: on a CPU fresh memory costs more than a pass.
+    """
     if torch.compiler.is_compiling() or student.device.type != "cpu":
-        made = run(student, teacher, scale, [None] * len(outputs), [None] * 3)
-        return [x.to(out.dtype) for x, out in zip(made, outputs, strict=True)]
+        results = run(student, target, factor, [None] * len(outputs), [None] * 3)
+        return [x.to(out.dtype) for x, out in zip(results, outputs, strict=True)]
     parts = list(blocks(student))
     # Where rows do not lie one after another, an element's neighbours in memory are those of its column.
-    spare = [torch.empty_like(x[parts[0]], dtype=scale.dtype) for x in (student, teacher, student)] if parts else []
-    direct = student.stride(1) == teacher.stride(1) == 1
+    scratch = [torch.empty_like(x[parts[0]], dtype=factor.dtype) for x in (student, target, student)] if parts else []
+    direct = student.stride(1) == target.stride(1) == 1
     for part in parts:
-        into = [out[part] if direct and out.dtype == scale.dtype and out.ndim == 2 else None for out in outputs]
-        made = run(student[part], teacher[part], scale[part], into, [x[: student[part].shape[0]] for x in spare])
-        for out, x, target in zip(outputs, made, into, strict=True):
-            if x is not target:
+        slots = [out[part] if direct and out.dtype == factor.dtype and out.ndim == 2 else None for out in outputs]
+        results = run(student[part], target[part], factor[part], slots, [x[: student[part].shape[0]] for x in scratch])
+        for out, x, slot in zip(outputs, results, slots, strict=True):
+            if x is not slot:
                 out[part] = x
     return outputs
 
@@ -97,29 +107,32 @@ def cosine_rows_torch(
     student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, grad_output: Tensor | None,
     options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    loss, value, *grads = cosine_rows_empty(student, target, weight, scale, grad_output, options)
+    """Return what cosine_rows_empty allocates."""
+    loss, unscaled, *grads = cosine_rows_empty(student, target, weight, scale, grad_output, options)
     kind, reduction, divisor, eps, *needs_grad = options
     elements = reduction == "elements"
-    share = (loss.new_ones(()) if weight is None else weight.unsqueeze(-1)) / divisor
-    outer = share if scale is None else share * scale
-    factor = outer if grad_output is None else outer * (grad_output if elements else grad_output.unsqueeze(-1))
+    row_weight = (loss.new_ones(()) if weight is None else weight.unsqueeze(-1)) / divisor
+    row_factor = row_weight if scale is None else row_weight * scale
+    factor = row_factor
+    if grad_output is not None:
+        factor = row_factor * (grad_output if elements else grad_output.unsqueeze(-1))
     factor = factor.expand(student.shape[0], student.shape[1] if elements else 1)
 
     run = partial(
-        some_rows, kind=kind, elements=elements, eps=eps, loss=grad_output is None, for_student=options.for_student,
-        for_teacher=options.for_target,
+        compute_block, kind=kind, elements=elements, eps=eps, loss=grad_output is None,
+        student_grad=options.student_grad, target_grad=options.target_grad,
     )  # fmt: skip
-    filled = [grad for grad, needed in zip(grads, needs_grad, strict=True) if needed]
+    outputs = [grad for grad, needed in zip(grads, needs_grad, strict=True) if needed]
     if grad_output is None:
-        filled.insert(0, loss.new_empty(student.shape if elements else student.shape[:1]))
-    made = in_blocks(run, filled, student, target, factor)
+        outputs.insert(0, loss.new_empty(student.shape if elements else student.shape[:1]))
+    outputs = in_blocks(run, outputs, student, target, factor)
     if grad_output is None:
-        values = made.pop(0)
+        values = outputs.pop(0)
         if reduction != "sum":
-            loss = values * (outer if elements else outer.squeeze(-1))
+            loss = values * (row_factor if elements else row_factor.squeeze(-1))
         else:
             loss = (values if weight is None else values * weight).sum() / divisor
             if scale is not None:
-                loss, value = loss * scale, loss
-    for_s, for_t = (made.pop(0) if needed else grad for grad, needed in zip(grads, needs_grad, strict=True))
-    return loss, value, for_s, for_t
+                loss, unscaled = loss * scale, loss
+    grad_student, grad_target = (outputs.pop(0) if needed else x for x, needed in zip(grads, needs_grad, strict=True))
+    return loss, unscaled, grad_student, grad_target

@@ -12,8 +12,8 @@ from .dispatch import acc_of, cdiv, launched, rows_of
 from .plain import launch
 from .tickets import ticket
 
-# Columns that one program holds at a time, and its warps: the narrowest that takes a row at once, else the widest.
-# A thread holds 8 columns of each row, which leaves it within 64 registers, but for float64.
+# {columns that a program holds at a time: its warps}. A launch takes the narrowest that holds a row, else the widest.
+# A thread holds 8 columns of each row, which keeps it within 64 registers, except in float64.
 CONFIGURATIONS = {256: 1, 1024: 4, 4096: 16}
 # Warps that 132 multiprocessors run at once, 32 each, by 64 registers a thread. As many programs as they make take all
 # rows in turn: 65,536 rows of width 1024 by 1,056 programs are 62 or 63 each, and 1,056 sums to finish.
@@ -22,14 +22,14 @@ RESCALE_BLOCK = 4096
 
 
 class RowOptions(NamedTuple):
-    """What is computed of rows."""
+    """Options of cosine_rows."""
 
-    kind: str  # cosine, mse, or raw: mse of rows as they are
+    kind: str  # cosine, mse, or raw: the squared error of rows that are not normalised
     reduction: str  # sum, rows or elements
     divisor: int  # of the loss
-    eps: float  # the smallest norm that is divided by
-    for_student: bool = False  # whether the gradient is written: in the forward, for a grad_output of 1
-    for_target: bool = False
+    eps: float  # the smallest norm that divides
+    student_grad: bool = False  # whether this gradient is written; the forward writes it for a grad_output of 1
+    target_grad: bool = False
 
 
 def cosine_rows_empty(
@@ -37,23 +37,24 @@ def cosine_rows_empty(
     target: Tensor,  # [N, D]
     weight: Tensor | None,  # [N]
     scale: Tensor | None,  # []
-    grad_output: Tensor | None,  # [N], or [N, D] by elements; None: the forward
+    grad_output: Tensor | None,  # [N], or [N, D] by elements; None in the forward
     options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, it without scale, and the gradients of student and target; empty where it is not wanted."""
+    """Allocate the loss, the loss without scale, and both gradients. A result that is not computed is empty."""
     shape = {"sum": (), "rows": student.shape[:1], "elements": student.shape}[options.reduction]
     forward = grad_output is None
     loss = student.new_empty(shape if forward else 0, dtype=acc_dtype(student, target))
-    value = loss.new_empty(() if forward and scale is not None and options.reduction == "sum" else 0)
-    for_s = student.new_empty(student.shape if options.for_student else 0)
-    for_t = target.new_empty(target.shape if options.for_target else 0)
-    return loss, value, for_s, for_t
+    unscaled = loss.new_empty(() if forward and scale is not None and options.reduction == "sum" else 0)
+    grad_student = student.new_empty(student.shape if options.student_grad else 0)
+    grad_target = target.new_empty(target.shape if options.target_grad else 0)
+    return loss, unscaled, grad_student, grad_target
 
 
 def launch_options(loss: Tensor, width: int, eps: float) -> dict[str, Any]:
-    """eps is compiled in: as an argument Triton would round it to float32, for float64 too.
+    """Return the compile-time constants and options of a launch.
 
-    Multiplications and additions may be fused, explicitly: it rounds once less, and Triton 3.10 changes the default.
+    eps is one of them: as an argument Triton would round it to float32, for float64 too. Fusing a multiplication and
+    an addition is set explicitly: it rounds once less, and Triton 3.10 changes the default.
     """
     block = next((block for block in CONFIGURATIONS if block >= width), max(CONFIGURATIONS))
     warps = max(1, CONFIGURATIONS[block] // (1 + (loss.dtype == torch.float64)))
@@ -63,38 +64,40 @@ def launch_options(loss: Tensor, width: int, eps: float) -> dict[str, Any]:
 
 def launch_cosine_rows(
     out: tuple[Tensor, ...], student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None,
-    grad_output: Tensor | None, how: RowOptions,
+    grad_output: Tensor | None, row_options: RowOptions,
 ) -> None:  # fmt: skip
+    """Fill `out`, the results that cosine_rows_empty allocated."""
     from ..kernels.cosine import cosine_rows_kernel
 
+    kind, reduction, divisor, eps, *needs_grad = row_options
     student, target = rows_of(student, target)
-    loss, value, for_s, for_t = out
+    loss, unscaled, grad_student, grad_target = out
     rows, width = student.shape
     if not rows:
-        for x in (loss, value):
-            x.fill_(0.0 if how.divisor else float("nan"))  # a sum over nothing, and a mean
+        for x in (loss, unscaled):
+            x.fill_(0.0 if divisor else float("nan"))  # a sum over no rows is 0, a mean is NaN
         return
-    options = launch_options(loss, width, how.eps)
+    options = launch_options(loss, width, eps)
     programs = min(rows, MANY_ROWS // options["num_warps"])
-    summed = grad_output is None and how.reduction == "sum"
+    summed = grad_output is None and reduction == "sum"
     strides = (0, 0) if grad_output is None else (*grad_output.stride(), 0)[:2]
     with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
         launch(cosine_rows_kernel, (programs,),
             student, target, weight, scale, grad_output,
-            loss if grad_output is None else None, value if value.numel() else None,
+            loss if grad_output is None else None, unscaled if unscaled.numel() else None,
             loss.new_empty(programs) if summed else None, ticket(student) if summed else None,
-            for_s if how.for_student else None, for_t if how.for_target else None,
-            student.stride(0), target.stride(0), 0 if weight is None else weight.stride(0), *strides, rows, how.divisor,
-            KIND=how.kind, REDUCTION=how.reduction, **options,
+            grad_student if needs_grad[0] else None, grad_target if needs_grad[1] else None,
+            student.stride(0), target.stride(0), 0 if weight is None else weight.stride(0), *strides, rows, divisor,
+            KIND=kind, REDUCTION=reduction, **options,
         )  # fmt: skip
 
 
 def cosine_rescale_empty(grad: Tensor, grad_output: Tensor) -> None:
-    """Nothing: the op changes `grad`."""
+    """Allocate nothing: the op changes `grad`."""
 
 
 def launch_cosine_rescale_(out: None, grad: Tensor, grad_output: Tensor) -> None:
-    """grad *= grad_output, which no program does where that is 1."""
+    """Multiply grad by grad_output in place. Where that is 1, the programs return at once."""
     from ..kernels.cosine import cosine_rescale_kernel
 
     if not grad.numel():

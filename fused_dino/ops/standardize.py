@@ -1,5 +1,5 @@
-"""Columns standardised over all rows: the autograd.Function over its closed form (standardize_torch.py) and its
-kernels (standardize_triton.py).
+"""Standardised columns: the autograd.Function over the closed form (standardize_torch.py) and the kernels
+(standardize_triton.py).
 
 With z the rows as they are or over their norms, N of them, and in every column
 
@@ -9,15 +9,14 @@ the gradient of z, for g that of y, is
 
     u = (g - mean(g)) / (s + eps) - y sum(g y) / ((N - 1) s)
 
-without its second term where a column is constant, as in torch; and that of x, for z = x / max(|x|, 1e-12), is
-(u - <z, u> z) / |x|, or u / 1e-12 where the norm is clamped.
+without its second term where a column is constant, as in torch. The gradient of x, for z = x / max(|x|, norm_eps), is
+(u - <z, u> z) / |x|, or u / norm_eps where the norm is clamped.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..reference.cosine import prepare
@@ -27,23 +26,26 @@ from .standardize_triton import Standardization, standardize_bwd, standardize_fw
 
 
 def forward(x: Tensor, options: Standardization, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What standardize_fwd_empty describes."""
+    """Return what standardize_fwd_empty allocates."""
     return (standardize_fwd if backend == "triton" else standardize_fwd_torch)(x, options)
 
 
 def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_grad: tuple[bool]) -> tuple[Tensor]:
+    """Return the gradient of x."""
     run = standardize_bwd if ctx.backend == "triton" else standardize_bwd_torch
     (grad,), (x, out, factors, squares) = grads, saved
     return (run(grad, x, out, factors, squares, ctx.options),)
 
 
 def formula(x: Tensor, options: Standardization) -> Tensor:
-    return prepare(x.to(options.dtype), options.normalize, options.eps)
+    """Return the result by eager formulas, for higher derivatives."""
+    normalize, eps, norm_eps, dtype = options
+    return prepare(x.to(dtype), normalize=normalize, norm_eps=norm_eps, whiten_eps=eps)
 
 
 standardize_function = make_function("StandardizeFunction", forward, backward, formula, inputs=1, saved=0)
 
 
-def standardize(x: Tensor, normalize: bool, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
-    """[N, D] -> [N, D] of `dtype`."""
-    return standardize_function(x, Standardization(normalize, eps, dtype), backend)[0]
+def standardize(x: Tensor, options: Standardization, backend: str) -> Tensor:
+    """Standardise the columns of [N, D], after dividing rows by their norms if asked."""
+    return standardize_function(x, options, backend)[0]

@@ -1,4 +1,4 @@
-"""Columns standardised over all rows on a GPU: the launchers, and the ops that torch's dispatcher knows."""
+"""Standardised columns on a GPU: the launchers, and the ops that torch's dispatcher knows."""
 
 from __future__ import annotations
 
@@ -7,44 +7,49 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.cosine import NORM_EPS
 from .columns import COLUMNS, ROWS, launch_statistics, runs_of
 from .dispatch import acc_of, cdiv, launched, rows_of
 from .plain import launch
 
-ELEMENTS, WIDEST = 2048, 512  # of a tile of the passes over rows
+TILE_ELEMENTS, TILE_WIDTH = 2048, 512  # of a tile of rows; the width is the largest
 
 
 def options_of(dtype: torch.dtype) -> dict[str, Any]:
-    """enable_fp_fusion explicitly: it rounds once less, and Triton 3.10 changes the default."""
+    """Return the options of every launch.
+
+    Fusing a multiplication and an addition is set explicitly: it rounds once less, and Triton 3.10 changes the default.
+    """
     return {"ACC": acc_of(dtype), "num_warps": 4, "enable_fp_fusion": True}
 
 
 def tile_of(width: int) -> dict[str, int]:
-    """Whole rows where they are narrow."""
-    block = min(WIDEST, max(16, 1 << (width - 1).bit_length()))
-    return {"BLOCK_N": ELEMENTS // block, "BLOCK_D": block}
+    """Return the tile's rows and columns. Narrow rows fit one tile whole."""
+    block = min(TILE_WIDTH, max(16, 1 << (width - 1).bit_length()))
+    return {"BLOCK_N": TILE_ELEMENTS // block, "BLOCK_D": block}
 
 
 class Standardization(NamedTuple):
-    normalize: bool  # rows are divided by their norms first
+    """Options of standardize."""
+
+    normalize: bool  # whether rows are divided by their norms first
     eps: float  # added to each deviation
+    norm_eps: float  # the smallest norm that divides
     dtype: torch.dtype  # of the result
 
 
 def standardize_fwd_empty(x: Tensor, options: Standardization) -> tuple[Tensor, Tensor, Tensor]:
-    """The result [N, D], what rows were multiplied by [N] or [0], and the columns' sums of squares about their means
-    [D]."""
+    """Allocate the result [N, D], 1 / norm of each row [N] or [0], and the columns' sums of squared deviations [D]."""
     out = x.new_empty(x.shape, dtype=options.dtype)
     return out, out.new_empty(x.shape[0] if options.normalize else 0), out.new_empty(x.shape[1])
 
 
-def launch_standardize_fwd(made: tuple[Tensor, Tensor, Tensor], x: Tensor, how: Standardization) -> None:
+def launch_standardize_fwd(results: tuple[Tensor, Tensor, Tensor], x: Tensor, config: Standardization) -> None:
+    """Fill the results that standardize_fwd_empty allocated."""
     from ..kernels import standardize as kernels
 
     (x,) = rows_of(x)
-    out, factors, squares = made
-    normalize, eps, dtype = how
+    out, factors, squares = results
+    normalize, eps, norm_eps, dtype = config
     rows, width = x.shape
     shift, scale = squares.new_empty(width, dtype=torch.float64), factors if normalize else None
     tile = tile_of(width)
@@ -59,7 +64,7 @@ def launch_standardize_fwd(made: tuple[Tensor, Tensor, Tensor], x: Tensor, how: 
                 x.stride(0),
                 rows,
                 width,
-                EPS=NORM_EPS,
+                EPS=norm_eps,
                 **options,
             )
         launch_statistics(x, None, scale, shift, squares)
@@ -83,32 +88,34 @@ def launch_standardize_fwd(made: tuple[Tensor, Tensor, Tensor], x: Tensor, how: 
 def standardize_bwd_empty(
     grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, options: Standardization
 ) -> Tensor:
+    """Allocate the gradient of x."""
     return x.new_empty(x.shape)
 
 
 def launch_standardize_bwd(
-    grad_x: Tensor, grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, how: Standardization
+    grad_x: Tensor, grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, config: Standardization
 ) -> None:
+    """Fill `grad_x`, which standardize_bwd_empty allocated."""
     from ..kernels import standardize as kernels
 
     grad, (x,) = grad.contiguous(), rows_of(x)
     rows, width = x.shape
     runs, tile, options = runs_of(rows, width), tile_of(width), options_of(out.dtype)
-    totals, along = (squares.new_empty((runs.number, width)) for _ in range(2))
-    mean, share = (squares.new_empty(width) for _ in range(2))
+    totals, products = (squares.new_empty((runs.number, width)) for _ in range(2))
+    mean, slope = (squares.new_empty(width) for _ in range(2))
     with torch.cuda.device_of(x):
         launch(kernels.standardize_sums_kernel, (cdiv(width, COLUMNS), runs.number),
-            grad, out, totals, along, rows, width, runs.length,
+            grad, out, totals, products, rows, width, runs.length,
             BLOCK_N=ROWS, BLOCK_D=COLUMNS, **options,
         )  # fmt: skip
         launch(
             kernels.standardize_finish_kernel,
             (cdiv(width, 128),),
             totals,
-            along,
+            products,
             squares,
             mean,
-            share,
+            slope,
             rows,
             width,
             runs.number,
@@ -117,8 +124,8 @@ def launch_standardize_bwd(
             **options,
         )
         launch(kernels.standardize_bwd_kernel, (cdiv(rows, tile["BLOCK_N"]),),
-            grad, out, x, factors if how.normalize else None, squares, mean, share, grad_x,
-            x.stride(0), rows, width, rows - 1, EPS=how.eps, NORM_EPS=NORM_EPS, **tile, **options,
+            grad, out, x, factors if config.normalize else None, squares, mean, slope, grad_x,
+            x.stride(0), rows, width, rows - 1, EPS=config.eps, NORM_EPS=config.norm_eps, **tile, **options,
         )  # fmt: skip
 
 

@@ -7,14 +7,16 @@ from torch import Tensor
 
 
 def acc_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float64 as soon as one of the tensors is float64, float32 otherwise."""
+    """Return the dtype of the arithmetic: float64 as soon as one of the tensors is float64, float32 otherwise."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast the tensors to the dtype of their arithmetic."""
     return tuple(x.to(acc_dtype(*tensors)) for x in tensors)
 
 
 def without_autocast(x: Tensor) -> torch.autocast | nullcontext:
-    """Autocast turned off, which meta tensors have none of: under it float32 matrices have a bfloat16 product."""
+    """Turn autocast off on the device of `x`: under it float32 matrices have a bfloat16 product."""
+    # meta tensors have no autocast
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -27,13 +27,13 @@ def cosine_scales(
 
 
 def mse_scales(
-    student: Tensor, teacher: Tensor, grad_output: Tensor, *, normalize: bool = True, reduction: str = "mean",
-    weight: Tensor | None = None,
+    student: Tensor, teacher: Tensor, grad_output: Tensor, *, normalize: bool = True, norm_eps: float = 1e-12,
+    reduction: str = "mean", weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The squares of what is subtracted, and their derivative; over the norm where rows are normalised, together with
     the whole row's share along the row."""
     s, t = (x.double() for x in (student, teacher))
-    norms = [x.norm(dim=-1, keepdim=True).clamp(1e-12, 1e154) if normalize else torch.ones_like(x) for x in (s, t)]
+    norms = [x.norm(dim=-1, keepdim=True).clamp(norm_eps, 1e154) if normalize else torch.ones_like(x) for x in (s, t)]
     sizes = sum(x.abs() / norm for x, norm in zip((s, t), norms, strict=True)).requires_grad_()
     value = reduce(sizes.square(), None if weight is None else weight.unsqueeze(-1), reduction)
     (share,) = torch.autograd.grad(value, sizes, grad_output.double())
@@ -88,6 +88,7 @@ MSE = Op(
         Case((6, 20), "summed", {"reduction": "sum"}),
         Case((6, 20), "one value an element", {"reduction": "none"}),
         Case((2, 5000), "one value an element, in a loop over columns", {"reduction": "none"}),
+        Case((6, 20), "a norm_eps above some norms and below others", {"norm_eps": 4.5}),
         Case((5, 37), "rows as they are", {"normalize": False}),
         Case((5, 37), "elements as they are", {"normalize": False, "reduction": "none"}),
     ),

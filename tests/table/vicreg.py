@@ -75,6 +75,7 @@ VICREG = Op(
         Case((9, 20), "without the variance", {"var_weight": 0.0}),
     ),
     scales=vicreg_scales,
+    more_sizes=((70, 90),),  # the product's mirror images
     poisoned=True,
     forward=vicreg_triton.vicreg_fwd.overload,
     backward=vicreg_triton.vicreg_bwd.overload,

@@ -1,0 +1,46 @@
+"""The part that all ops on rows share: the checks of their arguments, and the scale of their loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .backend import choose
+from .reference.dtypes import acc_dtype
+from .validation import check_choice, check_matching, check_scalar, check_weight
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def rows_loss(
+    op: str,
+    student: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: float | Tensor | None,
+    reduction: str,
+    backend: str | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of an op on rows and run it on the backend that is chosen.
+
+    Returns:
+        tuple: The loss, and the loss without scale and without a gradient, for logs.
+    """
+    check_matching(student, target)
+    if options.get("whiten") and math.prod(student.shape[:-1]) < 2:
+        raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
+    options["weight"] = check_weight(weight, student)
+    options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
+    if scale is not None:
+        scale = check_scalar("scale", scale, student.device)
+        scale = scale.to(acc_dtype(student, target)) if isinstance(scale, Tensor) else scale
+    name, implementation = choose(op, student, backend)
+    if name == "reference":
+        value = implementation(student, target, **options)
+        return (value if scale is None else scale * value), value.detach()
+    if isinstance(scale, float):
+        scale = student.new_full((), scale, dtype=acc_dtype(student, target))
+    return implementation(student, target, scale=scale, **options)
