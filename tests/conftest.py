@@ -1,6 +1,8 @@
-"""What every test may use: a small frozen teacher, random inputs, and --no-skips."""
+"""Give every test a small frozen teacher and its supervision, random inputs, each implementation, and --no-skips."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import fused_dino
+from fused_dino import functional as FD
 from proving import DEVICE, IMPLEMENTATIONS, INTERPRETED
 
 # A kernel runs in the interpreter, in a process of its own, or on a GPU.
@@ -32,6 +35,17 @@ class TinyTeacher(nn.Module):
         return {"global": tokens.square().mean(1), "patch": tokens if self.patches else None}
 
 
+def make_supervision(teacher: nn.Module, **options: Any) -> fused_dino.DinoSupervision:
+    """Return a small supervision of latents [B, 64] and images of 56 x 56 pixels."""
+    small = {"in_dim": 64, "hidden_dim": 32, "img_size": 56, "group": None}
+    return fused_dino.DinoSupervision(teacher=teacher, **(small | options))
+
+
+def grads(module: nn.Module) -> list[Tensor | None]:
+    """Return the gradients of a module's parameters."""
+    return [p.grad for p in module.parameters()]
+
+
 @pytest.fixture
 def teacher() -> TinyTeacher:
     torch.manual_seed(0)
@@ -52,6 +66,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=IMPLEMENTATIONS)
+def preprocess(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """FD.preprocess on each implementation in turn."""
+    return partial(FD.preprocess, backend=request.param)
+
+
 @pytest.fixture
 def fresh_compiler() -> None:
     """torch.compile counts how often one method was compiled, and refuses the ninth time."""
@@ -60,11 +80,12 @@ def fresh_compiler() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An op without a kernel has no cases of Triton."""
+    """Deselect the cases of Triton of an op without a kernel."""
 
     def runs(item: pytest.Item) -> bool:
-        given = getattr(getattr(item, "callspec", None), "params", {})
-        return getattr(given.get("op"), "forward", True) is not None or given.get("backend") != "triton"
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        has_kernel = getattr(parameters.get("op"), "forward", True) is not None
+        return has_kernel or parameters.get("backend") != "triton"
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]
