@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .validation import check_number
+from .validation import check_int, check_number
 
 
 class Schedule(nn.Module):
@@ -22,8 +20,8 @@ class Schedule(nn.Module):
     def __init__(self, alpha: float, warmup_steps: int, stop_step: int | None = None) -> None:
         super().__init__()
         self.alpha = check_number("alpha", alpha)
-        self.warmup_steps = check_step("warmup_steps", warmup_steps)
-        self.stop_step = None if stop_step is None else check_step("stop_step", stop_step)
+        self.warmup_steps = check_int("warmup_steps", warmup_steps, 0)
+        self.stop_step = None if stop_step is None else check_int("stop_step", stop_step, 0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._counted: tuple[tuple[int, int], int] | None = None
 
@@ -81,9 +79,3 @@ class Schedule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, warmup_steps={self.warmup_steps}, stop_step={self.stop_step}"
-
-
-def check_step(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-    return value

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from .factories import Features, check_latent_shape, make_loss, make_preprocess, make_teacher
 from .functional import Backend
 from .legacy_checkpoint import adopt, watch_parents
+from .live import dtype_of, live_tensors, reach
 from .losses import CosineLoss, VICRegOutput, weighed
 from .patches import PATCH_TARGETS, Patches
-from .projector import Projector, reach
-from .schedule import Schedule, check_step
+from .projector import Projector
+from .schedule import Schedule
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_flag, check_number, check_scalar, check_size
+from .validation import check_choice, check_flag, check_int, check_number, check_scalar, check_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -219,7 +220,7 @@ class DinoSupervision(Taught):
         if z_text is None:
             losses.append(self._zero(tokens=False))
         else:
-            z_text, target = z_text.to(self.projector.dtype), self._global_token(features)
+            z_text, target = z_text.to(dtype_of(self.projector) or z_text.dtype), self._global_token(features)
             out, loss = weighed(self.loss, self.projector(z_text), target, self.w_global, alpha)
             losses.append(loss)
             logs["dino_global"] = (out.loss if isinstance(out, VICRegOutput) else out).detach()
@@ -267,9 +268,9 @@ class DinoSupervision(Taught):
         if step is None:
             self.schedule.advance()
         else:
-            check_step("step", step)
+            check_int("step", step, 0)
         if self.schedule.stopped(step):
-            return {"loss_dino": self._zero()}
+            return {"loss_dino": self._zero(z_text, tokens)}
         loss, logs = self(z_text, x_img, features=features, tokens=tokens, alpha=self.schedule.factor(step))
         return {"loss_dino": self.schedule.cut(loss, step), **logs}
 
@@ -289,10 +290,15 @@ class DinoSupervision(Taught):
             return self.token_grids(student, target)
         return student, self._global_token(features).unsqueeze(1).expand(-1, tokens.shape[1], -1)
 
-    def _zero(self, tokens: bool = True) -> Tensor:
-        """0 by way of every parameter, for trainers that want a gradient in each; tokens=False: of all but theirs."""
-        named = self.named_parameters()
-        return reach(*(p for name, p in named if tokens or not name.startswith("token_projector.")))
+    def _zero(self, *inputs: Tensor | None, tokens: bool = True) -> Tensor:
+        """0 by way of every parameter and input, for trainers that want a gradient in each.
+
+        tokens: whether by the token projector's parameters, too.
+        """
+        parts = [part for name, part in self.named_children() if tokens or name != "token_projector"]
+        tensors = [x for part in parts for x in live_tensors(part) if x.is_floating_point()]
+        tensors += [x for x in (self.patch_queries, *inputs) if x is not None]
+        return reach(*tensors)
 
     def _check(self, z_text: Any, x_img: Any, features: Any, tokens: Any) -> None:
         check_tokens(tokens, self.token_dim)
