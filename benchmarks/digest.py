@@ -194,26 +194,19 @@ def evidences(out: Path) -> list[Evidence]:
 
 def comparisons(run: Evidence) -> list[str]:
     """Return a line for each prediction whose row was measured beside its rivals; without any, a line an op."""
-    gpu, found = judge.gpu_of(run.device["name"]) or 0, judge.compared(run)
-    if found:
+    if (found := judge.beside(run)) is not None:
         header = ["reached/target beside rivals", "us", "eager", "compile", "share", "verdict"]
-        said = aligned(header, [cells_beside(x, gpu) for x in found])
+        said = aligned(header, [cells_beside(*line) for line in found.rows])
     else:
         telling = [table.telling(op, run) for op in table.ops(run)]
         said = [f"{record.op} {short(record.row)}: {table.claim(record, run)}" for record in telling]
     return said + ([slow] if (slow := table.slow_hosts(run)) else [])
 
 
-def cells_beside(x: judge.Compared, gpu: int) -> list[str]:
-    p = x.prediction
-    us = "-" if x.us is None else f"{table.digits(x.us)}" + ("" if p.figure == "cold" else f" {p.figure}")
-    shares = ["-" if share is None else f"{share:.0%}" for share in (x.share, p.share and p.share[gpu])]
-    pairs = [
-        (table.times(x.eager), judge.at_least(p.eager)),
-        (table.times(x.compile), judge.at_least(p.compile)),
-        shares,
-    ]
-    return [name_of(p.op, p.row, p.precision), us, *map("/".join, pairs), judge.said(x.met)]
+def cells_beside(op: str, row: str, precision: str, direction: str, figure: str, *cells: str) -> list[str]:
+    *_, us, eager, compile, share, verdict = cells
+    us += "" if figure == "cold" else f" {figure}"
+    return [name_of(op, row, precision), us, eager, compile, share, verdict]
 
 
 if __name__ == "__main__":

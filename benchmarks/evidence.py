@@ -53,10 +53,7 @@ class Record:
 
     op: str
     row: str
-    shape: list[int]
-    dtype: str
     precision: str
-    reason: str
     direction: str
     kind: str  # of device: cpu or cuda
     bytes: float

@@ -25,7 +25,7 @@ def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
         for bench in benches
         for row in bench.rows
         if device in row.on and (row.quick or not quick)
-        for direction in bench.directions(row, quick)
+        for direction in (row.directions[-1:] if quick else row.directions)
     ]
     return sorted(cases, key=lambda case: (not case.row.quick, case.bench.parts is not None))
 
@@ -109,10 +109,7 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
     return Record(
         op=bench.op,
         row=str(row),
-        shape=list(row.shape),
-        dtype=row.dtype,
         precision=row.precision,
-        reason=row.reason,
         direction=case.direction,
         kind=device,
         bytes=moved,

@@ -84,7 +84,7 @@ def order(cases: list[Case]) -> list[Case]:
 
     def rank(case: Case) -> tuple[bool, bool, bool]:
         known = judge.predictions_of(case.bench.op, str(case.row), case.direction, case.row.precision)
-        return case.direction != case.bench.directions(case.row)[-1], not known, not case.row.quick
+        return case.direction != case.row.directions[-1], not known, not case.row.quick
 
     turns = {case.bench.op: count() for case in cases}
     turned = [(rank(case)[0], next(turns[case.bench.op]), case) for case in sorted(cases, key=rank)]
