@@ -29,11 +29,12 @@ class Schedule(nn.Module):
         """One step more, where a step is trained: in training mode with gradients enabled."""
         if not self.training or not torch.is_grad_enabled():
             return
-        on_host = self.stop_step is not None and not torch.compiler.is_compiling()
-        count = self.count() + 1 if on_host else 0
-        self.step.add_(1)
-        if on_host:
-            self._counted = (self._stamp(), count)
+        if self.stop_step is None or torch.compiler.is_compiling():
+            count_step(self.step)
+            return
+        count = self.count() if is_recomputation() else self.count() + 1
+        count_step(self.step)
+        self._counted = (self._stamp(), count)
 
     def stopped(self, step: int | None) -> bool:
         """Whether `step` (the counter where None) has reached stop_step, without asking the device.
@@ -79,3 +80,19 @@ class Schedule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, warmup_steps={self.warmup_steps}, stop_step={self.stop_step}"
+
+
+def is_recomputation() -> bool:
+    """Whether a checkpoint of torch.utils runs its forward again, in a backward.
+
+    A reentrant one is the training step itself: its first run has no gradients, as an evaluation has none.
+    """
+    node = torch._C._current_autograd_node()
+    return node is not None and "CheckpointFunction" not in node.name()
+
+
+@torch.library.custom_op("fused_dino::count_step", mutates_args=("step",))
+def count_step(step: Tensor) -> None:
+    """Add 1 in a training step. An op, since what a compiler traced once runs in recomputations, too."""
+    if not is_recomputation():
+        step.add_(1)
