@@ -1,4 +1,4 @@
-"""Projector: the student's latent to the teacher's width."""
+"""The projector from the student's width to the teacher's."""
 
 from torch import nn
 
@@ -8,8 +8,8 @@ from .validation import check_int
 class Projector(nn.Sequential):
     r"""Projects features to the teacher's width: Linear, GELU, LayerNorm, Linear.
 
-    A plain Sequential, so that its parameters carry the names of the code that it replaces (0.weight, 0.bias, 2.weight,
-    2.bias, 3.weight, 3.bias), and that code's initial values from the same seed.
+    It is a plain Sequential: its parameters have the names of the code that it replaces (0.weight, 0.bias, 2.weight,
+    2.bias, 3.weight, 3.bias), and that code's initial values from the same random seed.
 
     Args:
         in_dim (int): Width of the input. Default: 8192.

