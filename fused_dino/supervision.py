@@ -284,7 +284,7 @@ class DinoSupervision(Taught):
         return student, self._global_token(features).unsqueeze(1).expand(-1, tokens.shape[1], -1)
 
     def _zero(self, *inputs: Tensor | None, tokens: bool = True) -> Tensor:
-        """Return 0 with a zero gradient for inputs and every parameter, or with tokens=False for all but the tokens'."""
+        """Return 0 that gives inputs and parameters a zero gradient; tokens=False leaves the token projector out."""
         parts = [part for name, part in self.named_children() if tokens or name != "token_projector"]
         tensors = [x for part in parts for x in live_tensors(part) if x.is_floating_point()]
         tensors += [x for x in (self.patch_queries, *inputs) if x is not None]
