@@ -55,7 +55,7 @@ class DinoSupervision(Taught):
             has them, else ImageNet's and 14. Default: ``"vitl14"``.
         img_size (int or sequence of two ints): The teacher's input, multiples of its patch size. Default: 224.
         loss_type (str or nn.Module): Loss of the global term: ``"cosine"``, ``"mse"`` (normalised), ``"vicreg"``, or a
-            module (student [B, D], teacher [B, D]) -> scalar. Default: ``"cosine"``.
+            module (student [B, D], target [B, D]) -> scalar. Default: ``"cosine"``.
         alpha (float): Weight of the loss in ``loss_dict``. Default: 0.2.
         warmup_steps (int): Steps over which that weight rises linearly. Default: 5000.
         stop_step (int, optional): Step from which ``loss_dict`` gives an exact zero that still reaches every parameter,

@@ -178,21 +178,22 @@ def compile_job(index: int) -> Row:
 
 
 def chained(ttgir: str) -> int:
-    """Products that begin with neither a constant nor another product of the same step."""
-    made, found = {}, 0  # by which operation a value was made: loops use one name again
+    """Count the products that begin with neither a constant nor another product of the same step."""
+    producers, count = {}, 0  # the operation that last wrote each value: loops use one name again
     for name, operation, operands in re.findall(r"^\s*(%\w+)(?::\d+)? = ([\w.]+) ?(.*)", ttgir, re.MULTILINE):
-        if operation in ("tt.dot", "ttng.warp_group_dot"):
-            found += made.get(re.findall(r"%\w+", operands)[2]) not in BEGINNINGS
+        is_product = operation in ("tt.dot", "ttng.warp_group_dot")
+        if is_product and producers.get(re.findall(r"%\w+", operands)[2]) not in BEGINNINGS:
+            count += 1
         converted = operation == "ttg.convert_layout"
-        made[name] = made.get(re.findall(r"%\w+", operands)[0]) if converted else operation
-    return found
+        producers[name] = producers.get(re.findall(r"%\w+", operands)[0]) if converted else operation
+    return count
 
 
 def arguments(launch: dict[str, Any], compiled: Any) -> list[Any]:
-    """What is left for the compiled kernel to be given; 0 for a pointer."""
-    given = dict(zip(launch["kernel"].arg_names, launch["args"], strict=False)) | launch["options"]
+    """Return the arguments of the compiled kernel: those that are no constants, and 0 for a pointer."""
+    values = dict(zip(launch["kernel"].arg_names, launch["args"], strict=False)) | launch["options"]
     types = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
-    return [0 if kind.startswith("*") else given[name] for name, kind in types.items()]
+    return [0 if kind.startswith("*") else values[name] for name, kind in types.items()]
 
 
 def counts(launch: dict[str, Any], compiled: Any) -> dict[str, str]:

@@ -18,23 +18,23 @@ import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 EXTRA = 2  # bits below float32's last to which terms are cut
-TERMS = {"TF32": 8, "16 bits": 16}  # that one addition takes beside the accumulator
-KEPT = np.uint32(0xFFFFE000)  # sign, exponent and ten bits: TF32
-FLOAT32 = np.uint64(0xFFFFFFFFE0000000)  # of float64's bits: those that float32 has
+TERMS = {"TF32": 8, "16 bits": 16}  # that one addition takes together with the accumulator
+TF32_BITS = np.uint32(0xFFFFE000)  # sign, exponent and ten bits: TF32
+FLOAT32_BITS = np.uint64(0xFFFFFFFFE0000000)  # of float64's bits: those that float32 has
 
 
 def cut_to_tf32(x: np.ndarray) -> np.ndarray:
-    return (np.ascontiguousarray(x).view(np.uint32) & KEPT).view(np.float32)
+    return (np.ascontiguousarray(x).view(np.uint32) & TF32_BITS).view(np.float32)
 
 
 def round_to_tf32(x: np.ndarray) -> np.ndarray:
     """Rounds to nearest, ties away from zero, as cvt.rna.tf32 does."""
-    rounded = (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000) & KEPT).view(np.float32)
+    rounded = (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000) & TF32_BITS).view(np.float32)
     return np.where(np.isfinite(x), rounded, x)
 
 
 def cut_to_float32(x: np.ndarray) -> np.ndarray:
-    return (x.view(np.uint64) & FLOAT32).view(np.float64).astype(np.float32)
+    return (x.view(np.uint64) & FLOAT32_BITS).view(np.float64).astype(np.float32)
 
 
 def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, terms: int) -> np.ndarray:
@@ -68,10 +68,10 @@ def dot(a: np.ndarray, b: np.ndarray, acc: np.ndarray, precision: str) -> np.nda
         return multiply(a, b, acc, TERMS["16 bits"])
     if precision == "TF32X3":
         (big_a, rest_a), (big_b, rest_b) = (tf32x3_parts(x) for x in (a, b))
-        made = multiply(rest_a, big_b, np.zeros_like(acc), TERMS["TF32"])
-        made = multiply(big_a, rest_b, made, TERMS["TF32"])
-        made = np.where(np.isnan(made), np.float32(0), made)  # infinity less infinity
-        return multiply(big_a, big_b, made, TERMS["TF32"]) + acc
+        total = multiply(rest_a, big_b, np.zeros_like(acc), TERMS["TF32"])
+        total = multiply(big_a, rest_b, total, TERMS["TF32"])
+        total = np.where(np.isnan(total), np.float32(0), total)  # infinity less infinity
+        return multiply(big_a, big_b, total, TERMS["TF32"]) + acc
     return multiply(cut_to_tf32(a), cut_to_tf32(b), acc, TERMS["TF32"])
 
 
@@ -94,8 +94,8 @@ def off_by_a_digit(x: np.ndarray) -> np.ndarray:
 
 def fast(exact: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def inexact(self: Any, *operands: TensorHandle) -> TensorHandle:
-        made = exact(self, *operands)
-        return TensorHandle(off_by_a_digit(made.data), made.dtype)
+        out = exact(self, *operands)
+        return TensorHandle(off_by_a_digit(out.data), out.dtype)
 
     return inexact
 

@@ -107,10 +107,10 @@ class Program:
         self.values = {f"%ctaid.{axis}": np.full(threads, i, "u4") for axis, i in zip("xyz", index, strict=False)}
         self.values["%tid.x"] = np.arange(threads, dtype="u4")
         self.values["global_smem"] = np.zeros(threads, "u4")
-        given = [*arguments, *[0] * (len(self.code.parameters) - len(arguments))]  # Triton's scratch memory is last
+        scratch = [0] * (len(self.code.parameters) - len(arguments))  # Triton's own memory, the last parameters
         self.parameters = {
             name: np.full(threads, value, kind)
-            for (name, kind), value in zip(self.code.parameters.items(), given, strict=True)
+            for (name, kind), value in zip(self.code.parameters.items(), [*arguments, *scratch], strict=True)
         }
         self.memory, self.shared = memory, np.zeros(shared, "u1")
         self.accesses: list[Access] = []
@@ -145,7 +145,7 @@ class Program:
         return self.read(base.strip(), TYPES["u64"] if "%rd" in base else TYPES["u32"]).astype("i8") + int(offset or 0)
 
     def move(self, line: int, op: Instruction, live: Array) -> None:
-        """A load or a store. Global memory that is not given reads as zeros."""
+        """Load or store. Without `memory`, global memory reads as zeros."""
         kind, space = TYPES[op.modifiers[-1]], op.modifiers[0].partition("::")[0]
         target, place = op.operands if op.name == "ld" else op.operands[::-1]
         registers = [name.strip() for name in target.strip("{} ").split(",")]
@@ -164,8 +164,8 @@ class Program:
             for register, column in zip(registers, found.view(kind).T, strict=True):
                 self.write(register, np.ascontiguousarray(column), live)
         elif memory is not None:
-            given = np.stack([self.read(register, kind) for register in registers], 1)
-            memory[bytes_of] = given.view("u1")[live]
+            values = np.stack([self.read(register, kind) for register in registers], 1)
+            memory[bytes_of] = values.view("u1")[live]
 
     def convert(self, op: Instruction) -> Array:
         """To float16 and bfloat16 too, the latter by its bits; two of them make one register, the first on top."""
@@ -219,7 +219,7 @@ class Program:
 
 
 def half(value: Array, to: str) -> Array:
-    """The bits of float32 rounded to 16, NaN apart."""
+    """Return the bits of float32 rounded to 16. A NaN is not handled."""
     if to.startswith("f16"):
         return value.astype("f2").view("u2")
     bits = value.view("u4")

@@ -148,7 +148,7 @@ def tangents_of(formula: Callable[..., Any], inputs: Sequence[Any], tangents: Se
 
 
 def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under vmap, [B, N, D] as [B * N, D]: an op on rows needs no rule but this."""
+    """Return tensors [B, N, D] under vmap as [B * N, D]: an op on rows needs no other rule."""
 
     def flat(x: Tensor | None, dim: int | None) -> Tensor | None:
         if x is None:
