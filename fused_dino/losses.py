@@ -164,7 +164,8 @@ class VICRegLoss(Loss):
     Args:
         group (ProcessGroup or str, optional): Ranks whose rows count together. ``"auto"`` is the default process group
             once torch.distributed is initialised, and this process before. ``None`` is this process. A ProcessGroup
-            names the data-parallel ranks where tensor or context parallelism makes them fewer. Default: ``"auto"``.
+            names the data-parallel ranks where tensor or context parallelism makes them fewer. In eval mode or without
+            gradients the rows are this process's alone, as in SyncBatchNorm: no rank waits. Default: ``"auto"``.
         inv_weight (float or Tensor): As in the function, and so are the options that follow. Default: 25.
         var_weight (float or Tensor): Weight of the variance. Default: 10.
         cov_weight (float or Tensor): Weight of the covariance. Default: 0.5.
@@ -258,7 +259,9 @@ class VICRegLoss(Loss):
 
     def forward(self, student: Tensor, target: Tensor | None) -> VICRegOutput:
         """Return VICRegOutput(loss, invariance, variance, covariance), scalars, of [N, D] or [B, N, D]."""
-        return self.compute(student, target, group=default_group() if self.group == "auto" else self.group)
+        group = default_group() if self.group == "auto" else self.group
+        alone = not (self.training and torch.is_grad_enabled())
+        return self.compute(student, target, group=None if alone else group)
 
 
 def default_group() -> ProcessGroup | None:

@@ -39,6 +39,7 @@ ARROWS = {
     "factories": {"preprocess", "losses", "teacher", "validation"},
     "taught": {"preprocess", "factories", "teacher", "validation"},
     "supervision": {
+        "distributed",
         "taught",
         "factories",
         "losses",
