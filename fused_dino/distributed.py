@@ -100,15 +100,12 @@ def warn_if_unsynchronised(module: nn.Module) -> None:
 
 
 def is_unsynchronised(module: nn.Module) -> bool:
-    """Whether gradients are taken in several processes outside of DDP's forward, and no parameter is a shard."""
+    """Whether gradients are taken in several processes, outside of DDP's forward and by no sharded parameter."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and torch.is_grad_enabled()):
         return False
     if DistributedDataParallel._active_ddp_module is not None:
         return False
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(map(is_sharded, parameters))
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP2 (a DTensor), FSDP1 or DeepSpeed holds a parameter."""
-    return any(hasattr(parameter, name) for name in ("to_local", "_fsdp_flattened", "ds_id"))
+    # FSDP of both kinds marks the modules that it manages, and DeepSpeed the parameters.
+    if any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules()):
+        return False
+    return any(p.requires_grad and not hasattr(p, "ds_id") for p in module.parameters())
