@@ -21,12 +21,12 @@ def live_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The dtype that a module's input is cast to: of its first weight that is no integer, None without one."""
+    """Return the dtype to cast a module's input to: that of its first floating-point weight, or None without one."""
     return next((x.dtype for x in live_tensors(module) if x.is_floating_point()), None)
 
 
 def reach(*tensors: Tensor) -> Tensor:
-    """0 in float32 by way of each tensor: an exact zero gradient, also where one holds a NaN, or is a shard."""
+    """Return a float32 0 that gives each tensor an exact zero gradient, even if one holds a NaN or is a shard."""
     local: list[Any] = [getattr(x, "to_local", lambda x=x: x)() for x in tensors]
     zeros = [x.flatten()[:0].float().sum() for x in local]
     return torch.stack(zeros).sum() if zeros else torch.zeros(())

@@ -70,7 +70,7 @@ def one_rank():
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
 @pytest.mark.parametrize("route", ["auto", "gram", "covariance"])
 def test_a_group_of_one_rank_is_no_group(shape, route, one_rank, monkeypatch):
-    """To the last bit, on every backend, with second derivatives, and nothing is communicated."""
+    """Every bit is the same on every backend, second derivatives work, and nothing is communicated."""
     monkeypatch.setattr(distributed, "all_reduce", None)
     monkeypatch.setattr(distributed, "all_gather", None)
     y, g = (x.requires_grad_() for x in pair(*shape))
