@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,9 @@ def make_teacher(
     check_flag("pretrained", pretrained)
     check_floating_dtype("teacher_dtype", dtype)
     if isinstance(teacher, str):
-        return DINOv2Backbone(teacher, img_size, pretrained=pretrained, dtype=dtype)
+        # No checkpoint of the model holds its weights, so that they are loaded even inside torch.device("meta").
+        with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
+            return DINOv2Backbone(teacher, img_size, pretrained=pretrained, dtype=dtype)
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher must be a variant's name or a module, got {type(teacher).__name__}")
     if not is_int(getattr(teacher, "embed_dim", None)):

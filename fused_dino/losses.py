@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional as FD
 from .backend import on_reference
 from .functional import Backend, Reduction, VICRegOutput
+from .hidden import move
 from .registry import OPS
 from .rows import rows_loss
 from .validation import check_choice, check_flag, check_group
@@ -34,17 +35,25 @@ class Loss(nn.Module):
         super().__init__()
         self.detach_teacher = check_flag("detach_teacher", detach_teacher)
         self.options = options
-        tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-        for name, value in tensors.items():
-            self.register_buffer(name, value, persistent=False)
-        rows = torch.zeros(2, 1, device=next(iter(tensors.values()), torch.zeros(())).device)
+        for name, value in options.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise ValueError(
+                    f"{name} is on the meta device, where it has no value; make it outside, or give a number"
+                )
+        device = next((x.device for x in options.values() if isinstance(x, Tensor)), torch.device("cpu"))
+        rows = torch.zeros(2, 1, device=device)
         type(self).op(rows, rows, **on_reference(options))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        super()._apply(fn, recurse)
+        self.options = {name: move(x, fn) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return self
 
     def compute(self, student: Tensor, target: Tensor | None, **more: Any) -> Any:
         """Call the op with the options and those of this call."""
         if self.detach_teacher and isinstance(target, Tensor):
             target = target.detach()
-        options = {name: self._buffers.get(name, value) for name, value in self.options.items()}
+        options = {name: x.to(student.device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
         return type(self).op(student, target, **options, **more)
 
     def extra_repr(self) -> str:

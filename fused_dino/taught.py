@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .factories import Features, check_features
+from .hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from .preprocess import Preprocess
 from .teacher import read_patch_size
 from .validation import check_images, check_size, check_tensor, check_values
@@ -40,8 +42,20 @@ class Taught(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Taught:
         super()._apply(fn, recurse)
-        self.teacher._apply(fn)
+        apply_to_teacher(self.teacher, fn)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taught:
+        """A copy shares the teacher's memory, until one of the two is moved, cast or loaded.
+
+        A weight of the teacher that is written in place is written in both.
+        """
+        share(self.teacher, memo)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        own_before_loading(self.teacher)
+        own_before_loading(copied.teacher)
+        return copied
 
     @torch.no_grad()
     def encode(self, x_img: Tensor) -> Features:
@@ -84,6 +98,7 @@ class Taught(nn.Module):
 
     def _teach(self, x_img: Tensor) -> Features:
         check_tensor("x_img", x_img)
+        check_loaded(self.teacher, x_img)
         if self.teacher.training:  # another module that holds it as a submodule may have set that
             self.teacher.eval()
         weight = next((p for p in self.teacher.parameters() if p.is_floating_point()), None)
