@@ -29,7 +29,7 @@ def write(out: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def text(out: Path, outcomes: Sequence[Outcome]) -> str:
-    """Return at most HEIGHT lines of WIDTH; lines that do not fit are counted, and their file is named."""
+    """Return at most HEIGHT lines of WIDTH. Count the lines that do not fit, and name their file."""
     head, *lines = smoke.read(out / "smoke.jsonl") or [{}]
     told = [x for stage in ("tests", "wide") for x in tests(out / f"{stage}.jsonl")]
     runs = list(evidences(out))
@@ -111,7 +111,7 @@ def tests(path: Path) -> list[Line]:
 
 
 def known_of(told: list[Line]) -> list[str]:
-    """Name the tests that are known to fail: a line a reason for those that did, and one for those that passed."""
+    """Name the tests that are known to fail: a line for each reason, and one for those that passed."""
     reasons: dict[str, list[str]] = {}
     for x in told:
         if x["outcome"] == "known":
@@ -125,7 +125,7 @@ def known_of(told: list[Line]) -> list[str]:
 
 
 def rows_of(head: Line, lines: list[Line]) -> list[str]:
-    """Return a line for each row's last direction, and for another that is wrong; then count where our host is slow."""
+    """Return a line for each row's last direction and for each that is wrong, then count where our host is slow."""
     last: dict[tuple, Line] = {}
     for x in lines:
         key = x["op"], x["row"], x["precision"]
@@ -193,7 +193,7 @@ def evidences(out: Path) -> list[Evidence]:
 
 
 def comparisons(run: Evidence) -> list[str]:
-    """Return a line for each prediction whose row was measured beside its rivals; without any, a line an op."""
+    """Return a line for each prediction whose row was measured beside its rivals, or else a line for each op."""
     if (found := judge.beside(run)) is not None:
         header = ["reached/target beside rivals", "us", "eager", "compile", "share", "verdict"]
         said = aligned(header, [cells_beside(*line) for line in found.rows])

@@ -29,7 +29,7 @@ HANDFUL = "(test_is_as_accurate_as_eager and cosine_loss and (3x16 or 5x37)) or 
 
 
 def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, Stage]]:
-    """Return all stages in their order, each with the name by which it is asked for."""
+    """Return all stages in their order, each with the name that --only takes."""
     module = [sys.executable, "-m"]
     smoke = Stage("smoke", [*module, "benchmarks.smoke", str(out), "--device", device, "--seconds", "{seconds}"], 150)
     one: tuple[tuple[str, str], ...] = (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1"))
@@ -52,7 +52,7 @@ def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, 
 
 
 def chosen(out: Path, device: str, seconds: float, only: Sequence[str]) -> list[Stage]:
-    """Return the stages that are asked for, or all that need not be asked for."""
+    """Return the stages that are asked for, or all but ASKED."""
     wanted = only or [name for name in STAGES if name not in ASKED]
     return [stage for name, stage in stages(out, device, seconds) if name in wanted]
 

@@ -1,4 +1,4 @@
-"""What an op declares to be measured, its implementations on a row, and their trial against float64."""
+"""Declare how an op is measured, find its implementations on a row, and try them against float64."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Case:
 
 
 def grad_output_of(out: Tensor, row: Row) -> Tensor:
-    """Return a scalar's from the row; a tensor's differs in every element, so that a misplaced one shows."""
+    """Return the row's factor for a scalar. A tensor's elements all differ, so that a misplaced one shows."""
     if out.ndim == 0:
         return torch.full_like(out, row.grad_output)
     return torch.linspace(0.5, 1.5, out.numel(), device=out.device).view(out.shape).to(out.dtype)
@@ -132,7 +132,7 @@ class Provider:
 
 
 class Unavailable(Exception):
-    """Why an implementation cannot run here."""
+    """The reason why an implementation cannot run here."""
 
 
 def providers(case: Case, device: str, twice: bool = False) -> Iterator[Provider]:
@@ -156,15 +156,14 @@ def compiled(function: Function, mode: str | None = None) -> Function:
 
 
 def ours(bench: Bench, row: Row, backend: str, device: str) -> Function:
-    like = torch.empty(0, dtype=getattr(torch, row.dtype), device=device)
-    says = explain_backend(bench.asks or bench.op, like, backend=backend)  # type: ignore[arg-type]
+    says = explain_backend(bench.asks or bench.op, torch.empty(0, device=device), backend=backend)  # type: ignore[arg-type]
     if not says.startswith(f"{backend}: "):
         raise Unavailable(says.partition("; ")[2] or says)
     return bench.ours(row, backend)
 
 
 class Trial:
-    """A case on a device: its inputs, and the results of float64 and eager that each implementation is held against."""
+    """A case on a device: its inputs, and float64's and eager's results, which judge each implementation."""
 
     def __init__(self, case: Case, device: str) -> None:
         torch.compiler.reset()  # each row is compiled for its own sizes

@@ -1,4 +1,4 @@
-"""Compare predictions and targets with measurements: for docs/gpu.md, docs/performance.md and a run's summary."""
+"""Compare predictions and targets with measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def share_of(p: Prediction, share: float) -> float:
 
 
 def met(p: Prediction, gpu: int, ours: Times, share: float | None, eager: Times, compiled: Times) -> bool | None:
-    """Tell whether the targets that these measurements can judge are reached; None where they can judge none."""
+    """Tell whether the targets of the figures that were measured are reached, or None where there are none."""
     mine = ours.get(p.figure)
     checks = []
     if p.share is not None and share is not None:
@@ -81,7 +81,7 @@ def expected() -> Table:
 
 
 def beside(evidence: Evidence) -> Table | None:
-    """Return a line for each prediction whose row was measured, as figure/target; None where there is none."""
+    """Return a line for each prediction whose row was measured, as figure/target, or None without any."""
     gpu = gpu_of(evidence.device["name"])
     if evidence.kind != "cuda" or gpu is None:
         return None

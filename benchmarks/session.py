@@ -1,4 +1,4 @@
-"""A run: which rows, in which order, and what is recorded of each."""
+"""Run the benchmarks: choose the rows, order them, and record each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS = {True: 1.0, False: 2.0}  # quick or not: of rounds, beyond the least
 
 
 def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
-    """Return what a run measures: telling rows first and whole steps last, since it may be ended at any time."""
+    """Return the cases of a run, telling rows first and whole steps last, since it may be ended at any time."""
     cases = [
         Case(bench, row, direction)
         for bench in benches

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,3 +83,32 @@ def group_of(name: str) -> ProcessGroup:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def warn_if_unsynchronised(module: nn.Module) -> None:
+    """Warn once where several processes train a module whose gradients nothing brings together."""
+    if torch.compiler.is_compiling() or getattr(module, "_warned_unsynchronised", False):
+        return
+    if is_unsynchronised(module):
+        module._warned_unsynchronised = True  # type: ignore[assignment]
+        warnings.warn(
+            "loss_dict runs outside of any wrapper, so that each process has gradients of its own: put the module into "
+            "the model that DistributedDataParallel wraps, or wrap it and call wrapped(z_text, x_img, as_dict=True); "
+            "group=None says that it is this process's alone",
+            stacklevel=3,
+        )
+
+
+def is_unsynchronised(module: nn.Module) -> bool:
+    """Whether gradients are taken in several processes outside of DDP's forward, and no parameter is a shard."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and torch.is_grad_enabled()):
+        return False
+    if DistributedDataParallel._active_ddp_module is not None:
+        return False
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(map(is_sharded, parameters))
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 (a DTensor), FSDP1 or DeepSpeed holds a parameter."""
+    return any(hasattr(parameter, name) for name in ("to_local", "_fsdp_flattened", "ds_id"))

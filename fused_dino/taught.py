@@ -110,10 +110,11 @@ class Taught(nn.Module):
             raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
         return len(x_img)
 
-    def _features(self, x_img: Any, features: Features | None) -> Features:
-        if features is not None:
-            return features
-        return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+    def _features(self, x_img: Any, features: Features | None, device: torch.device) -> Features:
+        """Return the features that are given, or else those of the images, on the student's device."""
+        if features is None:
+            features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
 
     def _patch_tokens(self, features: Features) -> Tensor | None:
         """Return patch tokens [B, N, D], detached with stopgrad_image, or None if the teacher gives none."""
@@ -123,8 +124,8 @@ class Taught(nn.Module):
         h, w = self.teacher_grid
         if tokens.shape[1] != h * w:
             raise ValueError(
-                f"teacher returned {tokens.shape[1]} patch tokens where img_size={self.img_size} has {h} x {w}: "
-                "give its patch_size, and strip class and register tokens"
+                f"the features have {tokens.shape[1]} patch tokens where img_size={self.img_size} has {h} x {w}: "
+                "give the teacher's patch_size, and strip class and register tokens"
             )
         return tokens.detach() if self.stopgrad_image else tokens
 

@@ -86,7 +86,7 @@ class Row:
 
 
 class Elsewhere:
-    """As much of a Triton driver as compiling takes, for a GPU that is not here."""
+    """Stands in for a Triton driver while kernels are compiled for a GPU that is not here."""
 
     def __init__(self, target: GPUTarget) -> None:
         # Triton keeps what it knows of a target by its device, so that every target must be a device of its own.
@@ -95,7 +95,7 @@ class Elsewhere:
 
 
 def launches(cases: Iterable, backend: str) -> list[dict[str, Any]]:
-    """What the cases launch where torch is built for a vendor's GPUs: a launcher may choose by it."""
+    """Return what the cases launch where torch is built for a vendor's GPUs: a launcher may choose by it."""
     seen = []
     for case in cases:
 
@@ -139,7 +139,7 @@ def arguments(launch: dict[str, Any], compiled: Any) -> list[Any]:
 
 
 def counts(launch: dict[str, Any], compiled: Any) -> dict[str, str]:
-    """What is counted of a case that says how many values it has."""
+    """Count the instructions and the traffic of a case that says how many values it has."""
     case, sass = launch["case"], dump(compiled.asm, "-sass")
     threads = 32 * compiled.metadata.num_warps
     found = aot_shared.traffic(compiled.asm["ptx"], sass, threads, arguments(launch, compiled), case.turns)

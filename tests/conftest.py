@@ -9,6 +9,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import fused_dino
 from fused_dino import functional as FD
@@ -20,7 +21,7 @@ collect_ignore += ["test_gpu.py"] if DEVICE == "cpu" else []
 
 
 class TinyTeacher(nn.Module):
-    """A teacher with the right outputs and a few thousand weights: 56 x 56 pixels are 4 x 4 tokens of width 24."""
+    """A teacher of a few thousand weights, which makes 4 x 4 tokens of width 24 of 56 x 56 pixels."""
 
     embed_dim = 24
     patch_size = 14
@@ -47,6 +48,15 @@ def grads(module: nn.Module) -> list[Tensor | None]:
     return [p.grad for p in module.parameters()]
 
 
+def check_slope(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Hold the gradient of x in float64 to the slope of run(x) along a random direction."""
+    (grad,) = torch.autograd.grad(run(x), x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        slope = (run(x + 1e-6 * direction) - run(x - 1e-6 * direction)) / 2e-6
+    assert_close((grad * direction).sum(), slope, rtol=1e-5, atol=1e-10)
+
+
 @pytest.fixture
 def teacher() -> TinyTeacher:
     torch.manual_seed(0)
@@ -62,7 +72,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each implementation in turn, in use."""
+    """Use each implementation in turn."""
     with fused_dino.use_backend(request.param):
         yield request.param
 

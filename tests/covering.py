@@ -1,4 +1,4 @@
-"""A pytest plugin: fewer cases of each test, among which every two values of every two parameters still meet.
+"""A pytest plugin that runs fewer cases of each test; every two values of every two parameters still meet.
 
     PYTHONPATH=tests python -m pytest -p covering
 

@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 EXTRA = 2  # bits below float32's last to which terms are cut
 TERMS = {"TF32": 8, "16 bits": 16}  # that one addition takes together with the accumulator
 TF32_BITS = np.uint32(0xFFFFE000)  # sign, exponent and ten bits: TF32
-FLOAT32_BITS = np.uint64(0xFFFFFFFFE0000000)  # of float64's bits: those that float32 has
+FLOAT32_BITS = np.uint64(0xFFFFFFFFE0000000)  # those of float64's bits that float32 has
 
 
 def cut_to_tf32(x: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ def cut_to_float32(x: np.ndarray) -> np.ndarray:
 
 
 def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, terms: int) -> np.ndarray:
-    """acc + a b for operands that fit the unit, `terms` products an addition."""
+    """Return acc + a b for operands that fit the unit, which adds `terms` products at a time."""
     with np.errstate(all="ignore"):
         if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(acc).all()):
             return (a.astype(np.float64) @ b.astype(np.float64) + acc).astype(np.float32)
@@ -54,7 +54,7 @@ def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, terms: int) -> np.nd
 
 
 def holds_16_bits(*operands: np.ndarray) -> bool:
-    """Whether all are bfloat16 or all float16, by their values: the interpreter gets them as float32."""
+    """Tell whether all are bfloat16 or all float16, by their values: the interpreter gets them as float32."""
     with np.errstate(all="ignore"):
         bf16 = all((x.view(np.uint32) << np.uint32(16) == 0).all() for x in operands)
         fp16 = all(np.array_equal(x.astype(np.float16).astype(np.float32), x, equal_nan=True) for x in operands)
@@ -62,7 +62,7 @@ def holds_16_bits(*operands: np.ndarray) -> bool:
 
 
 def dot(a: np.ndarray, b: np.ndarray, acc: np.ndarray, precision: str) -> np.ndarray:
-    """acc + a b in float32, as the compiled kernel has it."""
+    """Return acc + a b in float32 as the compiled kernel computes it."""
     a, b = (np.ascontiguousarray(x, np.float32) for x in (a, b))
     if holds_16_bits(a, b):
         return multiply(a, b, acc, TERMS["16 bits"])
@@ -82,7 +82,7 @@ def tf32x3_parts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def off_by_a_digit(x: np.ndarray) -> np.ndarray:
-    """A quarter of float32 numbers one last digit up, a quarter down: chosen by their bits, so repeatably."""
+    """Move a quarter of float32 numbers one last digit up and a quarter down, chosen by their bits."""
     if x.dtype != np.float32:
         return x
     with np.errstate(all="ignore"):

@@ -22,7 +22,7 @@ ROUNDED = {"rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil, "rni": np.rint}
 
 
 def permuted(a: Array, b: Array, places: Array) -> Array:
-    """Four of the eight bytes of two registers, each by four bits, the uppermost of which takes its sign alone."""
+    """Pick four of the eight bytes of two registers, each by four bits; the uppermost bit takes the sign alone."""
     places = places[:, None] >> np.arange(0, 16, 4, "u4") & 15
     picked = np.take_along_axis(np.stack([a, b], 1).view("u1"), (places & 7).astype("i8"), 1)
     return np.where(places & 8, np.where(picked & 128, 255, 0), picked).astype("u1").view("u4")[:, 0]
@@ -54,7 +54,7 @@ ARITHMETIC = {
 
 
 class Access(NamedTuple):
-    """What an instruction does in shared memory: each live thread reads or writes `size` bytes at its address."""
+    """An instruction's use of shared memory: each live thread reads or writes `size` bytes at its address."""
 
     line: int
     kind: str  # as the machine code calls it: LDS, STS, or BAR for a barrier, of no thread
@@ -168,7 +168,7 @@ class Program:
             memory[bytes_of] = values.view("u1")[live]
 
     def convert(self, op: Instruction) -> Array:
-        """To float16 and bfloat16 too, the latter by its bits; two of them make one register, the first on top."""
+        """Convert to another type. Two numbers of 16 bits make one register, the first on top."""
         to, source = op.modifiers[-2:]
         if "16" in to and source == "f32":
             parts = [half(self.read(x, TYPES["f32"]), to) for x in op.operands[1:]]
@@ -230,6 +230,6 @@ def run(
     ptx: str, threads: int, arguments: Sequence[Any], index: Sequence[int] = (0, 0), memory: Array | None = None,
     shared: int = 2**16,
 ) -> list[Access]:  # fmt: skip
-    """What one program does in shared memory. Pointers among the arguments are offsets in `memory`, of bytes."""
+    """Return one program's uses of shared memory. Pointers among the arguments are offsets in `memory`, of bytes."""
     with np.errstate(all="ignore"):
         return Program(ptx, threads, arguments, index, memory, shared).run()

@@ -1,4 +1,4 @@
-"""Which implementation runs: the order of the choices, what is refused, and what is said about it."""
+"""The choice of an implementation: the order of its sources, what is refused, and what is said about it."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What `fused-dino *argv` says as it refuses: one line on stderr, status 2, nothing on stdout."""
+    """Return what `fused-dino *argv` says as it refuses: one line on stderr, status 2, nothing on stdout."""
     try:
         status = main(argv)
     except SystemExit as exit:  # argparse leaves this way
@@ -122,7 +122,7 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
 
 @pytest.mark.usefixtures("demo_extra")
 class TestImages:
-    """What can be wrong with a folder of the user's own, and with where the report should go."""
+    """A folder of the user's own, and the path of the report, may be wrong in many ways."""
 
     def refused(self, capsys: pytest.CaptureFixture[str], folder: Path) -> str:
         return failure(capsys, "demo", "--images", str(folder), "--out", str(folder / "out"))

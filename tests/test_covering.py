@@ -1,4 +1,4 @@
-"""The plugin covering leaves out repetitions, and no two values that meet in some case."""
+"""The plugin covering leaves repetitions out, and keeps every two values that meet in some case."""
 
 import os
 import subprocess

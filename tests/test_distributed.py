@@ -29,7 +29,7 @@ from fused_dino.ops import vicreg_ranks
 from fused_dino.ops.vicreg_plan import make_plan
 
 OPTIONS = [{}, {"cov_reduction": "sum_over_d", "unbiased": True}, {"cov_weight": 0.0}, {"inv_weight": 0.0}]
-OPTIONS += [{"var_weight": 0.0, "cov_weight": 0.0}]
+OPTIONS += [{"var_weight": 0.0, "cov_weight": 0.0}, {"both": True}]
 
 
 def rows(count, seed, width=5):
@@ -74,13 +74,13 @@ def functional_is_one_process(rank, world):
             out = FD.vicreg_loss(*mine, group=dist.group.WORLD, **options, route=route, backend=backend)
             assert_close(tuple(out), tuple(whole), rtol=1e-12, atol=1e-14)
             out.loss.backward()
-            # Each rank's gradient is world times its share: the mean over ranks gives the full batch's.
+            # Each rank's gradient is world times its part of the full batch's, which the mean over ranks gives.
             assert_close(mine[0].grad / world, y.grad[part], rtol=1e-12, atol=1e-14)
             assert_close(mine[1].grad / world, g.grad[part], rtol=1e-12, atol=1e-14)
 
 
 def large_means_do_not_cancel(rank, world):
-    """In float32, means far above the deviation: each rank against float64 over the rows as they were rounded."""
+    """Means lie far above the deviation in float32; the oracle is float64 over the rows as they were rounded."""
     for mean, (width, route) in itertools.product((1e3, 1e5), ((12, "covariance"), (40, "gram"))):
         y, g = ((x + mean).float() for x in rows(8 * world, 4, width))
         part = slice(8 * rank, 8 * rank + 8)
@@ -145,7 +145,7 @@ def nothing_in_all_is_what_one_process_makes_of_nothing(rank, world):
 
 
 def ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart(rank, world):
-    """As where machines sum in another order columns that are alike."""
+    """Machines that sum in another order may choose another of columns that are alike."""
     y, g = rows(8 * world, 6, 40)
     part = slice(8 * rank, 8 * rank + 8)
     chosen, vicreg_ranks.largest_of = vicreg_ranks.largest_of, lambda squares: torch.tensor(3 + rank)
@@ -155,14 +155,14 @@ def ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart(rank, wor
 
 
 def one_row_in_all_is_finite_and_warns_where_it_is_known(rank, world):
-    """By columns no rank knows the others' counts. A gradient that is not finite would reach the others."""
+    """No rank knows the others' counts by columns. A gradient that is not finite would reach the others."""
     for route, unbiased in itertools.product(("auto", "gram", "covariance"), (False, True)):
-        y, g = (x[: int(rank == 1)] for x in rows(1, 7))
-        known = route != "covariance"
+        y, g = rows(1 if rank == 1 else 0, 7)
+        expected = [] if route == "covariance" else [True]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             out = FD.vicreg_loss(y.requires_grad_(), g, group=dist.group.WORLD, route=route, unbiased=unbiased)
-        assert ["one row" in str(w.message) for w in caught if w.category is UserWarning] == [True] * known
+        assert ["one row" in str(w.message) for w in caught if w.category is UserWarning] == expected
         assert out.covariance == 0
         assert_close(out.variance.item(), 1 - 1e-2, rtol=1e-9, atol=0)
         assert torch.autograd.grad(out.loss, y)[0].isfinite().all()
@@ -218,8 +218,9 @@ class Received(TorchDispatchMode):
         name = func._schema.name
         if name == "c10d::allgather_":
             self.bytes += sum(x.nbytes for x in args[0][0]) * (world - 1) / world
-        elif name == "c10d::scatter_":  # from each rank in turn: how gloo brings gradients back
-            self.bytes += args[0][0].nbytes * (args[3] != rank)
+        elif name == "c10d::scatter_":  # gloo brings gradients back from each rank in turn
+            if args[3] != rank:
+                self.bytes += args[0][0].nbytes
         else:
             assert not name.startswith("c10d"), name
         return func(*args, **(kwargs or {}))

@@ -307,7 +307,7 @@ MUTATIONS = {
 
 
 def run_tests(tree: Path, test: str) -> None:
-    """In a process of its own: the tests of a tree on its package and its kernels."""
+    """Run the tests of a tree on its package and its kernels, in a process of its own."""
     os.chdir(tree)
     sys.path[:0] = [str(tree), str(tree / "tests")]
     with open("output", "w") as output:

@@ -118,17 +118,6 @@ def test_a_vmap_over_nothing(preprocess):
     assert (out.shape[0], out.shape[2:]) == (0, (3, 4, 4))
 
 
-def test_layouts_give_the_same_numbers(preprocess):
-    x = pixels(4, 3, 20, 30, dtype=torch.float32)
-    expected = preprocess(x, 14)
-    wide = torch.zeros(4, 3, 20, 61, device=DEVICE)
-    wide[..., 1::2] = x
-    for other in (x.to(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
-        assert_close(preprocess(other, 14), expected, rtol=1e-5, atol=1e-6)
-    assert_close(preprocess(wide[..., 1::2], 14), expected, rtol=1e-5, atol=1e-6)
-    assert_close(preprocess(x[:1].expand(5, -1, -1, -1), 14), expected[:1].expand(5, -1, -1, -1), rtol=0, atol=0)
-
-
 def check_value(preprocess, x, size, **options):
     """Hold the value to the rule of `proving.check_accuracy`, in units of float32's or float64's arithmetic.
 

@@ -1,4 +1,4 @@
-"""What a supervision reads of its teacher, and what it holds it to: any module will do that says its width."""
+"""A supervision takes any module that says its width as a teacher, reads its attributes and checks its results."""
 
 import numpy as np
 import pytest

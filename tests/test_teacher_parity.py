@@ -49,7 +49,7 @@ def official_vit(**shape) -> nn.Module:
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """A function that gives every model of timm's that many blocks."""
+    """Return a function that limits every model of timm's to so many blocks."""
     timm = pytest.importorskip("timm")
     create = timm.create_model
     return lambda depth=2: monkeypatch.setattr(timm, "create_model", functools.partial(create, depth=depth))

@@ -17,7 +17,7 @@ from fused_dino import DinoSupervision
 
 
 class Model(nn.Module):
-    """A user's model: text in, its own loss and ours out."""
+    """A user's model, which returns its own loss and ours."""
 
     def __init__(self, teacher, **options):
         super().__init__()
