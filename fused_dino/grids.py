@@ -80,8 +80,8 @@ class Regrid(nn.Module):
     """Resamples tokens [B, h * w, D], row by row, onto another grid: [B, r * c, D].
 
     how: `average` (F.adaptive_avg_pool2d) or `bilinear` (F.interpolate with align_corners=False). It computes in
-    float32, or float64 for float64. The weights are integers, which no cast of the module rounds. They move with it, and
-    are in no checkpoint.
+    float32, or float64 for float64. The weights are integers, which no cast of the module rounds. They move with it,
+    and are in no checkpoint.
     """
 
     def __init__(self, how: Any, grid: Grid, onto: Grid) -> None:

@@ -37,16 +37,12 @@ def apply_to_teacher(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None
     kept, device = keeps_values(fn)
     if kept:
         teacher._apply(lambda x: x if x.is_meta else fn(x))
-    elif any(x.is_meta for x in tensors_of(teacher)):
-        teacher._apply(lambda x: fn(x) if x.is_meta else x.to(device))
-        if device.type != "meta":
-            mark_fresh(teacher)
-    elif device.type != "meta":
+    elif device.type == "meta":
         teacher.to(device)
-
-
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    else:
+        if any(x.is_meta for x in (*teacher.parameters(), *teacher.buffers())):
+            mark_fresh(teacher)
+        teacher._apply(lambda x: fn(x) if x.is_meta else x.to(device))
 
 
 def mark_fresh(teacher: nn.Module) -> None:
@@ -65,8 +61,8 @@ def check_loaded(teacher: nn.Module, images: Tensor) -> None:
     weight = next(teacher.parameters(), images)
     if FRESH in teacher.__dict__ or (weight.is_meta and not images.is_meta):
         raise RuntimeError(
-            "the teacher has no weights: it was built on the meta device, and no checkpoint of the model holds it; build "
-            "it outside, or load it: teacher.to_empty(device=...), then teacher.load_state_dict(...)"
+            "the teacher has no weights: it was built on the meta device, and no checkpoint of the model holds it; "
+            "build it outside, or load it: teacher.to_empty(device=...), then teacher.load_state_dict(...)"
         )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -69,9 +70,8 @@ def dispatch(model, state, folder):
 def test_a_model_built_on_meta_has_the_saved_losses(how, batch, tmp_path):
     saved = Model(real_teacher())
     model = on_meta(teacher=real_teacher())
-    {"to_empty": to_empty, "assign": assign, "dispatch": lambda *x: dispatch(*x, tmp_path)}[how](
-        model, saved.state_dict()
-    )
+    ways = {"to_empty": to_empty, "assign": assign, "dispatch": partial(dispatch, folder=tmp_path)}
+    ways[how](model, saved.state_dict())
     assert_close(losses(model, batch), losses(saved, batch))
 
 

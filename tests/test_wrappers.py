@@ -142,9 +142,7 @@ def test_features_come_to_the_students_device(batch):
     images = batch[1]
     for features in (None, dino.encode(images)):
         elsewhere = copy.deepcopy(dino)
-        teacher = elsewhere.teacher
-        elsewhere.to("meta")
-        elsewhere.teacher = teacher.to_empty(device="cpu")
+        elsewhere.to("meta").teacher = copy.deepcopy(dino).teacher
         given = {"x_img": images} if features is None else {"features": features}
         loss, logs = elsewhere(batch[0].to("meta"), tokens=torch.ones(6, 16, 8, device="meta"), **given)
         assert loss.device.type == "meta"
