@@ -36,9 +36,9 @@ test-all: .venv/.dev  ## run every case of every test, and compile every kernel 
 	$(INTERPRETER) $(PYTEST) --no-skips -p matrix_unit $(ON_THE_UNIT)
 	$(BIN)/python tests/aot.py
 
-aot: .venv/.dev .venv-oldest/.dev  ## compile every kernel for GPUs that are not here, by both compilers, within its budget
-	$(BIN)/python tests/aot.py
-	.venv-oldest/bin/python tests/aot.py
+aot: .venv/.dev .venv-oldest/.dev  ## compile every kernel for GPUs that are not here, by both compilers, within its budget (ARGS=...)
+	$(BIN)/python tests/aot.py $(ARGS)
+	.venv-oldest/bin/python tests/aot.py $(ARGS)
 
 lint: .venv/.dev  ## check format, lint and types
 	$(BIN)/ruff format --check .
