@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .hidden import move
+from .ops.plain import forward_mode
 from .reference.dtypes import acc_dtype, without_autocast
 
 Grid = tuple[int, int]  # (rows, columns)
@@ -44,6 +45,9 @@ class Product(torch.autograd.Function):
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b in float32 or float64 (see acc_dtype): a [M, K] or [B, M, K], b [B, K, N] -> [B, M, N]."""
     dtype = acc_dtype(a, b)
+    if forward_mode() and not torch.compiler.is_compiling():  # a Function with a jvp is none that Dynamo takes
+        with without_autocast(a):
+            return a.to(dtype) @ b.to(dtype)
     return Product.apply(a.to(dtype).expand(b.shape[0], -1, -1), b.to(dtype))
 
 

@@ -47,7 +47,8 @@ class DinoSupervision(Taught):
     tokens g. ``loss_dict`` weighs it: ``loss_dino = alpha * min(1, step / warmup_steps) * loss``.
 
     The teacher is frozen, in eval mode, and in no ``modules()``, ``parameters()`` or ``state_dict()``: no optimizer,
-    EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along.
+    EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along. A deep copy, such as an EMA's, shares
+    its memory until one of the two is moved, cast or loaded. A weight that is written in place is written in both.
 
     Args:
         in_dim (int, optional): Width of ``z_text``. None aligns tokens alone. Default: 8192.

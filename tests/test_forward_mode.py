@@ -6,7 +6,9 @@ from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vmap
 from torch.testing import assert_close
 
+from conftest import make_supervision
 from fused_dino import functional as FD
+from fused_dino.grids import Regrid, bilinear
 from proving import DTYPES, IMPLEMENTATIONS
 from table import OPS
 
@@ -159,3 +161,27 @@ def test_a_tangent_goes_through_a_compiled_loss(backend, fresh_compiler):
     compiled(student)
     actual = jvp(compiled, (student,), (target,))[1]
     assert_close(actual, jvp(lambda x: FD.cosine_loss(x, target, backend="reference"), (student,), (target,))[1])
+
+
+def test_tangents_of_tokens_on_another_grid():
+    tokens, direction = torch.randn(2, 12, 5), torch.randn(2, 12, 5)
+    module = Regrid(bilinear, (4, 3), (5, 6))
+    for value, tangent in (by_jvp(module, (tokens,), (direction,)), by_dual_numbers(module, (tokens,), (direction,))):
+        assert_close(value, module(tokens))
+        assert_close(tangent, module(direction))
+
+
+def test_tangents_of_a_supervision(teacher, batch):
+    """Compare with differences: every part of a supervision is differentiable."""
+    options = {"use_patch": True, "latent_shape": (4, 4, 4), "token_dim": 8, "patch_target": "attention"}
+    dino = make_supervision(teacher, **options).double()
+    tokens, direction = torch.randn(6, 16, 8, dtype=torch.float64), torch.randn(6, 16, 8, dtype=torch.float64)
+    z_text = batch[0].double()
+
+    def loss(z_text, tokens):
+        return dino(z_text, batch[1], tokens=tokens)[0]
+
+    tangent = jvp(loss, (z_text, tokens), (z_text, direction))[1]
+    step = 1e-5
+    ahead, behind = (loss(z_text * (1 + s), tokens + s * direction) for s in (step, -step))
+    assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)

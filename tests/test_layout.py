@@ -34,7 +34,7 @@ ARROWS = {
     "projector": {"validation"},
     "schedule": {"validation"},
     "legacy_checkpoint": set(),
-    "grids": {"hidden", "reference"},
+    "grids": {"hidden", "ops", "reference"},
     "patches": {"grids", "reference"},
     "tokens": {"grids", "live", "reference", "validation"},
     "factories": {"preprocess", "losses", "teacher", "validation"},
