@@ -37,13 +37,21 @@ class Standardization(NamedTuple):
     dtype: torch.dtype  # of the result
 
 
-def standardize_fwd_empty(x: Tensor, options: Standardization) -> tuple[Tensor, Tensor, Tensor]:
+def standardize_fwd_empty(
+    x: Tensor,  # [N, D]
+    weight: Tensor | None,  # [N]: rows of weight 0 are left out
+    counts: Tensor | None,  # [2]: how many rows are left, and the first of them; None without a weight
+    options: Standardization,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the result [N, D], 1 / norm of each row [N] or [0], and the columns' sums of squared deviations [D]."""
     out = x.new_empty(x.shape, dtype=options.dtype)
     return out, out.new_empty(x.shape[0] if options.normalize else 0), out.new_empty(x.shape[1])
 
 
-def launch_standardize_fwd(results: tuple[Tensor, Tensor, Tensor], x: Tensor, config: Standardization) -> None:
+def launch_standardize_fwd(
+    results: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor | None, counts: Tensor | None,
+    config: Standardization,
+) -> None:  # fmt: skip
     """Fill the results that standardize_fwd_empty allocated."""
     from ..kernels import standardize as kernels
 
@@ -86,15 +94,17 @@ def launch_standardize_fwd(results: tuple[Tensor, Tensor, Tensor], x: Tensor, co
 
 
 def standardize_bwd_empty(
-    grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, options: Standardization
-) -> Tensor:
+    grad: Tensor, x: Tensor, weight: Tensor | None, counts: Tensor | None, out: Tensor, factors: Tensor,
+    squares: Tensor, options: Standardization,
+) -> Tensor:  # fmt: skip
     """Allocate the gradient of x."""
     return x.new_empty(x.shape)
 
 
 def launch_standardize_bwd(
-    grad_x: Tensor, grad: Tensor, x: Tensor, out: Tensor, factors: Tensor, squares: Tensor, config: Standardization
-) -> None:
+    grad_x: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, counts: Tensor | None, out: Tensor,
+    factors: Tensor, squares: Tensor, config: Standardization,
+) -> None:  # fmt: skip
     """Fill `grad_x`, which standardize_bwd_empty allocated."""
     from ..kernels import standardize as kernels
 
