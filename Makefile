@@ -45,7 +45,7 @@ lint: .venv/.dev  ## check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.dev  ## time each op beside what it replaces, in one run (ARGS=--quick)
+bench: .venv/.dev  ## time each op against the code that it replaces, in one run (ARGS=--quick)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 results: .venv/.dev  ## measure this machine, keep the evidence in benchmarks/results/, render it (NAME=..., ARGS=...)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks run` measures this machine; `python -m benchmarks report` renders benchmarks/results/."""
+"""Measure this machine (`run`), or render benchmarks/results/ (`report`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of a run, the same for `python -m benchmarks run` and `fused-dino bench`. Imports nothing slow."""
+"""Declare the arguments of `python -m benchmarks run` and `fused-dino bench`. Import nothing slow."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Measure what is asked for, print it, and keep it: the one command behind its two names."""
+"""Measure what is asked for, print it, and keep it: `python -m benchmarks run` and `fused-dino bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import evidence, harness, session, table
 
 
 class Refused(Exception):
-    """What the user can mend, in one line."""
+    """An error that the user can mend, in one line."""
 
 
 def bench(

@@ -1,8 +1,8 @@
-"""`pytest benchmarks`: pytest-benchmark measures every implementation of every row by itself.
+"""Have pytest-benchmark measure every implementation of every row: `pytest benchmarks`.
 
-An implementation is a test of its row. It has to pass the same trial as in `python -m benchmarks run` before it is
-timed. A round is the wall time of calls that each wait for the GPU. Implementations follow one another, so that a drift
-of the machine enters their ratios; `python -m benchmarks run` interleaves them.
+Each implementation is a test. It is timed once it has passed the same trial as in `python -m benchmarks run`. A round
+is the wall time of calls that each wait for the GPU. Implementations follow one another, so that a drift of the machine
+enters their ratios. `python -m benchmarks run` interleaves them.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python3 -m pytest -p benchmarks.device_tests --stage tests --report tests.jsonl FILES
 
-A failure is printed when it happens, and every test becomes a line of the report: a run that is killed leaves its
+A failure is printed when it happens. Every test becomes a line of the report, so that a run that is killed leaves its
 findings. Tests that are known to fail (known.py) are reported apart and do not fail the run. A process whose GPU is
-lost ends, since each of its later tests would fail; pytest-xdist starts another.
+lost ends, since each of its later tests would fail. pytest-xdist then starts another.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def command(stage: str, report: Path, cpus: int, files: tuple[str, ...] | None =
 def needed(item: pytest.Item) -> bool:
     """Tell whether a test belongs to the stage `tests`: it runs the kernels, or needs a GPU.
 
-    Random shapes do not, since each is compiled anew; nor do offsets past 2^31, which take gigabytes.
+    Random shapes are left out, since each is compiled anew. So are offsets past 2^31, which take gigabytes.
     """
     of_kernels = item.path.name in ALONE or "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
     random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
@@ -53,9 +53,7 @@ def needed(item: pytest.Item) -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--stage", choices=STAGES, required=True, help="the tests of a GPU's run, or all that it leaves out"
-    )
+    parser.addoption("--stage", choices=STAGES, required=True, help="a GPU's run, or the tests that it leaves out")
     parser.addoption("--report", type=Path, required=True, metavar="FILE", help="a line of JSON a test, as it ends")
 
 
@@ -76,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Runner:
-    """Watches the GPU of a process that runs tests: a worker of pytest-xdist, or the only process."""
+    """Watch the GPU of a process that runs tests: a worker of pytest-xdist, or the only process."""
 
     def __init__(self, alone: bool) -> None:
         self.alone = alone
@@ -90,7 +88,7 @@ class Runner:
 
 
 class Teller:
-    """Writes the report: a line for each test that begins, ends or cannot be collected."""
+    """Write the report: a line for each test that begins, ends or cannot be collected."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.terminal: Any = config.pluginmanager.get_plugin("terminalreporter")

@@ -29,7 +29,7 @@ def write(out: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def text(out: Path, outcomes: Sequence[Outcome]) -> str:
-    """Return at most HEIGHT lines of WIDTH; lines that do not fit are counted, and their file is named."""
+    """Return at most HEIGHT lines of WIDTH. Count the lines that do not fit, and name their file."""
     head, *lines = smoke.read(out / "smoke.jsonl") or [{}]
     told = [x for stage in ("tests", "wide") for x in tests(out / f"{stage}.jsonl")]
     runs = list(evidences(out))
@@ -111,7 +111,7 @@ def tests(path: Path) -> list[Line]:
 
 
 def known_of(told: list[Line]) -> list[str]:
-    """Name the tests that are known to fail: a line a reason for those that did, and one for those that passed."""
+    """Name the tests that are known to fail: a line for each reason, and one for those that passed."""
     reasons: dict[str, list[str]] = {}
     for x in told:
         if x["outcome"] == "known":
@@ -125,7 +125,7 @@ def known_of(told: list[Line]) -> list[str]:
 
 
 def rows_of(head: Line, lines: list[Line]) -> list[str]:
-    """Return a line for each row's last direction, and for another that is wrong; then count where our host is slow."""
+    """Return a line for each row's last direction and for each that is wrong, then count where our host is slow."""
     last: dict[tuple, Line] = {}
     for x in lines:
         key = x["op"], x["row"], x["precision"]
@@ -193,27 +193,20 @@ def evidences(out: Path) -> list[Evidence]:
 
 
 def comparisons(run: Evidence) -> list[str]:
-    """Return a line for each prediction whose row was measured beside its rivals; without any, a line an op."""
-    gpu, found = judge.gpu_of(run.device["name"]) or 0, judge.compared(run)
-    if found:
+    """Return a line for each prediction whose row was measured beside its rivals, or else a line for each op."""
+    if (found := judge.beside(run)) is not None:
         header = ["reached/target beside rivals", "us", "eager", "compile", "share", "verdict"]
-        said = aligned(header, [cells_beside(x, gpu) for x in found])
+        said = aligned(header, [cells_beside(*line) for line in found.rows])
     else:
         telling = [table.telling(op, run) for op in table.ops(run)]
         said = [f"{record.op} {short(record.row)}: {table.claim(record, run)}" for record in telling]
     return said + ([slow] if (slow := table.slow_hosts(run)) else [])
 
 
-def cells_beside(x: judge.Compared, gpu: int) -> list[str]:
-    p = x.prediction
-    us = "-" if x.us is None else f"{table.digits(x.us)}" + ("" if p.figure == "cold" else f" {p.figure}")
-    shares = ["-" if share is None else f"{share:.0%}" for share in (x.share, p.share and p.share[gpu])]
-    pairs = [
-        (table.times(x.eager), judge.at_least(p.eager)),
-        (table.times(x.compile), judge.at_least(p.compile)),
-        shares,
-    ]
-    return [name_of(p.op, p.row, p.precision), us, *map("/".join, pairs), judge.said(x.met)]
+def cells_beside(op: str, row: str, precision: str, direction: str, figure: str, *cells: str) -> list[str]:
+    *_, us, eager, compile, share, verdict = cells
+    us += "" if figure == "cold" else f" {figure}"
+    return [name_of(op, row, precision), us, eager, compile, share, verdict]
 
 
 if __name__ == "__main__":

@@ -30,12 +30,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Timing:
-    """A provider on a row. rounds: {figure: seconds} each; empty where `why` says what excluded or stopped it."""
+    """A provider on a row.
+
+    why: What excluded or stopped it. It then has no rounds.
+    errors: Those of the value, then of each gradient.
+    rounds: Each {figure: seconds of a call}.
+    """
 
     name: str
     role: str
     why: str | None = None
-    errors: list[float] = field(default_factory=list)  # of the value, then of each gradient
+    errors: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     rounds: list[dict[str, float]] = field(default_factory=list)
 
@@ -53,10 +58,7 @@ class Record:
 
     op: str
     row: str
-    shape: list[int]
-    dtype: str
     precision: str
-    reason: str
     direction: str
     kind: str  # of device: cpu or cuda
     bytes: float
@@ -85,7 +87,7 @@ class Record:
 
 @dataclass
 class Evidence:
-    """A run."""
+    """A run. ended: complete, interrupted, out of time or how the GPU was lost; never: the run died."""
 
     device: dict[str, Any]
     versions: dict[str, str]
@@ -94,7 +96,7 @@ class Evidence:
     quick: bool
     roofs: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    ended: str = "never"  # complete, interrupted, out of time; never: it died
+    ended: str = "never"
     schema: int = SCHEMA
 
     @property
@@ -158,7 +160,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Name the checkout's commit, with a + where its code differs from it; an installed package has none."""
+    """Name the checkout's commit, with a + where its code differs from it. An installed package has none."""
     if not (ROOT / ".git").exists() or not (head := output(["git", "rev-parse", "--short=12", "HEAD"], ROOT)):
         return None
     code = ["fused_dino", "kernels", "benchmarks", ":!benchmarks/results"]

@@ -2,8 +2,8 @@
 
     compute-sanitizer python3 -m benchmarks.exercise [--seconds S]
 
-Each case is named before it runs and is waited for: a finding of the checker belongs to the case above it. The exit
-status is 0, or OUT_OF_TIME where cases are left.
+Each case is named before it runs and is waited for, so that a finding of the checker belongs to the case above it. The
+exit status is 0, or OUT_OF_TIME where cases are left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MANY_ROWS = 4200  # a program takes several of so many
 
 
 def cases(device: str) -> list[Case]:
-    """Return the cases, the most telling of each op first and the ops by turns: a checker may run out of time."""
+    """Return the cases, the most telling of each op first and the ops by turns, since a checker may run out of time."""
     ops = [list(of(device)) for of in (cosine, resize, vicreg, standardize)]
     turns = [(i / len(found), case) for found in ops for i, case in enumerate(found)]
     return [case for _, case in sorted(turns, key=lambda turn: turn[0])]

@@ -1,13 +1,8 @@
-"""`make gpu`: smoke, tests, memory checkers and benchmarks on a GPU, within a limit, whatever one of them does.
+"""Run smoke, tests, memory checkers and benchmarks on a GPU, within a limit: `make gpu`.
 
     python3 -m benchmarks.gpu OUT [--seconds 540] [--only STAGE] [--device cuda|cpu]
 
-runs uninstalled. The folder OUT gets a log for each stage; a line for each row and each test as it ends (smoke.jsonl,
-tests.jsonl); the evidence, written anew after every row; and summary.txt, written anew after every stage. A run that is
-killed leaves them. A stage that fails, crashes or takes too long costs its own share of the time and no more. On a CPU
-every stage runs on its smallest cases, which shows that it runs and proves nothing of a GPU.
-
-The exit status is 0; 1 where a row, a test or a memory checker failed or did not end; 2 where there is no GPU.
+docs/gpu.md says what it runs, what it leaves in OUT, and what its exit status means.
 """
 
 from __future__ import annotations
@@ -34,7 +29,7 @@ HANDFUL = "(test_is_as_accurate_as_eager and cosine_loss and (3x16 or 5x37)) or 
 
 
 def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, Stage]]:
-    """Return all stages in their order, each with the name by which it is asked for."""
+    """Return all stages in their order, each with the name that --only takes."""
     module = [sys.executable, "-m"]
     smoke = Stage("smoke", [*module, "benchmarks.smoke", str(out), "--device", device, "--seconds", "{seconds}"], 150)
     one: tuple[tuple[str, str], ...] = (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1"))
@@ -57,7 +52,7 @@ def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, 
 
 
 def chosen(out: Path, device: str, seconds: float, only: Sequence[str]) -> list[Stage]:
-    """Return the stages that are asked for, or all that need not be asked for."""
+    """Return the stages that are asked for, or all but ASKED."""
     wanted = only or [name for name in STAGES if name not in ASKED]
     return [stage for name, stage in stages(out, device, seconds) if name in wanted]
 

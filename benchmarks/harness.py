@@ -1,4 +1,4 @@
-"""What an op declares to be measured, its implementations on a row, and their trial against float64."""
+"""Declare how an op is measured, find its implementations on a row, and try them against float64."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ ROUNDINGS = 15  # allowed beside twice eager's error: eager may hit a value exac
 class Bench:
     """An op, and what it takes to measure it. Every callable of a Row may read the row's options.
 
+    The first input gets a gradient.
+
     op: Its name, as explain_backend knows it.
     rows: Sizes, of shapes.py.
     inputs(row, generator): The tensors that each implementation is called with, on the CPU, random and never zero.
@@ -35,9 +37,7 @@ class Bench:
         a tensor. If it is a module, its trainable parameters get a gradient too.
     ours(row, backend): Our function.
     work(row, direction): (bytes, FLOP), the least that must be moved and computed.
-    peers: {name: factory(row)}, which gives their function, or None for a row that they cannot do. The factory is None
-        if the package is not installed. A peer does exactly the same work.
-    gradient: Which inputs get a gradient. Empty: the op is measured forward only.
+    peers: {name: factory(row)}, which gives their function. A peer does exactly the same work.
     exact(row): The truth, where the recipe rounds even in float64.
     parts(row, *inputs): {name: a call without arguments}, parts of the work that are timed beside the whole.
     asks: The op whose backends explain_backend is asked for, where `op` is no op.
@@ -49,16 +49,10 @@ class Bench:
     recipe: Callable[[Row], Function]
     ours: Callable[[Row, str], Function]
     work: Callable[[Row, str], tuple[float, float]]
-    peers: Mapping[str, Callable[[Row], Function | None] | None] = field(default_factory=dict)
-    gradient: tuple[int, ...] = (0,)
+    peers: Mapping[str, Callable[[Row], Function]] = field(default_factory=dict)
     exact: Callable[[Row], Function] | None = None
     parts: Callable[..., Mapping[str, Callable[[], Any]]] | None = None
     asks: str | None = None
-
-    def directions(self, row: Row, quick: bool = False) -> tuple[str, ...]:
-        """Return what is measured of a row; a quick run takes the last."""
-        possible = row.directions if self.gradient else (FORWARD,)
-        return possible[-1:] if quick else possible
 
 
 def benches() -> dict[str, Bench]:
@@ -107,8 +101,8 @@ class Case:
 
             return forward
 
-        leaves = [x.detach().requires_grad_(i in self.bench.gradient) for i, x in enumerate(inputs)]
-        needs_grad = [leaves[i] for i in self.bench.gradient]
+        leaves = [x.detach().requires_grad_(i == 0) for i, x in enumerate(inputs)]
+        needs_grad = leaves[:1]
         if isinstance(function, nn.Module):
             needs_grad += [p for p in function.parameters() if p.requires_grad]
         with torch.no_grad():
@@ -122,7 +116,7 @@ class Case:
 
 
 def grad_output_of(out: Tensor, row: Row) -> Tensor:
-    """Return a scalar's from the row; a tensor's differs in every element, so that a misplaced one shows."""
+    """Return the row's factor for a scalar. A tensor's elements all differ, so that a misplaced one shows."""
     if out.ndim == 0:
         return torch.full_like(out, row.grad_output)
     return torch.linspace(0.5, 1.5, out.numel(), device=out.device).view(out.shape).to(out.dtype)
@@ -138,7 +132,7 @@ class Provider:
 
 
 class Unavailable(Exception):
-    """Why an implementation cannot run here."""
+    """The reason why an implementation cannot run here."""
 
 
 def providers(case: Case, device: str, twice: bool = False) -> Iterator[Provider]:
@@ -154,10 +148,7 @@ def providers(case: Case, device: str, twice: bool = False) -> Iterator[Provider
     for backend in ("triton", "torch") if device == "cuda" else ("torch",):
         yield Provider(f"fused_dino {backend}", "ours", partial(ours, bench, row, backend, device))
     for name, factory in bench.peers.items():
-        if factory is None:
-            yield Provider(name, "peer", missing)
-        elif (function := factory(row)) is not None:
-            yield Provider(name, "peer", lambda f=function: f)  # type: ignore[misc]
+        yield Provider(name, "peer", partial(factory, row))
 
 
 def compiled(function: Function, mode: str | None = None) -> Function:
@@ -172,12 +163,8 @@ def ours(bench: Bench, row: Row, backend: str, device: str) -> Function:
     return bench.ours(row, backend)
 
 
-def missing() -> Function:
-    raise Unavailable("not installed")
-
-
 class Trial:
-    """A case on a device: its inputs, and the results of float64 and eager that each implementation is held against."""
+    """A case on a device: its inputs, and float64's and eager's results, which judge each implementation."""
 
     def __init__(self, case: Case, device: str) -> None:
         torch.compiler.reset()  # each row is compiled for its own sizes

@@ -56,12 +56,12 @@ class Driver:
 
 @cache
 def the_driver() -> Driver:
-    """Return the only one, which all compiled kernels belong to."""
+    """Return the only driver: every kernel that was compiled belongs to it."""
     return Driver()
 
 
 def no_obstacle(tensor: Tensor, interpreter: bool = True) -> None:
-    """Find none, as on a GPU."""
+    """Find no obstacle, as on a GPU."""
 
 
 def watched() -> bool:
@@ -106,7 +106,7 @@ def calls(shape: tuple[int, int], images: Tensor, cosine: Any, vicreg: Any, prep
 
 
 def our_calls() -> Calls:
-    """Return ours, small enough that a GPU would wait for the host."""
+    """Return our calls, small enough that a GPU would wait for the host."""
     return calls(
         (256, 1024),
         torch.zeros(4, 3, 256, 256),
@@ -117,7 +117,7 @@ def our_calls() -> Calls:
 
 
 def eager_calls() -> Calls:
-    """Return eager's, on so few numbers that a CPU computes them at once: their time is the host's."""
+    """Return eager's calls, on so few numbers that a CPU computes them at once: their time is the host's."""
     return calls(
         (2, 4),
         torch.zeros(1, 3, 2, 2),

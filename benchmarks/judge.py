@@ -1,9 +1,8 @@
-"""Compare predictions and targets with measurements: for docs/gpu.md, docs/performance.md and a run's summary."""
+"""Compare predictions and targets with measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from .evidence import Evidence, Record
 from .predictions import GPUS, PREDICTIONS, Prediction
@@ -11,6 +10,8 @@ from .roofs import of_the_roof
 from .table import Table, digits, percent, times
 
 FIGURES = ("cold", "graph", "host")
+HEADER = ["op", "row", "precision", "direction", "figure", "limiter", "predicted, us", "measured, us", "vs eager",
+          "vs compile", "roof", "met"]  # fmt: skip
 Times = Mapping[str, float | None]  # figure -> microseconds
 
 
@@ -30,7 +31,7 @@ def share_of(p: Prediction, share: float) -> float:
 
 
 def met(p: Prediction, gpu: int, ours: Times, share: float | None, eager: Times, compiled: Times) -> bool | None:
-    """Tell whether the targets that these measurements can judge are reached; None where they can judge none."""
+    """Tell whether the targets of the figures that were measured are reached, or None where there are none."""
     mine = ours.get(p.figure)
     checks = []
     if p.share is not None and share is not None:
@@ -45,11 +46,6 @@ def met(p: Prediction, gpu: int, ours: Times, share: float | None, eager: Times,
 
 def said(verdict: bool | None) -> str:
     return "-" if verdict is None else "met" if verdict else "not met"
-
-
-def ratios(p: Prediction) -> list[str]:
-    named = ((p.eager, "eager"), (p.compile, "compile"))
-    return [f"{at_least(factor)} {name}" for factor, name in named if factor is not None]
 
 
 def at_least(factor: float | None) -> str:
@@ -84,54 +80,32 @@ def expected() -> Table:
     return Table(header, rows)
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A prediction whose row was measured. us: ours, in its figure; eager, compile: how many times slower they are."""
-
-    prediction: Prediction
-    us: float | None
-    share: float | None
-    eager: float | None
-    compile: float | None
-    met: bool | None
-
-
-def compared(evidence: Evidence) -> list[Compared]:
-    """Compare each prediction with its row; a device without predictions has none."""
+def beside(evidence: Evidence) -> Table | None:
+    """Return a line for each prediction whose row was measured, as figure/target, or None without any."""
     gpu = gpu_of(evidence.device["name"])
     if evidence.kind != "cuda" or gpu is None:
-        return []
-    found = []
+        return None
+    rows = []
     for record in evidence.records:
         ours, eager, compiled = (times_of(record, role) for role in ("ours", "eager", "compile"))
         share = share_in(record, evidence)
         for p in predictions_of(record.op, record.row, record.direction, record.precision):
             mine = ours.get(p.figure)
-            over_eager, over_compile = (ratio(other.get(p.figure), mine) for other in (eager, compiled))
-            verdict = met(p, gpu, ours, share, eager, compiled)
-            reached = None if share is None else share_of(p, share)
-            found.append(Compared(p, mine, reached, over_eager, over_compile, verdict))
-    return found
+            most = "" if p.most_us is None else f"/{p.most_us:g}"
+            shares = [
+                "-" if x is None else f"{x:.0%}" for x in (share and share_of(p, share), p.share and p.share[gpu])
+            ]
+            rows.append([
+                p.op, p.row, p.precision, p.direction, p.figure, p.limiter, predicted(p, gpu),
+                "-" if mine is None else digits(mine) + most, over(eager.get(p.figure), mine, p.eager),
+                over(compiled.get(p.figure), mine, p.compile), "/".join(shares),
+                said(met(p, gpu, ours, share, eager, compiled)),
+            ])  # fmt: skip
+    return Table(HEADER, rows) if rows else None
 
 
-def ratio(theirs: float | None, mine: float | None) -> float | None:
-    return theirs / mine if theirs and mine else None
-
-
-def beside(evidence: Evidence) -> Table | None:
-    """Return a line for each prediction whose row was measured; None where there is none."""
-    header = ["op", "row", "precision", "direction", "figure", "predicted, us", "measured, us", "limiter", "roof",
-              "vs eager", "vs compile", "target", "met"]  # fmt: skip
-    gpu = gpu_of(evidence.device["name"]) or 0
-    rows = [
-        [
-            (p := x.prediction).op, p.row, p.precision, p.direction, p.figure, predicted(p, gpu),
-            "-" if x.us is None else digits(x.us), p.limiter, "-" if x.share is None else percent(x.share),
-            times(x.eager), times(x.compile), ", ".join([*alone(p, gpu), *ratios(p)]), said(x.met),
-        ]
-        for x in compared(evidence)
-    ]  # fmt: skip
-    return Table(header, rows) if rows else None
+def over(theirs: float | None, mine: float | None, target: float | None) -> str:
+    return f"{times(theirs / mine if theirs and mine else None)}/{at_least(target)}"
 
 
 def times_of(record: Record, role: str) -> dict[str, float | None]:

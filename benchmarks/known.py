@@ -1,4 +1,4 @@
-"""Tests that are known to fail on a GPU through no fault of ours, each with its reason. Data alone.
+"""Name the tests that are known to fail on a GPU through no fault of ours, each with its reason.
 
 A run names them apart from failures, and says which of them passed after all. Each pattern is searched in a test's id.
 """

@@ -22,7 +22,7 @@ LEAST, MOST = 5, 60  # rounds
 def interleave(
     samplers: Mapping[str, Callable[[], Sample]], seconds: float, clock: Clock = time.perf_counter
 ) -> dict[str, list[Sample]]:
-    """Return {name: its sample of each round}: at least LEAST rounds, and more while `seconds` last.
+    """Return the samples of each round by name: at least LEAST rounds, and more while `seconds` last.
 
     Every round samples all in a new order, so that a drift of the machine meets all of them.
     """
@@ -48,7 +48,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def sampler(calls: Sequence[Callable[[], Any]], device: str) -> Callable[[], Sample]:
-    """Return a function that samples a call. calls: The same call, on a GPU on as many inputs as rotate(...) made."""
+    """Return a function that samples a call. calls: The same call, on a GPU once for each input of rotate(...)."""
     return gpu_sampler(calls) if device == "cuda" else host_sampler(calls[0])
 
 
@@ -122,7 +122,7 @@ def enqueue(call: Callable[[], Any], cuda: Any = torch.cuda, clock: Clock = time
 def cold(call: Callable[[], Any], host: float, cuda: Any = torch.cuda, flush: Callable[[], Any] | None = None) -> float:
     """Return the GPU seconds of a call whose inputs are not in the L2: the median of COLD_ROUNDS.
 
-    host: seconds in which it is enqueued. The GPU sleeps meanwhile, so that it has the whole call when it reaches the
+    host: Seconds in which it is enqueued. The GPU sleeps meanwhile, so that it has the whole call when it reaches the
     start event. A round in which it got there first is taken again, after a longer sleep.
     """
     flush = flush or empty_the_cache
@@ -150,7 +150,7 @@ def other_data() -> Tensor:
 
 
 def empty_the_cache() -> None:
-    """Read other data into the L2. Had they been written, the call would pay for writing them back."""
+    """Read other data into the L2. Written data would cost the call the time to write them back."""
     other_data().sum()
 
 

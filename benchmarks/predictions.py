@@ -1,7 +1,7 @@
-"""The time that each row is expected to take on a GPU, its limiter, and its targets. Data alone.
+"""Predict the time of each row on a GPU, name its limiter, and set its targets.
 
-The times are computed from the machine code that the kernels compile to, and from the roofs of the two GPUs: none is
-measured. `make report` renders them into docs/gpu.md, and beside the measurements of a results file.
+The times are computed from the machine code of the kernels and the roofs of two GPUs; none is measured. `make report`
+renders them into docs/gpu.md, and beside the measurements of a results file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ GPUS = ("H100", "H200")  # a device is one of them where its name has this
 class Prediction:
     """A row in one direction, as evidence names it.
 
-    figure: which of a GPU's times is predicted and judged: cold, graph or host.
-    us: microseconds on an H100 and on an H200; None where only a target is set.
-    limiter: what takes the time.
-    share: of the nearer roof that is to be reached, on either GPU.
-    most_us: microseconds that are to be undercut.
-    eager, compile: how many times faster than these it is to be, in `figure`.
-    traffic: how many times the bytes of the row it moves, so that its share is one of what it has to move.
+    limiter: What takes the time.
+    us: Predicted microseconds on an H100 and on an H200, or None where only a target is set.
+    figure: Which of a GPU's times is predicted and judged: cold, graph or host.
+    share: Target on each GPU: share of the nearer roof.
+    most_us: Target: microseconds at most.
+    eager, compile: Target: how many times faster it is than these, in `figure`.
+    traffic: How many times the row's bytes it has to move, which its share counts.
     """
 
     op: str
@@ -42,59 +42,31 @@ class Prediction:
 
 MEMORY, TAIL = "memory", "memory, and a tail of the last programs"
 GATHER, RESCALED = "shared memory, from which the taps are gathered", "memory: the gradient is scaled once more"
-PREPROCESS = (
-    Prediction(
-        "preprocess", "256 x 3 x 256 x 256 float32 size=224 out_dtype=bfloat16", FORWARD, "IEEE", MEMORY,
-        (101, 71), share=(0.92, 0.91), eager=8, compile=1.5,
-    ),
-    Prediction(
-        "preprocess", "256 x 3 x 256 x 256 bfloat16 size=224", FORWARD, "bf16", GATHER,
-        (64, 50), share=(0.92, 0.82), eager=10, compile=2,
-    ),
-    Prediction(
-        "preprocess", "256 x 3 x 256 x 256 uint8 size=224 out_dtype=bfloat16", FORWARD, "IEEE", GATHER,
-        (50, 45), share=(0.85, 0.66), eager=10, compile=2,
-    ),
-    Prediction(
-        "preprocess", "256 x 3 x 512 x 512 float32 size=518 out_dtype=bfloat16", FORWARD, "IEEE", MEMORY,
-        (435, 310), share=(0.93, 0.91), eager=6.5, compile=2.5,
-    ),
-)  # fmt: skip
-ROWS = (
-    Prediction(
-        "cosine_loss", "65536 x 1024 bfloat16", BACKWARD, "bf16", TAIL,
-        (143, 101), share=(0.94, 0.93), eager=9, compile=1.55,
-    ),
-    Prediction(
-        "cosine_loss", "65536 x 1024 bfloat16 grad_output=0.25", BACKWARD, "bf16", RESCALED,
-        share=(0.94, 0.93), traffic=5 / 3,
-    ),
-    Prediction(
-        "mse_loss", "65536 x 1024 bfloat16", BACKWARD, "bf16", TAIL,
-        share=(0.94, 0.93), eager=9, compile=1.55,
-    ),
-    Prediction(
-        "mse_loss", "65536 x 1024 bfloat16 grad_output=0.25", BACKWARD, "bf16", RESCALED,
-        share=(0.94, 0.93), traffic=5 / 3,
-    ),
+SERIAL, TILES = "six small kernels, one after the other", "tiles of 64 x 64: instructions"
+PREDICTIONS = (
+    Prediction("preprocess", "256 x 3 x 256 x 256 float32 size=224 out_dtype=bfloat16", FORWARD, "IEEE", MEMORY,
+               (101, 71), share=(0.92, 0.91), eager=8, compile=1.5),
+    Prediction("preprocess", "256 x 3 x 256 x 256 bfloat16 size=224", FORWARD, "bf16", GATHER,
+               (64, 50), share=(0.92, 0.82), eager=10, compile=2),
+    Prediction("preprocess", "256 x 3 x 256 x 256 uint8 size=224 out_dtype=bfloat16", FORWARD, "IEEE", GATHER,
+               (50, 45), share=(0.85, 0.66), eager=10, compile=2),
+    Prediction("preprocess", "256 x 3 x 512 x 512 float32 size=518 out_dtype=bfloat16", FORWARD, "IEEE", MEMORY,
+               (435, 310), share=(0.93, 0.91), eager=6.5, compile=2.5),
+    Prediction("cosine_loss", "65536 x 1024 bfloat16", BACKWARD, "bf16", TAIL,
+               (143, 101), share=(0.94, 0.93), eager=9, compile=1.55),
+    Prediction("cosine_loss", "65536 x 1024 bfloat16 grad_output=0.25", BACKWARD, "bf16", RESCALED,
+               share=(0.94, 0.93), traffic=5 / 3),
+    Prediction("mse_loss", "65536 x 1024 bfloat16", BACKWARD, "bf16", TAIL,
+               share=(0.94, 0.93), eager=9, compile=1.55),
+    Prediction("mse_loss", "65536 x 1024 bfloat16 grad_output=0.25", BACKWARD, "bf16", RESCALED,
+               share=(0.94, 0.93), traffic=5 / 3),
     Prediction("cosine_loss", "256 x 1024 float32", BACKWARD, "IEEE", "host", (125, 125), "host", eager=2, compile=0.8),
     Prediction("cosine_loss", "256 x 1024 float32", BACKWARD, "IEEE", "launches", None, "graph", eager=8, compile=1.2),
+    Prediction("vicreg_loss", "256 x 1024 float32", BACKWARD, "IEEE", SERIAL, (35, 34), "graph", eager=12, compile=5),
+    Prediction("vicreg_loss", "256 x 8192 float32", BACKWARD, "TF32", SERIAL, (58, 55),
+               most_us=20, eager=80, compile=60),
+    Prediction("vicreg_loss", "1024 x 4096 bfloat16", BACKWARD, "bf16", TILES, (132, 130),
+               share=(0.4, 0.4), eager=20, compile=8),
+    Prediction("vicreg_loss", "4096 x 1024 float32", BACKWARD, "TF32", TILES, (121, 120),
+               share=(0.55, 0.55), eager=2.3, compile=1.5),
 )  # fmt: skip
-SERIAL, TILES = "six small kernels, one after the other", "tiles of 64 x 64: instructions"
-VICREG = (
-    Prediction(
-        "vicreg_loss", "256 x 1024 float32", BACKWARD, "IEEE", SERIAL, (35, 34), "graph", eager=12, compile=5
-    ),
-    Prediction(
-        "vicreg_loss", "256 x 8192 float32", BACKWARD, "TF32", SERIAL, (58, 55), most_us=20, eager=80, compile=60
-    ),
-    Prediction(
-        "vicreg_loss", "1024 x 4096 bfloat16", BACKWARD, "bf16", TILES, (132, 130),
-        share=(0.4, 0.4), eager=20, compile=8,
-    ),
-    Prediction(
-        "vicreg_loss", "4096 x 1024 float32", BACKWARD, "TF32", TILES, (121, 120),
-        share=(0.55, 0.55), eager=2.3, compile=1.5,
-    ),
-)  # fmt: skip
-PREDICTIONS = (*PREPROCESS, *ROWS, *VICREG)

@@ -58,7 +58,7 @@ def section(stem: str, run: Evidence) -> str:
         parts.append(f"The run did not reach its end ({run.ended}).")
     parts += table.remarks(run)
     if (foreseen := judge.beside(run)) is not None:
-        parts += ["### Predicted and measured", foreseen.markdown()]
+        parts += ["### Predicted and measured", "A target follows each figure: 30x/9x.", foreseen.markdown()]
     for op in table.ops(run):
         found = table.of_op(op, run)
         parts += [f"### {op}", found.markdown()]

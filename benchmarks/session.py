@@ -1,4 +1,4 @@
-"""A run: which rows, in which order, and what is recorded of each."""
+"""Run the benchmarks: choose the rows, order them, and record each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SECONDS = {True: 1.0, False: 2.0}  # quick or not: of rounds, beyond the least
 
 
 def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
-    """Return what a run measures: telling rows first and whole steps last, since it may be ended at any time."""
+    """Return the cases of a run, telling rows first and whole steps last, since it may be ended at any time."""
     cases = [
         Case(bench, row, direction)
         for bench in benches
         for row in bench.rows
         if device in row.on and (row.quick or not quick)
-        for direction in bench.directions(row, quick)
+        for direction in (row.directions[-1:] if quick else row.directions)
     ]
     return sorted(cases, key=lambda case: (not case.row.quick, case.bench.parts is not None))
 
@@ -109,10 +109,7 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
     return Record(
         op=bench.op,
         row=str(row),
-        shape=list(row.shape),
-        dtype=row.dtype,
         precision=row.precision,
-        reason=row.reason,
         direction=case.direction,
         kind=device,
         bytes=moved,

@@ -1,4 +1,4 @@
-"""Every size that is measured, and why. Data alone."""
+"""List every size that is measured, and why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

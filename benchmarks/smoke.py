@@ -2,9 +2,9 @@
 
     python3 -m benchmarks.smoke OUT [--seconds 150] [--device cuda|cpu]
 
-A row takes about a second: nothing is compiled but the kernels, and eager gives its error and its host time alone. The
-most telling rows come first. Each becomes a line of OUT/smoke.jsonl as soon as it is measured. A wrong address takes
-the GPU from the process: a new one goes on with the next row.
+A row takes about a second: only the kernels are compiled, and eager only gives its error and its host time. The most
+telling rows come first. Each becomes a line of OUT/smoke.jsonl as soon as it is measured. A wrong address takes the GPU
+from the process, and a new process goes on with the next row.
 
 The exit status is 0; 1 where a row is wrong or its bits differ from run to run; OUT_OF_TIME where rows are left.
 """
@@ -71,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def chosen(benches: Iterable[harness.Bench], device: str) -> list[Case]:
-    """Return all rows of the ops that have kernels; on a CPU, which only shows that this runs, each op's smallest."""
+    """Return all rows of the ops that have kernels. A CPU only shows that this runs, and takes each op's smallest."""
     plan = [case for case in session.plan(benches, device, quick=False) if case.bench.parts is None]
     if device == "cuda":
         return plan
@@ -80,11 +80,11 @@ def chosen(benches: Iterable[harness.Bench], device: str) -> list[Case]:
 
 
 def order(cases: list[Case]) -> list[Case]:
-    """Put each row's last direction first, and rows with a prediction before others; the ops take turns."""
+    """Put each row's last direction first, and rows with a prediction before others. The ops take turns."""
 
     def rank(case: Case) -> tuple[bool, bool, bool]:
         known = judge.predictions_of(case.bench.op, str(case.row), case.direction, case.row.precision)
-        return case.direction != case.bench.directions(case.row)[-1], not known, not case.row.quick
+        return case.direction != case.row.directions[-1], not known, not case.row.quick
 
     turns = {case.bench.op: count() for case in cases}
     turned = [(rank(case)[0], next(turns[case.bench.op]), case) for case in sorted(cases, key=rank)]
@@ -128,7 +128,7 @@ def inspect(trial: Trial, found: roofs.Roofs, line: Line) -> None:
 
 
 def kernels(call: Callable[[], Any]) -> dict[str, float] | str:
-    """Return {kernel: microseconds of a call}: where the time of an op of several kernels goes."""
+    """Return the microseconds that each kernel takes of a call."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     try:
         with torch.profiler.profile(activities=activities) as profile:

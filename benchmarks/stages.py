@@ -1,4 +1,4 @@
-"""Run commands one after the other, each within a limit, whatever one of them does."""
+"""Run commands one after the other, each within a time limit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ ENDS = {0: "passed", OUT_OF_TIME: "out of time"}  # by exit status; others above
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, and the seconds that are its own; what it leaves of them later stages may use.
+    """A command, and its share of the time. Later stages may use what it leaves.
 
-    proves: whether it decides the exit status. Without a command it cannot run here, for the reason `missing`.
+    proves: Whether it decides the exit status.
+    missing: Why it has no command and cannot run here.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: passed, failed, crashed, out of time, interrupted or not found."""
+    """How a stage ended. status: passed, failed, crashed, out of time, interrupted or not found."""
 
     stage: Stage
     status: str
@@ -53,7 +54,7 @@ def run_all(
     ended: Callable[[list[Outcome]], object] = lambda outcomes: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
-    """Run the stages within `seconds` together, and tell `ended` of the outcomes after each. Ctrl-C ends the run."""
+    """Run the stages within `seconds` together, and pass the outcomes to `ended` after each. Ctrl-C ends the run."""
     end = clock() + seconds
     scale = min(1.0, seconds / sum(stage.seconds for stage in stages))
     outcomes: list[Outcome] = []
@@ -67,7 +68,7 @@ def run_all(
 
 
 def run_stage(stage: Stage, log: Path, limit: float) -> Outcome:
-    """Run a stage in a process group of its own, which is ended as a whole when the limit is over."""
+    """Run a stage in a process group of its own. End the whole group when the limit is over."""
     if not stage.command:
         return Outcome(stage, "not found", 0.0, stage.missing)
     inner = max(1.0, limit - 2 * GRACE)  # for a stage that can end by itself

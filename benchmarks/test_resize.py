@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +71,5 @@ def work(row: Row, direction: str) -> tuple[float, float]:
     return times * moved, times * 11 * outside
 
 
-PEERS = {"torchvision v2": torchvision, "kornia": kornia}
-BENCH = Bench(
-    op="preprocess", rows=IMAGES, inputs=inputs, recipe=partial(of, eager), ours=ours, work=work, exact=exact,
-    peers={name: partial(of, step) if find_spec(step.__name__) else None for name, step in PEERS.items()},
-)  # fmt: skip
+PEERS = {"torchvision v2": partial(of, torchvision), "kornia": partial(of, kornia)}
+BENCH = Bench("preprocess", IMAGES, inputs, partial(of, eager), ours, work, PEERS, exact)

@@ -69,7 +69,7 @@ def parts(row: Row, z: Tensor, images: Tensor) -> dict:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Move the images and weights, the projector's three times with its gradient; use each weight for each token."""
+    """Count images and weights, the projector's three times, and a multiply-add of each weight for each token."""
     model = teacher(row.options["teacher"])
     weights, projector = sum(p.numel() for p in model.parameters()), (IN_DIM + model.embed_dim) * 4096
     elements = row.shape[0] * 3 * row.shape[2] * row.shape[3] + weights + 3 * projector

@@ -1,4 +1,4 @@
-"""The rule of tests and benchmarks for an error: against float64, beside eager's."""
+"""Decide whether an error against float64 is too large, for tests and benchmarks alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Error(NamedTuple):
 
 
 def compare(got: Tensor, eager: Tensor, true: Tensor, unit: Tensor, floor: float) -> Error:
-    """Compare a result with float64's: twice eager's error, the floor and one rounding of the result are allowed.
+    """Compare a result with float64's. Allow twice eager's error, the floor, and one rounding of the result.
 
     Args:
         got: The result.
@@ -45,5 +45,5 @@ def compare(got: Tensor, eager: Tensor, true: Tensor, unit: Tensor, floor: float
 
 
 def finer(got: Tensor, eager: Tensor) -> torch.finfo:
-    """Return the limits of the finer of two dtypes: a coarser result than eager's is not allowed more."""
+    """Return the limits of the finer of two dtypes. A coarser result than eager's is not allowed more."""
     return min((torch.finfo(x.dtype) for x in (got, eager)), key=lambda limits: limits.eps)

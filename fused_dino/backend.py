@@ -1,4 +1,4 @@
-"""The one place that chooses an implementation.
+"""The choice of an implementation for each call.
 
 The order: the call's own `backend=`, then `use_backend`, then the environment variable FUSED_DINO_BACKEND, then auto.
 An explicit choice never falls back: it runs or raises.
@@ -22,7 +22,7 @@ _selected: str | None = None  # a plain global: a ContextVar breaks full-graph c
 
 
 def check_backend(name: str, where: str = "backend") -> str:
-    """`name` itself, or ValueError naming `where` it came from and the backends there are."""
+    """Return `name`, or raise ValueError with `where` it came from and the known backends."""
     if name not in BACKENDS:
         raise ValueError(f"{where} is {name!r}, which is no backend; use one of {', '.join(BACKENDS)}")
     return name
@@ -40,9 +40,9 @@ def on_reference(options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Context manager: within it, calls that name no backend run on this one.
+    """Sets the backend of the calls in a ``with`` block that name none themselves.
 
-    The choice is one a process, not one a thread.
+    The choice holds for the process, not for the thread.
 
     Args:
         name (str): ``"auto"`` (triton on a GPU, torch elsewhere), ``"reference"`` (eager formulas, the specification),
@@ -66,7 +66,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> tuple[str, str]:
-    """What is asked for, and by whom."""
+    """Return the backend that is asked for, and where that is said."""
     if backend is not None:
         return check_backend(backend), "the argument backend="
     if _selected is not None:
@@ -77,7 +77,7 @@ def requested(backend: str | None) -> tuple[str, str]:
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> tuple[str, Callable[..., Any]]:
-    """What `op` runs on `tensor`: "reference", "torch" or "triton", and its function; raises where none can run."""
+    """Return the implementation that `op` runs on `tensor`, by name and as a function, or raise if it cannot run."""
     name = decide(op, tensor, backend)[0]
     return name, getattr(OPS[op], name)
 
@@ -116,8 +116,11 @@ def explain_backend(op: str, tensor: Tensor, backend: Backend | None = None) -> 
 
 
 def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
-    """(implementation, reason). An explicit choice that cannot run raises: NotImplementedError where the op has no such
-    implementation, RuntimeError where this machine or this tensor cannot run it."""
+    """Return (implementation, reason).
+
+    An explicit choice that cannot run raises: NotImplementedError where the op has no such implementation, RuntimeError
+    where this machine or this tensor cannot run it.
+    """
     name, source = requested(backend)
     reason = f"{name} by {source}"
     if name == "reference":
@@ -140,7 +143,7 @@ def decide(op: str, tensor: Tensor, backend: str | None) -> tuple[str, str]:
 
 
 def triton_obstacle(tensor: Tensor, interpreter: bool = True) -> str | None:
-    """What keeps Triton from running on `tensor`, or None. The interpreter counts only for an explicit choice."""
+    """Return why Triton cannot run on `tensor`, or None. The interpreter counts only for an explicit choice."""
     if not tensor.is_cuda and not (interpreter and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the tensor is on {tensor.device.type}, and it needs a GPU or TRITON_INTERPRET=1"
     return None if has_triton() else "triton is not installed"
@@ -150,5 +153,5 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-# For torch.compile, while it traces: torch.compiler.assume_constant_result says the same, and imports half of torch.
+# torch.compile reads this while it traces. torch.compiler.assume_constant_result sets it, but imports half of torch.
 has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Collectives over the ranks of a process group: functional ones, which torch.compile sees through."""
+"""Functional collectives over the ranks of a process group, which torch.compile can trace."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class SumOverRanks(torch.autograd.Function):
-    """y = sum_r x_r on every rank; the gradient of x_r is the sum of every rank's gradient of y.
+    """The sum y = sum_r x_r on every rank. The gradient of x_r is the sum of every rank's gradient of y.
 
-    Where every rank computes the same loss from such sums, a rank's gradient is world_size times its share of the full
-    batch's; the mean that DDP or FSDP takes over the ranks then gives the full batch's gradient exactly. (So does the
-    differentiable all_gather of the usual recipes: do not multiply by the world size again.)
+    Every rank computes the same loss from such sums, so its gradient is world_size times its part of the full batch's.
+    The mean that DDP or FSDP takes over the ranks then gives the full batch's gradient exactly. The seed's
+    differentiable all_gather does so too: do not multiply by the world size again.
     """
 
     @staticmethod
@@ -33,19 +33,19 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """sum_r x_r over the ranks of `group`, with a gradient (see SumOverRanks); x itself where group is None."""
+    """Sum x over the ranks of `group`, with a gradient (see SumOverRanks), or return x where group is None."""
     return x if group is None else SumOverRanks.apply(x, group)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """sum_r x_r, without a gradient."""
+    """Sum x over the ranks, without a gradient."""
     from torch.distributed import _functional_collectives as funcol
 
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Every rank's x [n, ...] one after the other: [world_size * n, ...], without a gradient."""
+    """Concatenate every rank's x [n, ...] to [world_size * n, ...], without a gradient."""
     from torch.distributed import _functional_collectives as funcol
 
     # Newer torch calls it all_gather_single, and warns of the name that torch 2.11 knows.
@@ -54,10 +54,10 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_counts(count: int, device: torch.device, group: ProcessGroup) -> list[int]:
-    """Every rank's `count`, as numbers of the host.
+    """Return every rank's `count` as Python ints.
 
-    Where the group has a backend for the CPU (init_process_group without a backend gives it gloo beside NCCL) no GPU
-    takes part. Otherwise the host waits for the device once.
+    No GPU takes part if the group has a backend for the CPU: init_process_group without a backend sets up gloo next to
+    NCCL. Otherwise the host waits for the device once.
     """
     from torch.distributed import get_backend_config
 
@@ -67,7 +67,7 @@ def all_counts(count: int, device: torch.device, group: ProcessGroup) -> list[in
 
 
 def gather_rows(x: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
-    """The rows of all ranks in their order, of which rank r brings counts[r]: padded to the most for the journey."""
+    """Concatenate the rows of all ranks, counts[r] of rank r. They are padded to the largest count in transit."""
     most = max(counts)
     padded = x.new_zeros(most, *x.shape[1:])
     padded[: len(x)] = x
@@ -76,7 +76,7 @@ def gather_rows(x: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
 
 
 def group_of(name: str) -> ProcessGroup:
-    """The group of that name: what a dispatcher's op can be given is a string."""
+    """Return the process group of a name: torch's dispatcher passes strings, and no groups."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Patches in place of pixels: a teacher's embedding of them as one matrix product."""
+"""Patch embedding by one matrix product, for a teacher that is given patches in place of pixels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 def caller() -> int:
-    """The thread, of which a module may serve several; a compiler traces one."""
+    """Return the id of this thread: a module may serve several. A compiler traces one."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution that gives, once, what its caller has left in `results`, where it has."""
+    """A Conv2d whose next output can be injected: it returns the result stored for this thread, else it convolves."""
 
     results: dict[int, Tensor]
 
@@ -28,7 +28,7 @@ class PatchProjection(nn.Conv2d):
 
 
 def take_patches(model: nn.Module, patch_size: int) -> PatchProjection | None:
-    """The model's convolution by patches, able from now on to be told its result; None where it has none such."""
+    """Make the model's convolution by patches a PatchProjection and return it, or None if the model has none."""
     conv: Any = getattr(getattr(model, "patch_embed", None), "proj", None)
     by_patches = {"in_channels": 3, "groups": 1, "dilation": (1, 1), "padding": (0, 0)}
     by_patches |= dict.fromkeys(("kernel_size", "stride"), (patch_size, patch_size))
@@ -45,19 +45,19 @@ def from_patches(
     img_size: tuple[int, int],
     patch_size: int,
 ) -> Any:
-    """The model's features, with its projection's result in place of what it would make of pixels."""
+    """Return the model's features of patches: they are embedded here, and its own projection returns the result."""
     projection = take_patches(model, patch_size)
     refused = f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model {type(model).__name__}"
     if projection is None:
         raise ValueError(f"{refused} has no patch_embed.proj that is a convolution by patches of {patch_size}")
     tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)
-    left = projection.results
-    left[caller()] = rearrange(tokens, "b (h w) d -> b d h w", h=img_size[0] // patch_size)
+    results = projection.results
+    results[caller()] = rearrange(tokens, "b (h w) d -> b d h w", h=img_size[0] // patch_size)
     try:
         # Of these pixels the model sees the shape only; they take no memory.
         features = run(patches.new_zeros(()).expand(patches.shape[0], 3, *img_size))
-        if caller() in left:
+        if caller() in results:
             raise ValueError(f"{refused} never ran its patch_embed.proj")
     finally:
-        left.pop(caller(), None)
+        results.pop(caller(), None)
     return features

@@ -69,25 +69,37 @@ def make_preprocess(
 
 
 def check_features(name: str, features: Any, width: int, batch: int | None = None) -> Features:
-    """name: whose they are; width: D, the teacher's; batch: B, where it is known."""
-    wanted = f"{name} must be {{'global': [B, {width}], 'patch': [B, N, {width}] or None}}"
+    """Check features and return them. name: of the argument, for errors; width: D; batch: B, if it is known."""
+    expected = f"{name} must be {{'global': [B, {width}], 'patch': [B, N, {width}] or None}}"
     if not isinstance(features, dict) or not isinstance(features.get("global"), Tensor):
-        raise TypeError(f"{wanted}, got {type(features).__name__}")
+        raise TypeError(f"{expected}, got {type(features).__name__}")
     token, patch = features["global"], features.get("patch")
     if patch is not None and not isinstance(patch, Tensor):
-        raise TypeError(f"{wanted}, got a patch that is a {type(patch).__name__}")
+        raise TypeError(f"{expected}, got a patch that is a {type(patch).__name__}")
     shapes = [list(x.shape) for x in (token, patch) if x is not None]
     if any(shape != [len(token), *shape[1:-1], width] or len(shape) != n for n, shape in enumerate(shapes, 2)):
-        raise ValueError(f"{wanted}, got shapes {shapes}")
+        raise ValueError(f"{expected}, got shapes {shapes}")
     if batch is not None and len(token) != batch:
-        raise ValueError(f"{wanted} with B = {batch}, got shapes {shapes}")
+        raise ValueError(f"{expected} with B = {batch}, got shapes {shapes}")
     if not all(x.is_floating_point() for x in (token, patch) if x is not None):
-        raise ValueError(f"{wanted} of floats, got {token.dtype}{'' if patch is None else f' and {patch.dtype}'}")
+        raise ValueError(f"{expected} of floats, got {token.dtype}{'' if patch is None else f' and {patch.dtype}'}")
     return features
 
 
+def check_latents(z_text: Any, in_dim: int | None) -> None:
+    """Check latents [B, in_dim] of a supervision that was constructed with this in_dim."""
+    if in_dim is None:
+        raise ValueError("z_text must be left out: in_dim=None leaves it no projector; construct with its width")
+    if z_text is None:
+        raise ValueError(f"z_text must be a tensor [B, {in_dim}], got None, and no tokens in its place")
+    if not isinstance(z_text, Tensor):
+        raise TypeError(f"z_text must be a tensor [B, {in_dim}], got {type(z_text).__name__}")
+    if z_text.ndim != 2 or z_text.shape[1] != in_dim or not z_text.is_floating_point():
+        raise ValueError(f"z_text must be floats of shape [B, {in_dim}], got {z_text.dtype} of {list(z_text.shape)}")
+
+
 def check_latent_shape(latent_shape: Any, in_dim: int | None) -> tuple[int, ...]:
-    """in_dim: None, or the width that a map of that shape must have."""
+    """Check the shape and return it as a tuple. in_dim: the number of elements that it must have, or None."""
     shape = tuple(latent_shape) if isinstance(latent_shape, Sequence) else ()
     if len(shape) != 3 or not all(type(x) is int and x > 0 for x in shape):
         raise ValueError(f"latent_shape must be three positive ints (C, h, w), got {latent_shape!r}")

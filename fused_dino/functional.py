@@ -1,4 +1,4 @@
-"""The public ops: what each computes, what it accepts, and the backend that runs it.
+"""The public ops: each documents and checks its arguments, and runs on the backend that is chosen.
 
 The losses differentiate both inputs. Every op computes in float32 (float64 as soon as one input is float64), whatever
 the dtype of its inputs and whatever autocast says.

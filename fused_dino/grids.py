@@ -1,8 +1,8 @@
-"""Tokens from one grid onto another, by two small matrices: averages of regions, and bilinear samples.
+"""Resampling of tokens from one grid onto another by two small matrices: averages of regions, or bilinear samples.
 
 `F.adaptive_avg_pool2d` and `F.interpolate` are the same functions, and on CUDA their backward adds with atomics, in an
-order that changes from run to run. A product of matrices has a fixed order. (A NaN or an infinity spreads over its
-whole image here, where regions without it would be spared there: the loss is NaN in both.)
+order that changes from run to run. A product of matrices has a fixed order. A NaN or an infinity spreads over its
+whole image here, and there only over its own regions: the loss is NaN in both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Grid = tuple[int, int]  # (rows, columns)
 
 
 class Product(torch.autograd.Function):
-    """a @ b of one shape of batch, where autocast reaches neither the product nor its gradients, itself products."""
+    """The product a @ b. Autocast reaches neither it nor its gradients, which are products too."""
 
     generate_vmap_rule = True
 
@@ -34,31 +34,31 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        for_a = Product.apply(grad, b.mT) if ctx.needs_input_grad[0] else None
-        for_b = Product.apply(a.mT, grad) if ctx.needs_input_grad[1] else None
-        return for_a, for_b
+        grad_a = Product.apply(grad, b.mT) if ctx.needs_input_grad[0] else None
+        grad_b = Product.apply(a.mT, grad) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 (float64 as soon as one of them is): a [M, K] or [B, M, K], b [B, K, N] -> [B, M, N]."""
+    """Return a @ b in float32 or float64 (see acc_dtype): a [M, K] or [B, M, K], b [B, K, N] -> [B, M, N]."""
     dtype = acc_dtype(a, b)
     return Product.apply(a.to(dtype).expand(b.shape[0], -1, -1), b.to(dtype))
 
 
 def average(size: int, onto: int, device: torch.device | None = None) -> Tensor:
-    """Weights of adaptive average pooling along one axis, int64 [onto, size], each row to be divided by its sum.
+    """Return the weights of adaptive average pooling along one axis, int64 [onto, size]. Divide each row by its sum.
 
-    Bin i holds the positions floor(i * size / onto) up to, and without, ceil((i + 1) * size / onto).
+    Bin i holds the positions from floor(i * size / onto) to ceil((i + 1) * size / onto) - 1.
     """
     position, i = torch.arange(size, device=device), torch.arange(onto, device=device).unsqueeze(1)
     return ((position >= i * size // onto) & (position < -(-(i + 1) * size // onto))).long()
 
 
 def bilinear(size: int, onto: int, device: torch.device | None = None) -> Tensor:
-    """Weights of linear interpolation along one axis with align_corners=False, int64 [onto, size], likewise.
+    """Return the weights of linear interpolation along one axis (align_corners=False), like those of `average`.
 
-    Sample i lies at (i + 1/2) * size / onto - 1/2, and all weights are multiples of 1 / (2 * onto). Beyond a border its
-    position alone has one, which the division by the sum makes whole.
+    Sample i lies at (i + 1/2) * size / onto - 1/2, and all weights are multiples of 1 / (2 * onto). Past a border only
+    the position at the border has a weight, and dividing by the sum makes it 1.
     """
     position, i = torch.arange(size, device=device), torch.arange(onto, device=device).unsqueeze(1)
     place = (2 * i + 1) * size - onto
@@ -66,7 +66,7 @@ def bilinear(size: int, onto: int, device: torch.device | None = None) -> Tensor
 
 
 def regrid(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """tokens [B, h * w, D] -> [B, r * c, D] in their dtype, by the weights rows [r, h] and columns [c, w]."""
+    """Resample tokens [B, h * w, D] to [B, r * c, D] in their dtype, by the weights rows [r, h] and columns [c, w]."""
     (batch, _, width), (r, h), (c, w) = tokens.shape, rows.shape, columns.shape
     down, across = (x.to(acc_dtype(tokens)) / x.sum(1, keepdim=True) for x in (rows, columns))
     x = product(down, tokens.reshape(batch, h, w * width))  # [B, r, w * D]
@@ -75,10 +75,11 @@ def regrid(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Regrid(nn.Module):
-    """Tokens [B, h * w, D], row by row, onto another grid: [B, r * c, D], computed in float32 (float64 for float64).
+    """Resamples tokens [B, h * w, D], row by row, onto another grid: [B, r * c, D].
 
-    how: `average` (F.adaptive_avg_pool2d) or `bilinear` (F.interpolate with align_corners=False). The weights are
-    integers, which no cast of the module rounds, and buffers that move along with it and are in no checkpoint.
+    how: `average` (F.adaptive_avg_pool2d) or `bilinear` (F.interpolate with align_corners=False). It computes in
+    float32, or float64 for float64. The weights are integers, which no cast of the module rounds. They are buffers, so
+    that they move with it, and are in no checkpoint.
     """
 
     rows: Tensor

@@ -1,7 +1,7 @@
-"""Loads checkpoints of the seed, the eager code that DinoSupervision replaces: renames their keys while they load.
+"""Loading of the seed's checkpoints, by renaming their keys. The seed is the eager code that DinoSupervision replaces.
 
 The seed keeps `dino_t_head`, `dino_local_head` and the teacher, `dino_model`, as attributes of the user's own model.
-Here they live in one submodule of it. So the keys are looked for at a DinoSupervision's prefix and at its parent's.
+Here they live in one submodule of it. So the keys are searched for at a DinoSupervision's prefix and at its parent's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ DROPPED = "dino_model"
 
 
 def adopt(module: nn.Module, state_dict: dict[str, Any], prefix: str, theirs: str, taken: Any = ()) -> None:
-    """Renames in place the seed's keys under `theirs` to those of `module` under `prefix`, and says what it did.
+    """Rename the seed's keys under `theirs` in place to those of `module` under `prefix`, and warn of what it did.
 
-    taken: names under `theirs` that belong to other modules, and are left alone. A key without a place, such as the
-    local head of a module that has none, stays, and strict loading reports it.
+    taken: names under `theirs` that belong to other modules, whose keys stay. A key that fits nothing, such as that of
+    a local head where the module has none, stays too, and strict loading reports it.
     """
     moved, dropped = 0, 0
     for key in list(state_dict):
@@ -48,7 +48,7 @@ def adopt(module: nn.Module, state_dict: dict[str, Any], prefix: str, theirs: st
 
 
 def adopt_from_parent(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Pre-hook of the parent's load_state_dict. Two supervisions make the seed's keys ambiguous, and they stay."""
+    """Run `adopt` before the parent's load_state_dict, unless it has two supervisions: keys would be ambiguous."""
     children = {name: child for name, child in parent._modules.items() if child is not None and is_supervision(child)}
     if len(children) == 1:
         ((name, child),) = children.items()
@@ -61,10 +61,10 @@ def is_supervision(module: nn.Module | None) -> bool:
 
 @cache
 def watch_parents() -> None:
-    """Makes every module that gets a supervision as its child load the seed's names too, from now on.
+    """Make every module that is later given a supervision as a child load the seed's names too.
 
-    torch hands a child only the keys under its own prefix, so that the parent has to rename them, and a module learns
-    of its parent in no other way.
+    torch passes a child only the keys under its own prefix, so that the parent has to rename them. A module cannot find
+    its parent in another way.
     """
 
     def on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:

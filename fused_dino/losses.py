@@ -1,4 +1,4 @@
-"""The losses as modules, their options fixed and checked at construction."""
+"""The losses as modules, whose options are fixed and checked at construction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Loss(nn.Module):
-    """An op of `functional` with its options fixed.
+    """An op of `functional` with fixed options.
 
     A wrong option raises at construction, not in training. A tensor among the options moves with the module, and is in
     no state_dict(). The target gets its gradient too unless detach_teacher is set.
@@ -41,13 +41,14 @@ class Loss(nn.Module):
         type(self).op(rows, rows, **on_reference(options))
 
     def compute(self, student: Tensor, target: Tensor, **more: Any) -> Any:
+        """Call the op with the options and those of this call."""
         if self.detach_teacher and isinstance(target, Tensor):
             target = target.detach()
         options = {name: self._buffers.get(name, value) for name, value in self.options.items()}
         return type(self).op(student, target, **options, **more)
 
     def extra_repr(self) -> str:
-        """The options that are not the op's defaults."""
+        """Return the options that differ from the op's defaults."""
         defaults = type(self).op.__kwdefaults__ or {}
         return ", ".join(f"{name}={value}" for name, value in self.options.items() if value != defaults[name])
 
@@ -90,7 +91,7 @@ class CosineLoss(Loss):
         super().__init__(detach_teacher, scale=scale, reduction=reduction, eps=eps, backend=backend)
 
     def forward(self, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """student, target [..., D], weight [...] -> as the function."""
+        """Return the function's result of student and target [..., D], with weight [...]."""
         return self.compute(student, target, weight=weight)
 
 
@@ -141,16 +142,16 @@ class MSELoss(Loss):
         )  # fmt: skip
 
     def forward(self, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """student, target [..., D], weight [...] -> as the function."""
+        """Return the function's result of student and target [..., D], with weight [...]."""
         return self.compute(student, target, weight=weight)
 
 
-# The definitions in use, as options of vicreg_loss. Published VICReg has a variance and a covariance of both branches;
-# with the second one frozen its gradient is that of the student's terms alone, under these weights: the mean of two
-# variances leaves each half its weight, of which solo-learn takes the sum.
+# Definitions in use, as options of vicreg_loss. Published VICReg has a variance and a covariance of both branches. If
+# the second branch is frozen, its gradient is that of the student's terms under these weights. A definition that
+# averages the two variances gives each half the weight; solo-learn adds them.
 PUBLISHED = {"inv_weight": 25.0, "cov_weight": 1.0, "gamma": 1.0, "eps": 1e-4, "cov_reduction": "sum_over_d"}
 PRESETS: dict[str, dict[str, Any]] = {
-    "recipe": {},  # the defaults
+    "seed": {},  # the defaults
     "vicreg": {**PUBLISHED, "var_weight": 12.5, "unbiased": True},
     "lightly": {**PUBLISHED, "var_weight": 12.5, "unbiased": True},
     "solo": {**PUBLISHED, "var_weight": 25.0, "unbiased": True},
@@ -213,7 +214,7 @@ class VICRegLoss(Loss):
         self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VICRegLoss:
-        """A copy, for a moving average say, is of the same process group: that cannot be copied."""
+        """Copy the module, but not its process group, which cannot be copied."""
         memo[id(self.group)] = self.group
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -221,14 +222,14 @@ class VICRegLoss(Loss):
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> VICRegLoss:
-        """The loss with the constants of a definition in use.
+        """Returns the loss with the constants of a definition in use.
 
-        The definitions regularise both branches. Here the teacher is frozen: the student's gradient is theirs, and the
-        loss is theirs less the teacher's own variance and covariance, which are constants. lightly takes each rank's
-        statistics alone unless told otherwise, as ``group=None`` does.
+        The definitions regularise both branches. Here the target is frozen: the student's gradient equals theirs. The
+        loss lacks the target's own variance and covariance, which are constants. lightly's default is the statistics
+        of each rank alone, which is ``group=None`` here.
 
         Args:
-            name (str): ``"recipe"`` (the defaults), ``"vicreg"`` (facebookresearch/vicreg, main_vicreg.py),
+            name (str): ``"seed"`` (the defaults), ``"vicreg"`` (facebookresearch/vicreg, main_vicreg.py),
                 ``"lightly"`` (lightly's VICRegLoss, the same) or ``"solo"`` (solo-learn, losses/vicreg.py, whose
                 variance weighs twice as much).
             **options: Options that override the definition's.
@@ -246,15 +247,23 @@ class VICRegLoss(Loss):
         return cls(**{**PRESETS[check_choice("name", name, tuple(PRESETS))], **options})
 
     def forward(self, student: Tensor, target: Tensor) -> VICRegOutput:
-        """student, target [N, D] -> VICRegOutput(loss, invariance, variance, covariance), scalars."""
+        """Return VICRegOutput(loss, invariance, variance, covariance), scalars, of student and target [N, D]."""
         return self.compute(student, target, group=default_group() if self.group == "auto" else self.group)
 
 
 def default_group() -> ProcessGroup | None:
-    """The default process group once torch.distributed is initialised with more than one process."""
+    """Return the default process group if torch.distributed is initialised with more than one process, else None."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
+
+
+def logs_of(out: Tensor | VICRegOutput) -> dict[str, Tensor]:
+    """Return what a supervision logs of the global loss."""
+    if not isinstance(out, VICRegOutput):
+        return {"dino_global": out.detach()}
+    terms = zip(("dino_vic_inv", "dino_vic_var", "dino_vic_cov"), out[1:], strict=True)
+    return {"dino_global": out.loss.detach(), **dict(terms)}
 
 
 OURS = (CosineLoss, MSELoss, VICRegLoss)  # a subclass may have a forward of its own
@@ -263,7 +272,7 @@ OURS = (CosineLoss, MSELoss, VICRegLoss)  # a subclass may have a forward of its
 def weighed(
     loss: Any, student: Tensor, target: Tensor, weight: float, alpha: float | Tensor | None
 ) -> tuple[Any, Tensor]:
-    """(what the loss returned, weight * alpha * its scalar), the factor in the op where the op is known to take one."""
+    """Return what the loss returned, and weight * alpha * its scalar. An op that takes `scale` applies the factor."""
     factor = weight if alpha is None else weight * alpha
     if (
         type(loss) in OURS

@@ -1,4 +1,4 @@
-"""Preprocess: images to a teacher's input."""
+"""The preprocessing of images for a teacher, as a module."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -63,18 +63,18 @@ class Preprocess(nn.Module):
         FD.preprocess(torch.zeros(1, 3, 1, 1), size, **on_reference(self.options))
 
     def forward(self, images: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """out_dtype: of this result, where the module's own options name none."""
+        """Preprocess images. out_dtype: the result's dtype, unless the module's own options name one."""
         options = self.options
         if out_dtype is not None and options["out_dtype"] is None:
             options = {**options, "out_dtype": out_dtype}
         return FD.preprocess(images, self.size, **options)
 
     def range_of(self, dtype: torch.dtype) -> tuple[float, float]:
-        """The values (low, high) that this module takes for black and white in images of a dtype."""
+        """Return the values (low, high) that mean black and white in images of a dtype."""
         return check_range(self.options["input_range"], dtype)
 
     def extra_repr(self) -> str:
-        """The size, and the options that are not the op's defaults."""
+        """Return the size, and the options that differ from the op's defaults."""
         defaults = FD.preprocess.__kwdefaults__ or {}
         others = (f", {name}={value}" for name, value in self.options.items() if value != defaults[name])
         return f"size={self.size}{''.join(others)}"

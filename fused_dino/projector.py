@@ -1,4 +1,4 @@
-"""Projector: the student's latent to the teacher's width."""
+"""The projector from the student's width to the teacher's."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Projector(nn.Sequential):
     r"""Projects features to the teacher's width: Linear, GELU, LayerNorm, Linear.
 
-    A plain Sequential, so that its parameters carry the names of the code that it replaces (0.weight, 0.bias, 2.weight,
-    2.bias, 3.weight, 3.bias), and that code's initial values from the same seed.
+    It is a plain Sequential: its parameters have the names of the code that it replaces (0.weight, 0.bias, 2.weight,
+    2.bias, 3.weight, 3.bias), and that code's initial values from the same random seed.
 
     Args:
         in_dim (int): Width of the input. Default: 8192.
@@ -43,7 +43,7 @@ class Projector(nn.Sequential):
 
 
 def reach(*parameters: Tensor) -> Tensor:
-    """0 in float32 by way of each parameter: an exact zero gradient, also where one holds a NaN, or is a shard."""
+    """Return a float32 0 that gives each parameter an exact zero gradient, even if one holds a NaN or is a shard."""
     local: list[Any] = [getattr(p, "to_local", lambda p=p: p)() for p in parameters]
     zeros = [p.flatten()[:0].float().sum() for p in local]
     return torch.stack(zeros).sum() if zeros else torch.zeros(())

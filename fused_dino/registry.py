@@ -1,4 +1,4 @@
-"""The ops there are, and what implements each of them."""
+"""The registry of ops and their implementations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from .reference import vicreg as reference_vicreg
 
 
 class OpInfo(NamedTuple):
-    """What implements an op; None where there is no such implementation.
+    """The implementations of an op, None for one that it lacks.
 
     reference: the specification, in eager torch.
     torch: its closed form in plain torch.
-    triton: its kernels. The latter two of an op by rows take `scale` as well, and return the loss with and without it.
-    rowwise: whether it has one loss a row, and takes a weight, a scale and a reduction.
+    triton: its kernels.
+    rowwise: whether it has one loss per row, and takes a weight, a scale and a reduction. Its `torch` and `triton` take
+        `scale`, and return the loss with it and without.
     """
 
     reference: Callable[..., Any]
@@ -28,7 +29,7 @@ class OpInfo(NamedTuple):
 
 
 def both(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The implementations `torch` and `triton` of a function that takes a backend."""
+    """Return the implementations `torch` and `triton` of a function that takes a backend."""
     return partial(function, backend="torch"), partial(function, backend="triton")
 
 
@@ -37,6 +38,6 @@ OPS: dict[str, OpInfo] = {
     "cosine_loss": OpInfo(reference_cosine.cosine_loss, *both(cosine.cosine_loss), rowwise=True),
     "mse_loss": OpInfo(reference_cosine.mse_loss, *both(cosine.mse_loss), rowwise=True),
     "vicreg_loss": OpInfo(reference_vicreg.vicreg_loss, *both(vicreg.vicreg_loss)),
-    # Over the ranks of a group; on a GPU as on a CPU its products are torch's.
+    # The rows of all ranks of a group. Its products are torch's, on a GPU too.
     "vicreg_loss(group)": OpInfo(reference_vicreg.vicreg_loss, vicreg_ranks.vicreg_loss_over_ranks),
 }

@@ -1,4 +1,4 @@
-"""When the loss counts, and how much: a linear warm-up, a weight, a last step."""
+"""The schedule of the loss: a weight, a linear warm-up, and a last step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .validation import check_number
 
 
 class Schedule(nn.Module):
-    """alpha * min(1, step / warmup_steps) before stop_step, 0 from it on.
+    """The weight of the loss: alpha * min(1, step / warmup_steps) before stop_step, and 0 from it on.
 
     `step` is an int64 buffer, so that a checkpoint resumes it, a graph capture replays it and torch.compile does not
     compile anew for each value.
@@ -28,7 +28,7 @@ class Schedule(nn.Module):
         self._counted: tuple[tuple[int, int], int] | None = None
 
     def advance(self) -> None:
-        """One step more, where a step is trained: in training mode with gradients enabled."""
+        """Count one step, if the module is in training mode and gradients are enabled."""
         if not self.training or not torch.is_grad_enabled():
             return
         on_host = self.stop_step is not None and not torch.compiler.is_compiling()
@@ -38,9 +38,9 @@ class Schedule(nn.Module):
             self._counted = (self._stamp(), count)
 
     def stopped(self, step: int | None) -> bool:
-        """Whether `step` (the counter where None) has reached stop_step, without asking the device.
+        """Whether `step`, or the counter where it is None, has reached stop_step. It does not wait for the device.
 
-        Compiled code must not read the counter on the host, or it would be compiled anew in every step: there this is
+        Compiled code must not read the counter on the host, or it would be compiled anew in every step. There this is
         False for the counter, and `cut` gives the zero.
         """
         if self.stop_step is None or (step is None and torch.compiler.is_compiling()):
@@ -48,30 +48,30 @@ class Schedule(nn.Module):
         return (self.count() if step is None else step) >= self.stop_step
 
     def factor(self, step: int | None) -> float | Tensor:
-        """alpha * min(1, step / warmup_steps): a number; for the counter a scalar on its device, in float64."""
+        """Return alpha * min(1, step / warmup_steps): a number, or for the counter a float64 scalar on its device."""
         if self.warmup_steps == 0:
             return self.alpha
         if step is not None:
             return self.alpha * min(1.0, step / self.warmup_steps)
-        wide = torch.float32 if self.step.device.type == "mps" else torch.float64  # which that device has none of
-        return self._read().clamp(max=self.warmup_steps).to(wide) * (self.alpha / self.warmup_steps)
+        dtype = torch.float32 if self.step.device.type == "mps" else torch.float64  # MPS has no float64
+        return self._read().clamp(max=self.warmup_steps).to(dtype) * (self.alpha / self.warmup_steps)
 
     def cut(self, loss: Tensor, step: int | None) -> Tensor:
-        """The loss, and from stop_step on an exact zero whatever the loss is, by the counter on its device."""
+        """Return the loss, or from stop_step on an exact zero. The counter is read on its device."""
         if self.stop_step is None or step is not None:
             return loss
         return torch.where(self._read() < self.stop_step, loss, 0)
 
     def _read(self) -> Tensor:
-        """The counter, through an op that changes nothing and that AOTAutograd does not run again in the backward.
+        """Return the counter through an op that does not change it, and that AOTAutograd does not recompute.
 
-        It runs cheap ones again, and would begin at the buffer, which the end of the forward has advanced: torch 2.14
-        then gives gradients of the next step's weight.
+        In the backward AOTAutograd recomputes cheap ops from the buffer, which has advanced by then: in torch 2.14 the
+        gradient would have the next step's weight.
         """
         return self.step.cumsum(0)
 
     def count(self) -> int:
-        """The counter on the host. The device is asked only when somebody else has written the buffer."""
+        """Return the counter as an int. It waits for the device only if other code has written the buffer."""
         if self._counted is None or self._counted[0] != self._stamp():
             self._counted = (self._stamp(), int(self.step))
         return self._counted[1]

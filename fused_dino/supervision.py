@@ -1,4 +1,4 @@
-"""DinoSupervision: images through preprocessing and the teacher, latents and tokens through projectors, into losses."""
+"""DinoSupervision: it aligns projected latents and tokens with a frozen teacher's features of images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .factories import Features, check_latent_shape, make_loss, make_preprocess, make_teacher
+from .factories import Features, check_latent_shape, check_latents, make_loss, make_preprocess, make_teacher
 from .functional import Backend
 from .legacy_checkpoint import adopt, watch_parents
-from .losses import CosineLoss, VICRegOutput, weighed
-from .patches import PATCH_TARGETS, Patches
+from .losses import CosineLoss, logs_of, weighed
+from .patches import LOCAL_HIDDEN_DIM, PATCH_TARGETS, Patches
 from .projector import Projector, reach
 from .schedule import Schedule, check_step
 from .taught import Taught
@@ -22,8 +22,7 @@ from .validation import check_choice, check_flag, check_number, check_scalar, ch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-LOCAL_HIDDEN_DIM = 256
-PATCH_LOGS = ("dino_patch", "dino_token")  # of the terms that want the teacher's patch tokens
+PATCH_LOGS = ("dino_patch", "dino_token")  # of the terms that use the teacher's patch tokens
 
 
 class DinoSupervision(Taught):
@@ -49,32 +48,29 @@ class DinoSupervision(Taught):
     EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along.
 
     Args:
-        in_dim (int, optional): Width of ``z_text``. None: there is no ``z_text``, and tokens alone are aligned.
-            Default: 8192.
+        in_dim (int, optional): Width of ``z_text``. None aligns tokens alone. Default: 8192.
         teacher (str or nn.Module): A DINOv2 variant (see DINOv2Backbone), or a module with ``embed_dim`` that returns
             {'global': [B, D], 'patch': [B, N, D] or None}. Its ``mean``, ``std`` and ``patch_size`` are read where it
             has them, else ImageNet's and 14. Default: ``"vitl14"``.
-        img_size (int or sequence of two ints): Height and width of the teacher's input in pixels, multiples of its
-            patch size. Default: 224.
+        img_size (int or sequence of two ints): The teacher's input, multiples of its patch size. Default: 224.
         loss_type (str or nn.Module): Loss of the global term: ``"cosine"``, ``"mse"`` (normalised), ``"vicreg"``, or a
-            module (student [B, D], teacher [B, D]) -> scalar. Default: ``"cosine"``.
+            module (student [B, D], target [B, D]) -> scalar. Default: ``"cosine"``.
         alpha (float): Weight of the loss in ``loss_dict``. Default: 0.2.
         warmup_steps (int): Steps over which that weight rises linearly. Default: 5000.
         stop_step (int, optional): Step from which ``loss_dict`` gives an exact zero that still reaches every parameter,
             and the teacher does not run. Default: never.
         w_global (float): Weight of the global term. Default: 1.
-        use_patch (bool): Also aligns regions: ``z_text``, read as a map, is pooled to ``patch_grid``. Default:
-            ``False``.
+        use_patch (bool): Aligns regions too: ``z_text``, read as a map, pooled to ``patch_grid``. Default: ``False``.
         w_patch (float): Weight of the regions' term. Default: 0.2.
         patch_grid (sequence of two ints): Rows and columns of regions. Default: (2, 2).
         latent_shape (sequence of three ints): Channels, rows and columns of ``z_text`` as a map. Default: (4, 32, 32).
         patch_target (str): Target of a region: ``"region"`` pools the teacher's tokens in it, ``"mean"`` all tokens,
             ``"nearest"`` takes the most similar token, ``"attention"`` a mean by learnt queries, which may collapse
-            onto tokens that are easy to meet. Default: ``"region"``.
+            onto tokens that are easy to match. Default: ``"region"``.
         token_dim (int, optional): Width of hidden tokens [B, N, token_dim], to be aligned with the teacher's patch
             tokens. Default: there are none.
         w_token (float): Weight of the tokens' term. Default: 0.5.
-        token_projector (str or nn.Module): ``"mlp"`` (REPA's, arXiv 2410.06940), ``"conv"`` (one 3 x 3 convolution over
+        token_projector (str or nn.Module): ``"mlp"`` (REPA's, arXiv 2410.06940), ``"conv"`` (a 3 x 3 convolution over
             the grid), or a module [B, N, token_dim] -> [B, N, D]. Default: ``"mlp"``.
         token_grid (sequence of two ints, optional): Rows and columns of the tokens. Default: the teacher's where N is
             its count, else a square. The smaller grid is resampled bilinearly to the larger.
@@ -152,7 +148,6 @@ class DinoSupervision(Taught):
         self.use_patch = check_flag("use_patch", use_patch)
         self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.in_dim = in_dim
-        check_flag("token_standardize", token_standardize)
         self.token_dim = check_token_dim(token_dim, token_projector, token_grid, token_standardize)
         self.loss = make_loss(loss_type, stopgrad_image, group, backend)
         if in_dim is None and (token_dim is None or use_patch):
@@ -176,7 +171,7 @@ class DinoSupervision(Taught):
             self.token_grids = TokenGrids(token_grid, self.teacher_grid, token_standardize)
             grids = self.token_grids.token_grid, self.teacher_grid
             self.token_projector = make_token_projector(token_projector, token_dim, width, *grids)
-        # Of regions and tokens. The teacher's side is detached before: queries want a gradient behind it.
+        # For regions and tokens. Their targets are detached already, except for the queries, which need a gradient.
         self.row_loss = CosineLoss(detach_teacher=False, backend=backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -192,7 +187,7 @@ class DinoSupervision(Taught):
         tokens: Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss without alpha and warm-up, and its terms.
+        """Returns the loss without alpha and warm-up, and its terms.
 
         Args:
             z_text (Tensor, optional): Latents [B, in_dim], cast to the projector's dtype. None with ``tokens``: the
@@ -222,9 +217,7 @@ class DinoSupervision(Taught):
             z_text, target = z_text.to(self.projector.dtype), self._global_token(features)
             out, loss = weighed(self.loss, self.projector(z_text), target, self.w_global, alpha)
             losses.append(loss)
-            logs["dino_global"] = (out.loss if isinstance(out, VICRegOutput) else out).detach()
-            if isinstance(out, VICRegOutput):
-                logs.update(zip(("dino_vic_inv", "dino_vic_var", "dino_vic_cov"), out[1:], strict=True))
+            logs.update(logs_of(out))
             if self.use_patch:
                 logs["dino_patch"], loss = weighed(self.row_loss, *self._regions(z_text, features), self.w_patch, alpha)
                 losses.append(loss)
@@ -245,7 +238,7 @@ class DinoSupervision(Taught):
         features: Features | None = None,
         tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The weighted loss and its logs, for trainers that add up every key that contains "loss".
+        """Returns the weighted loss and its logs, for trainers that add up every key that contains "loss".
 
         Args:
             z_text (Tensor, optional): As in ``forward``.
@@ -274,7 +267,7 @@ class DinoSupervision(Taught):
         return {"loss_dino": self.schedule.cut(loss, step), **logs}
 
     def _regions(self, z_text: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """Student and teacher of the patch loss, [B, K, D] each."""
+        """Return the student and the target of the patch loss, [B, K, D] each."""
         student, tokens = self.local_projector(self.patches(z_text)), self._patch_tokens(features)
         if tokens is not None:
             return student, self.patches.targets(tokens, student, self.patch_queries)
@@ -283,35 +276,25 @@ class DinoSupervision(Taught):
         return student, self._global_token(features).unsqueeze(1).expand(-1, self.patches.count, -1)
 
     def _tokens(self, tokens: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """Student and teacher of the token loss, [B, L, D] each."""
+        """Return the student and the target of the token loss, [B, L, D] each."""
         student, target = project(self.token_projector, tokens, self.teacher.embed_dim), self._patch_tokens(features)
         if target is not None:
             return self.token_grids(student, target)
         return student, self._global_token(features).unsqueeze(1).expand(-1, tokens.shape[1], -1)
 
     def _zero(self, tokens: bool = True) -> Tensor:
-        """0 by way of every parameter, for trainers that want a gradient in each; tokens=False: of all but theirs."""
+        """Return 0 with a zero gradient for every parameter, or with tokens=False for all but the token projector's."""
         named = self.named_parameters()
         return reach(*(p for name, p in named if tokens or not name.startswith("token_projector.")))
 
     def _check(self, z_text: Any, x_img: Any, features: Any, tokens: Any) -> None:
         check_tokens(tokens, self.token_dim)
-        if z_text is not None and self.in_dim is None:
-            raise ValueError("z_text must be left out: in_dim=None leaves it no projector; construct with its width")
-        if z_text is None and tokens is None:
-            raise ValueError(f"z_text must be a tensor [B, {self.in_dim}], got None, and no tokens in its place")
-        if z_text is not None and not isinstance(z_text, Tensor):
-            raise TypeError(f"z_text must be a tensor [B, {self.in_dim}], got {type(z_text).__name__}")
-        if z_text is not None and (
-            z_text.ndim != 2 or z_text.shape[1] != self.in_dim or not z_text.is_floating_point()
-        ):
-            raise ValueError(
-                f"z_text must be floats of shape [B, {self.in_dim}], got {z_text.dtype} of {list(z_text.shape)}"
-            )
+        if z_text is not None or tokens is None:
+            check_latents(z_text, self.in_dim)
         batch = self._check_images(x_img, features)
-        for name, given in (("z_text", z_text), ("tokens", tokens)):
-            if given is not None and len(given) != batch:
-                raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(given.shape)}")
+        for name, x in (("z_text", z_text), ("tokens", tokens)):
+            if x is not None and len(x) != batch:
+                raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"teacher={type(self.teacher).__name__} (frozen, not a submodule), w_global={self.w_global}"

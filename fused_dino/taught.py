@@ -1,4 +1,4 @@
-"""A module with a frozen teacher that its trainer never sees, and what the teacher sees in images."""
+"""A module with a frozen teacher that its trainer never sees, and that teacher's features of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .validation import check_images, check_size, check_tensor, check_values
 
 
 class Taught(nn.Module):
-    """Holds `teacher` outside of its submodules: in no parameters(), modules() or state_dict(), carried along by .to().
+    """Holds `teacher` outside of its submodules: parameters(), modules() and state_dict() lack it, and .to() moves it.
 
     img_size, preprocess and stopgrad_image are those of DinoSupervision; teacher_grid: (rows, columns) of its tokens.
     """
@@ -33,7 +33,7 @@ class Taught(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "teacher":
-            # Past nn.Module's own __setattr__, which would register it as a submodule.
+            # nn.Module's own __setattr__ would register it as a submodule.
             self.__dict__[name] = value.requires_grad_(False).eval()
         else:
             super().__setattr__(name, value)
@@ -45,7 +45,7 @@ class Taught(nn.Module):
 
     @torch.no_grad()
     def encode(self, x_img: Tensor) -> Features:
-        """The teacher's features of images, detached: to cache, or to compute ahead.
+        """Returns the teacher's features of images, detached: to cache, or to compute ahead.
 
         Args:
             x_img (Tensor): Images [B, 3, H, W] of any size, floats in -1..1 or uint8 in 0..255 unless ``input_range``
@@ -84,7 +84,7 @@ class Taught(nn.Module):
 
     def _teach(self, x_img: Tensor) -> Features:
         check_tensor("x_img", x_img)
-        if self.teacher.training:  # whoever holds it as a submodule, too, may have put it there
+        if self.teacher.training:  # another module that holds it as a submodule may have set that
             self.teacher.eval()
         weight = next((p for p in self.teacher.parameters() if p.is_floating_point()), None)
         if weight is not None:
@@ -96,7 +96,7 @@ class Taught(nn.Module):
         return check_features("teacher's result", found, self.teacher.embed_dim, len(x))
 
     def _check_images(self, x_img: Any, features: Any) -> int:
-        """The batch size of what is given, one of the two."""
+        """Check that one of the two is given, and return its batch size."""
         if features is not None and x_img is not None:
             raise ValueError("give x_img or features, not both: features are what encode(x_img) returned")
         if features is not None:
@@ -116,7 +116,7 @@ class Taught(nn.Module):
         return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
 
     def _patch_tokens(self, features: Features) -> Tensor | None:
-        """[B, N, D], detached with stopgrad_image; None where the teacher gives none."""
+        """Return patch tokens [B, N, D], detached with stopgrad_image, or None if the teacher gives none."""
         tokens = features.get("patch")
         if tokens is None:
             return None
@@ -129,12 +129,12 @@ class Taught(nn.Module):
         return tokens.detach() if self.stopgrad_image else tokens
 
     def _global_token(self, features: Features) -> Tensor:
-        """[B, D], likewise."""
+        """Return the global token [B, D], detached with stopgrad_image."""
         token: Tensor = features["global"]
         return token.detach() if self.stopgrad_image else token
 
     def _find_grid(self, img_size: Any) -> tuple[int, int]:
-        """The teacher's grid, of images of self.img_size; img_size is what the user wrote."""
+        """Return the teacher's grid for images of self.img_size. img_size: as the user wrote it, for errors."""
         patch = read_patch_size(self.teacher)
         if self.img_size[0] % patch or self.img_size[1] % patch:
             raise ValueError(f"img_size must be a multiple of the teacher's patch size {patch}, got {img_size!r}")
@@ -144,7 +144,7 @@ class Taught(nn.Module):
         return self.img_size[0] // patch, self.img_size[1] // patch
 
     def _warn_once(self) -> None:
-        """Warns once, but never while compiling: a whole graph takes no warning. The logs say it there too."""
+        """Warn once that patch tokens are missing. Compiled code cannot warn, but the logs say it too."""
         if not (self._warned or torch.compiler.is_compiling()):
             self._warned = True
             warnings.warn(

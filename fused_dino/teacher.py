@@ -1,4 +1,4 @@
-"""The frozen teacher: a normalised image -> {'global': [B, D], 'patch': [B, N, D]}."""
+"""The frozen teacher, which makes {'global': [B, D], 'patch': [B, N, D]} of normalised images."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ class DINOv2Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> dict[str, Tensor | None]:
-        """x, floating, normalised -> {'global': [B, D], 'patch': [B, N, D] or None}.
+        """Return {'global': [B, D], 'patch': [B, N, D] or None} of normalised floats x.
 
         x: [B, 3, H, W]; or patches [B, N, 3 p p] of img_size's grid, row by row, each in the order of a Conv2d's
         weight, for models whose `patch_embed.proj` is a convolution by patches, as a ViT's is: it becomes one matrix
         product.
-        Raises ValueError where x is anything else, or the model's features are not of embed_dim and grid.
+        It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and grid.
         """
         check_tensor("x", x)
         (h, w), (rows, columns), p = self.img_size, self.grid, self.patch_size
@@ -169,7 +169,7 @@ class DINOv2Backbone(nn.Module):
         return {"global": pooled, "patch": patch}
 
     def split(self, features: Any) -> tuple[Tensor, Tensor | None]:
-        """(global [B, D], patch [B, N, D] or None) of whatever the model returned."""
+        """Return (global [B, D], patch [B, N, D] or None) from any kind of features that a model may return."""
         if isinstance(features, Mapping):
             pooled = next((features[key] for key in GLOBAL_KEYS if key in features), None)
             if pooled is None:
@@ -196,15 +196,15 @@ class DINOv2Backbone(nn.Module):
         ), patch  # some heads widen what they pool
 
     def train(self, mode: bool = True) -> DINOv2Backbone:
-        """Stays in eval mode."""
+        """Keep the model in eval mode, whatever the argument."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> DINOv2Backbone:
-        """Stays frozen."""
+        """Keep the model frozen, whatever the argument."""
         return super().requires_grad_(False)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Nothing: a checkpoint need not carry the teacher. Its weights are `backbone.model.state_dict()`."""
+        """Return no weights: a checkpoint need not hold the teacher. `backbone.model.state_dict()` has them."""
         destination = args[0] if args else destination
         return OrderedDict() if destination is None else destination
 
@@ -219,7 +219,7 @@ class DINOv2Backbone(nn.Module):
 
 
 def check_img_size(img_size: int | Sequence[int], patch_size: int = 1) -> tuple[int, int]:
-    """img_size as (h, w); ValueError unless both are positive multiples of patch_size."""
+    """Return img_size as (h, w), or raise ValueError unless both are positive multiples of patch_size."""
     size = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
     if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"img_size must be a positive int or a pair (h, w) of them, got {img_size!r}")
@@ -246,7 +246,7 @@ def create_timm(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Mo
 
 
 def read_embed_dim(model: nn.Module) -> int:
-    """The width of what the model returns: num_features first, for embed_dim is the width of Swin's first stage."""
+    """Return the features' width. num_features comes first, since embed_dim is the width of Swin's first stage."""
     for name in ("num_features", "embed_dim"):
         if isinstance(width := getattr(model, name, None), int):
             return width
@@ -254,7 +254,7 @@ def read_embed_dim(model: nn.Module) -> int:
 
 
 def read_patch_size(model: nn.Module) -> int:
-    """Pixels per side of one token: timm's last reduction, or what the model says of itself, else 14."""
+    """Return the pixels per side of a token: timm's last reduction, or the model's own patch_size, else 14."""
     if stages := getattr(model, "feature_info", None):
         return int(stages[-1]["reduction"])
     embed: Any = getattr(model, "patch_embed", None)
@@ -266,7 +266,7 @@ def read_patch_size(model: nn.Module) -> int:
 
 
 def read_statistic(model: nn.Module, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """The model's own mean or std, or that of its timm configuration, else the default."""
+    """Return the model's own mean or std, or that of its timm configuration, else the default."""
     value = getattr(model, name, None)
     if value is None:
         value = (getattr(model, "pretrained_cfg", None) or {}).get(name, default)
@@ -275,7 +275,7 @@ def read_statistic(model: nn.Module, name: str, default: tuple[float, ...]) -> t
 
 
 def check_fixed_size(model: nn.Module, img_size: tuple[int, int]) -> None:
-    """ValueError where a model of timm's takes images of one size only, which is another."""
+    """Raise ValueError if a timm model takes images of one size only, and img_size is another."""
     embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != img_size:
         raise ValueError(f"img_size must be {tuple(embed.img_size)}, which model was built for, got {img_size}")

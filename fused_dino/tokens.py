@@ -1,4 +1,4 @@
-"""A denoiser's hidden tokens beside the teacher's patch tokens: projected to their width, and onto one grid."""
+"""Hidden tokens of a denoiser, projected to the width of the teacher's patch tokens and brought onto one grid."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from .grids import Grid, Regrid, bilinear, regrid
 from .reference.dtypes import upcast
-from .validation import check_choice, check_size
+from .validation import check_choice, check_flag, check_size
 
 TOKEN_HIDDEN_DIM = 2048
 STANDARDIZE_EPS = 1e-6
 
 
 class TokenMLP(nn.Sequential):
-    """Linear, SiLU, Linear, SiLU, Linear over each token, 2048 wide inside: REPA's projector (arXiv 2410.06940)."""
+    """REPA's projector (arXiv 2410.06940): Linear, SiLU, Linear, SiLU, Linear of each token, 2048 features inside."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         width = TOKEN_HIDDEN_DIM
@@ -30,7 +30,7 @@ class TokenMLP(nn.Sequential):
 
 
 class TokenConv(nn.Conv2d):
-    """One 3 x 3 convolution with padding 1 over the grid of the tokens: [B, N, C] -> [B, N, D]."""
+    """A 3 x 3 convolution with padding 1 over the grid of the tokens: [B, N, C] -> [B, N, D]."""
 
     def __init__(self, in_dim: int, out_dim: int, token_grid: Grid | None, teacher_grid: Grid) -> None:
         super().__init__(in_dim, out_dim, 3, padding=1)
@@ -63,7 +63,7 @@ class TokenGrids(nn.Module):
         self.resample_teacher = Regrid(bilinear, teacher_grid, onto) if onto != teacher_grid else None
 
     def forward(self, projected: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """-> both [B, L, D]. The teacher's are float32 (float64 for float64) where they were standardised."""
+        """Return both as [B, L, D]. Standardised tokens are float32 (float64 for float64)."""
         grid = find_grid(projected.shape[1], self.token_grid, self.teacher_grid)
         tokens = standardize(tokens) if self.standardize else tokens
         if grid != self.known:
@@ -79,25 +79,26 @@ class TokenGrids(nn.Module):
 
 
 def common(grid: Grid, other: Grid) -> Grid:
+    """Return the larger rows and the larger columns of two grids."""
     return max(grid[0], other[0]), max(grid[1], other[1])
 
 
 def resample(tokens: Tensor, grid: Grid, onto: Grid) -> Tensor:
-    """Resamples as Regrid does, with weights that are made on the spot, on the tokens' device."""
+    """Resample as Regrid does, with weights that are computed in this call, on the tokens' device."""
     if grid == onto:
         return tokens
     return regrid(tokens, *(bilinear(size, to, tokens.device) for size, to in zip(grid, onto, strict=True)))
 
 
 def standardize(tokens: Tensor) -> Tensor:
-    """A channel that is the same at all positions, as in an image of one token, becomes 0."""
+    """Standardise each channel over the positions. One that is constant, as in an image of one token, becomes 0."""
     (tokens,) = upcast(tokens)
     std, mean = torch.std_mean(tokens, dim=1, correction=0, keepdim=True)
     return (tokens - mean) / (std + STANDARDIZE_EPS)
 
 
 def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid) -> Grid:
-    """token_grid where it is given, else the teacher's where it has as many tokens, else a square."""
+    """Return token_grid if it is given, else the teacher's if it has as many tokens, else a square."""
     if token_grid is not None:
         if count != token_grid[0] * token_grid[1]:
             raise ValueError(f"tokens must be {token_grid[0]} x {token_grid[1]}, by token_grid, and N is {count}")
@@ -133,7 +134,7 @@ def make_token_projector(
 
 
 def project(projector: nn.Module, tokens: Tensor, width: int) -> Tensor:
-    """tokens [B, N, C] in the projector's dtype -> [B, N, width]; ValueError where a module returns anything else."""
+    """Project tokens [B, N, C] in the projector's dtype to [B, N, width]. Another shape raises ValueError."""
     weight = next((p for p in projector.parameters() if p.is_floating_point()), tokens)
     projected = projector(tokens.to(weight.dtype))
     expected = [*tokens.shape[:2], width]
@@ -144,6 +145,8 @@ def project(projector: nn.Module, tokens: Tensor, width: int) -> Tensor:
 
 
 def check_token_dim(token_dim: Any, projector: Any, token_grid: Any, standardize: bool) -> int | None:
+    """Check token_dim and the options that need it."""
+    check_flag("token_standardize", standardize)
     if token_dim is None:
         if projector != "mlp" or token_grid is not None or standardize:
             raise ValueError("token_dim must be given with token_projector, token_grid or token_standardize, got None")
@@ -158,10 +161,10 @@ def check_tokens(tokens: Any, token_dim: int | None) -> None:
         return
     if token_dim is None:
         raise ValueError("tokens must be left out: construct with token_dim=C to align tokens [B, N, C]")
-    wanted = f"floats of shape [B, N, {token_dim}]"
+    expected = f"floats of shape [B, N, {token_dim}]"
     if tokens is None:
-        raise ValueError(f"tokens must be given, {wanted}: the module was constructed with token_dim={token_dim}")
+        raise ValueError(f"tokens must be given, {expected}: the module was constructed with token_dim={token_dim}")
     if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be {wanted}, got {type(tokens).__name__}")
+        raise TypeError(f"tokens must be {expected}, got {type(tokens).__name__}")
     if tokens.ndim != 3 or tokens.shape[2] != token_dim or not tokens.is_floating_point():
-        raise ValueError(f"tokens must be {wanted}, got {tokens.dtype} of {list(tokens.shape)}")
+        raise ValueError(f"tokens must be {expected}, got {tokens.dtype} of {list(tokens.shape)}")

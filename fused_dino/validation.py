@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LARGEST = sys.float_info.max
-SMALLEST = 1e-30  # of what float32 can divide by, with room for what it divides
+SMALLEST = 1e-30  # divisor in float32 whose quotients do not overflow
 RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # that images come in
 TOLERATED = 0.01  # of a batch's values outside of its range, as a decoder overshoots
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,7 +33,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_matching(student: Any, target: Any) -> None:
-    """Two floating tensors [..., D] of one shape on one device, D at least 1."""
+    """Check two floating tensors [..., D] of one shape on one device, with D of at least 1."""
     check_floating("student", student)
     check_floating("target", target)
     if student.ndim < 1 or student.shape[-1] < 1:
@@ -45,7 +45,7 @@ def check_matching(student: Any, target: Any) -> None:
 
 
 def check_weight(weight: Any, student: Tensor) -> Tensor | None:
-    """The weight expanded to one number a row."""
+    """Return the weight expanded to one number per row."""
     if weight is None:
         return None
     check_tensor("weight", weight)
@@ -82,7 +82,7 @@ def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
 
 
 def check_scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
-    """A number, or a scalar tensor on `device` that wants no gradient."""
+    """Return a number, or a scalar tensor on `device` that requires no gradient."""
     if not isinstance(value, Tensor):
         return check_number(name, value)
     unreal = value.is_complex() or value.dtype == torch.bool
@@ -95,7 +95,7 @@ def check_scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
 
 
 def check_group(group: Any, auto: bool = False) -> None:
-    """auto: whether the word "auto" will do as well."""
+    """Check a process group or None. auto: whether the word "auto" is accepted too."""
     if group is None or (auto and isinstance(group, str) and group == "auto"):
         return
     if auto and isinstance(group, str):
@@ -116,7 +116,7 @@ def check_images(images: Any, name: str = "images") -> None:
 
 
 def check_size(size: Any, name: str = "size") -> tuple[int, int]:
-    """(h, w); an int is a square."""
+    """Return (h, w). An int is a square."""
     several = isinstance(size, Sequence) and not isinstance(size, (str, bytes))
     pair = (size, size) if isinstance(size, int) else tuple(size) if several else ()
     if len(pair) != 2 or not all(
@@ -137,7 +137,7 @@ def check_patch_size(patch_size: Any, size: tuple[int, int]) -> int | None:
 
 
 def check_range(input_range: Any, dtype: torch.dtype) -> tuple[float, float]:
-    """(low, high); None is -1..1 for floats and 0..255 for uint8."""
+    """Return (low, high). None means -1..1 for floats and 0..255 for uint8."""
     if input_range is None:
         return (0.0, 255.0) if dtype == torch.uint8 else (-1.0, 1.0)
     low, high = check_numbers("input_range", input_range, 2)
@@ -147,7 +147,7 @@ def check_range(input_range: Any, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def check_values(name: str, images: Tensor, input_range: tuple[float, float]) -> str:
-    """Says how images lie in the range; refuses what lies outside of it, or in one half of it alone."""
+    """Describe how images lie in the range. Values outside of it, or in one half of it alone, raise ValueError."""
     low, high = input_range
     least, most = (x.item() for x in images.double().aminmax()) if images.numel() else (low, high)
     outside = ((images < low) | (images > high)).double().mean().item() if images.numel() else 0.0
@@ -164,7 +164,7 @@ def check_values(name: str, images: Tensor, input_range: tuple[float, float]) ->
 
 
 def check_scale(std: tuple[float, ...], input_range: tuple[float, float]) -> tuple[float, ...]:
-    """std, whose products with the width of input_range divide pixels in float32."""
+    """Return std, after checking that float32 can divide by its product with the width of input_range."""
     width = input_range[1] - input_range[0]
     if not all(SMALLEST <= width * s <= 1 / SMALLEST for s in std):
         raise ValueError(
@@ -193,8 +193,7 @@ def check_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
 
 
 def is_number(x: Any) -> bool:
-    """Finite as a float, by comparisons: torch.compile traces them for a float that it made symbolic, and math.isfinite
-    not."""
+    """Whether x is finite as a float. torch.compile traces comparisons of a symbolic float, but not math.isfinite."""
     if type(x) is float:
         return -math.inf < x < math.inf
     if not isinstance(x, Real) or isinstance(x, bool):

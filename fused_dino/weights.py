@@ -1,4 +1,4 @@
-"""Where DINOv2's weights come from: torch hub, timm or a file.
+"""The sources of DINOv2's weights: torch hub, timm or a file.
 
 Caches come first, and one process per cache directory downloads.
 """
@@ -30,7 +30,7 @@ PATCH_KEY = "patch_embed.proj.weight"
 
 
 class Variant(NamedTuple):
-    """What one model is called: timm's architecture, the official checkpoint, transformers' name."""
+    """The names of one model: timm's architecture, the official checkpoint, transformers' repository."""
 
     timm: str
     checkpoint: str
@@ -57,7 +57,7 @@ ALIASES = {alias: name for name, known in VARIANTS.items() for alias in (name, f
 
 
 def canonical(variant: str) -> str:
-    """The key of VARIANTS that `variant` or one of its aliases means, in any case; ValueError for any other."""
+    """Return the key of VARIANTS for a name or an alias in any case, or raise ValueError."""
     name = ALIASES.get(str(variant).lower().removesuffix(".lvd142m"))
     if name is None:
         raise ValueError(f"variant is {variant!r}, which is no DINOv2; use one of {', '.join(VARIANTS)}")
@@ -74,7 +74,7 @@ def load_dinov2(
     pretrained: bool = True,
     pos_embed: str = "official",
 ) -> tuple[nn.Module, str]:
-    """(the model, where its weights came from: "hub", "timm", "local" or "random"), for a key of VARIANTS.
+    """Return the model for a key of VARIANTS, and the source of its weights: "hub", "timm", "local" or "random".
 
     Arguments and errors: see DINOv2Backbone.
     """
@@ -114,7 +114,7 @@ def load_dinov2(
 
 
 def order_of(source: str, variant: str, use_timm_fallback: bool, pretrained: bool, pos_embed: str) -> list[str]:
-    """The sources to try: the one that is named, or for "auto" those that can serve, in the cache first."""
+    """Return the sources to try: the one that is named, or for "auto" those that fit, cached ones first."""
     if source != "auto":
         return [source]
     if not use_timm_fallback:
@@ -128,7 +128,7 @@ def order_of(source: str, variant: str, use_timm_fallback: bool, pretrained: boo
 
 
 def cached_hub(variant: str, pretrained: bool = True) -> Path | None:
-    """The folder of hub's code, where this and the weights are on the disk."""
+    """Return the folder of hub's code if it and the weights are on the disk, else None."""
     hub = Path(torch.hub.get_dir())
     code = hub / re.sub("[/:]", "_", HUB_REPO)
     weights = hub / "checkpoints" / f"{VARIANTS[variant].checkpoint}_pretrain.pth"
@@ -136,7 +136,7 @@ def cached_hub(variant: str, pretrained: bool = True) -> Path | None:
 
 
 def cached_timm(variant: str) -> Path | None:
-    """timm's file of weights, where it is in Hugging Face's cache."""
+    """Return timm's file of weights if it is in Hugging Face's cache, else None."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     path = try_to_load_from_cache(*timm_file(variant), cache_dir=constants.HF_HUB_CACHE)
@@ -144,7 +144,7 @@ def cached_timm(variant: str) -> Path | None:
 
 
 def timm_file(variant: str) -> tuple[str, str]:
-    """(repository, file) at Hugging Face."""
+    """Return (repository, file) at Hugging Face."""
     return f"timm/{VARIANTS[variant].timm}.lvd142m", "model.safetensors"
 
 
@@ -156,9 +156,9 @@ def is_cached(source: str, variant: str) -> bool:
 
 
 def fetch(directory: Path, cached: Callable[[], Path | None], download: Callable[[], object]) -> Path:
-    """cached(), after download() if it is None: in one process per directory, while the others wait for it.
+    """Return cached(), after download() if it is None. One process per directory downloads, and the others wait.
 
-    A file lock and no collective, for nodes need not share their disks. A full cache may be read-only.
+    They wait for a file lock, not in a collective, since nodes need not share disks. A full cache may be read-only.
     """
     if (path := cached()) is not None:
         return path
@@ -178,7 +178,7 @@ def fetch(directory: Path, cached: Callable[[], Path | None], download: Callable
 
 @contextmanager
 def socket_timeout(seconds: float) -> Iterator[None]:
-    """torch.hub sets no timeout of its own: a silent server would hold it for ever."""
+    """Set a timeout for sockets: torch.hub sets none, and would wait for a silent server for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -191,7 +191,7 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def load_hub(variant: str, pretrained: bool) -> nn.Module:
-    """The official model from torch hub, whose code runs in this process."""
+    """Load the official model from torch hub, whose code runs in this process."""
     entry = f"dinov2_{variant}"
     options = {"pretrained": pretrained, "verbose": False}
     code = fetch(
@@ -203,7 +203,7 @@ def load_hub(variant: str, pretrained: bool) -> nn.Module:
 
 
 def load_timm(variant: str, img_size: tuple[int, int], pretrained: bool, pos_embed: str) -> nn.Module:
-    """timm's architecture, with the weights that timm publishes or with random ones."""
+    """Build timm's architecture with the weights that timm publishes, or with random ones."""
     if not pretrained:
         return new_timm(variant, img_size)
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -225,7 +225,7 @@ def new_timm(variant: str, img_size: tuple[int, int]) -> Any:
 
 
 def timm_from_file(variant: str, img_size: tuple[int, int], path: Path, pos_embed: str) -> nn.Module:
-    """timm's architecture with the weights of a file under official or timm's names, in the file's own dtype."""
+    """Build timm's architecture with the weights of a file under official or timm's names, in the file's dtype."""
     if not path.is_file():
         raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
     with torch.device("meta"):  # every tensor comes from the file
@@ -249,7 +249,7 @@ def timm_from_file(variant: str, img_size: tuple[int, int], path: Path, pos_embe
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The vision transformer in a .safetensors file, or in a checkpoint of torch.save, which is read without code.
+    """Read the vision transformer in a .safetensors file or in a checkpoint of torch.save, without running its code.
 
     The wrappers state_dict, model and teacher, a prefix such as "backbone." and the chunks of blocks that the official
     training saves are taken off.
@@ -271,7 +271,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def resize_pos_embed(positions: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
-    """positions [1, P + g*g, D], of P = 0 or 1 prefix tokens and a square grid -> [1, P + h*w, D], bicubic in float32.
+    """Resample positions [1, P + g*g, D] with P = 0 or 1 prefix tokens to [1, P + h*w, D], bicubic in float32.
 
     antialias=False is DINOv2 without registers, which gives the scale (h + 0.1) / g rather than the size h, and so
     samples at slightly different points; True is DINOv2 with registers, and timm. A grid of the same size stays as it

@@ -5,13 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
-def deviation(square, over, EPS: tl.constexpr, ACC: tl.constexpr):
-    return tl.sqrt(square / tl.cast(over, ACC) + tl.full((), EPS, ACC))
+def deviation(square, divisor, EPS: tl.constexpr, ACC: tl.constexpr):
+    return tl.sqrt(square / tl.cast(divisor, ACC) + tl.full((), EPS, ACC))
 
 
 @triton.jit
 def load_rows(x, factors, stride, row, column, last, inside, ACC: tl.constexpr):
-    """A tile of rows before `last`, upcast right at the load, times their factors; None is 1."""
+    """Loads a tile of rows before `last`, upcast right at the load, times their factors; None is 1."""
     live = (row < last)[:, None] & inside[None, :]
     value = tl.load(x + row[:, None] * stride + column[None, :], mask=live, other=0).to(ACC)
     if factors is not None:
@@ -21,7 +21,7 @@ def load_rows(x, factors, stride, row, column, last, inside, ACC: tl.constexpr):
 
 @triton.jit
 def load_pivot(x, factors, column, inside, ACC: tl.constexpr):
-    """The first row, beside which means are given: a large one, rounded, would swamp small deviations."""
+    """Loads the first row, from which means are measured: a large mean, rounded, would swamp small deviations."""
     pivot = tl.load(x + column, mask=inside, other=0).to(ACC)
     if factors is not None:
         pivot *= tl.load(factors)
@@ -32,7 +32,7 @@ def load_pivot(x, factors, column, inside, ACC: tl.constexpr):
 def column_statistics_kernel(
     x, other,  # [N, D], last dimension contiguous; other None without the errors
     factors,  # [N], of the rows of x; None is 1
-    means, squares,  # [SPLITS, D]: of these rows, beside the first row of all; about their own mean
+    means, squares,  # [SPLITS, D]: of these rows, measured from the first row of all; about their own mean
     errors,  # [SPLITS, D]: sums of (x - other)^2
     stride_x, stride_other, rows, width, rows_a_split,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -57,11 +57,11 @@ def column_statistics_kernel(
         row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         live = (row < last)[:, None] & inside[None, :]
         y = load_rows(x, factors, stride_x, row, column, last, inside, ACC)
-        beside = tl.where(live, y - near[None, :], 0)
+        centred = tl.where(live, y - near[None, :], 0)
         here = tl.minimum(last - start, BLOCK_N).to(ACC)
         before = (start - first).to(ACC)
-        block_mean = tl.sum(beside, 0) / here
-        away = tl.where(live, beside - block_mean[None, :], 0)
+        block_mean = tl.sum(centred, 0) / here
+        away = tl.where(live, centred - block_mean[None, :], 0)
         step = block_mean - mean
         mean += step * (here / (before + here))
         # In this order: an overflowing square times the first block's 0 would be NaN.

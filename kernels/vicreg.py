@@ -27,7 +27,7 @@ def vicreg_cross_kernel(
     student,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
     largest, cross,  # [], [D]
-    stride, rows, width, spare,
+    stride, rows, width, dof,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns BLOCK_D columns: their covariances with the largest, which has none with itself here.
@@ -40,14 +40,14 @@ def vicreg_cross_kernel(
         live = (row < rows)[:, None] & inside[None, :]
         x = load_centred(student, shift, stride, row[:, None], column[None, :], live, ACC)
         total += tl.sum(x * load_centred(student, shift, stride, row, p + 0 * row, row < rows, ACC)[:, None], 0)
-    tl.store(cross + column, total / tl.cast(spare, ACC), mask=column < width)
+    tl.store(cross + column, total / tl.cast(dof, ACC), mask=column < width)
     if tl.program_id(0) == 0:
         tl.store(largest, p)
 
 
 @triton.jit
 def weight_of(weights, index: tl.constexpr, number, ACC: tl.constexpr):
-    """Of a term: the number, which is float32, or of all three in a tensor."""
+    """Returns a term's weight: the number, which is float32, or an element of the tensor of all three."""
     if weights is None:
         weight = tl.cast(number, ACC)
     else:
@@ -63,7 +63,7 @@ def vicreg_terms_kernel(
     sums,  # [tiles * tiles] or None
     weights,  # [3] or None
     loss, invariance, variance, covariance,  # []
-    rows, width, over, spare, divisor, errors_count, sums_count, inv_weight, var_weight, cov_weight,
+    rows, width, over, dof, divisor, errors_count, sums_count, inv_weight, var_weight, cov_weight,
     GAMMA: tl.constexpr, EPS: tl.constexpr, VARIANCE: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -85,9 +85,9 @@ def vicreg_terms_kernel(
         # sigma >= gamma, and not the maximum of 0: a NaN must stay one.
         hinge += tl.where(live, tl.where(sigma >= gamma, 0, gamma - sigma), 0).to(tl.float64)
         if largest is not None:
-            apart = tl.where(in_product(start + lane, largest), square / tl.cast(spare, ACC), 0).to(tl.float64)
-            shared = tl.load(cross + start + lane, mask=live, other=0).to(tl.float64)
-            total += 2 * shared * shared - apart * apart
+            own = tl.where(in_product(start + lane, largest), square / tl.cast(dof, ACC), 0).to(tl.float64)
+            covariances = tl.load(cross + start + lane, mask=live, other=0).to(tl.float64)
+            total += 2 * covariances * covariances - own * own
     if sums is not None:
         for start in range(0, sums_count, BLOCK):
             total += tl.load(sums + start + lane, mask=start + lane < sums_count, other=0)
@@ -103,7 +103,7 @@ def vicreg_terms_kernel(
 
 
 @triton.jit
-def share_of(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexpr):
+def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexpr):
     """The gradient of a term."""
     return tl.load(grad_output).to(ACC) * weight_of(weights, index, number, ACC)
 
@@ -112,7 +112,7 @@ def share_of(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexp
 def as_multiplied(x, ROUND: tl.constexpr, PRECISION: tl.constexpr):
     """Rounds x to what the matrix unit reads: TF32 is float32 whose last 13 bits the unit ignores.
 
-    Sums of x that are taken beside the product must be sums of the same numbers.
+    A sum of x that corrects the product must be a sum of the same numbers.
     """
     x = x.to(ROUND)
     if tl.float32 == ROUND and PRECISION == "tf32":
@@ -124,13 +124,13 @@ def as_multiplied(x, ROUND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def vicreg_bwd_kernel(
-    student, teacher,  # [N, D], last dimension contiguous
+    student, target,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
     product,  # [N, N] or [D, D]
     largest, cross,  # [], [D] (GRAM)
     grad_output, weights,  # [], [3] or None
-    grad_student, grad_teacher,  # [N, D] contiguous; None where it is not wanted
-    stride_student, stride_teacher, rows, width, over, spare, divisor, inv_weight, var_weight, cov_weight,
+    grad_student, grad_target,  # [N, D] contiguous; None where it is not wanted
+    stride_student, stride_target, rows, width, over, dof, divisor, inv_weight, var_weight, cov_weight,
     INVARIANCE: tl.constexpr, VARIANCE: tl.constexpr, COVARIANCE: tl.constexpr,
     GAMMA: tl.constexpr, EPS: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr,
     OPERAND: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
@@ -148,9 +148,9 @@ def vicreg_bwd_kernel(
     grad = tl.zeros((TILE, TILE), ACC)
     coefficient = tl.zeros((TILE,), ACC)
     if COVARIANCE:
-        outer = 4 * share_of(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * tl.cast(spare, ACC))
+        outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * tl.cast(dof, ACC))
         if GRAM:
-            along = tl.zeros((TILE,), ACC)  # the rows' sums of the product
+            row_sums = tl.zeros((TILE,), ACC)  # of the product
             for start in range(0, rows, BLOCK_K):
                 k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
                 live_p = (row < rows)[:, None] & (k < rows)[None, :]
@@ -160,18 +160,18 @@ def vicreg_bwd_kernel(
                 rest = None
                 if RAW:
                     y = tl.load(student + k[:, None] * stride_student + column[None, :], mask=live_y, other=0)
-                    along += tl.sum(p.to(ACC), 1)
+                    row_sums += tl.sum(p.to(ACC), 1)
                     if tl.bfloat16 == ROUND:
-                        # The rest of it in a second product: the columns' own share is taken off below, and cancels.
+                        # The rest goes into a second product: the columns' own squares are subtracted below.
                         rest = (whole - p.to(ACC)).to(ROUND).to(OPERAND)
-                        along += tl.sum(rest.to(ACC), 1)
+                        row_sums += tl.sum(rest.to(ACC), 1)
                 else:
                     y = load_centred(student, shift, stride_student, k[:, None], column[None, :], live_y, ACC)
                 grad = add_product(grad, p, y.to(OPERAND), one, PRECISION, ACC, rest)
             if RAW:
-                grad -= along[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
+                grad -= row_sums[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
         else:
-            beside = tl.zeros((TILE,), ACC)  # <mean, the product's columns>
+            mean_dots = tl.zeros((TILE,), ACC)  # <mean, column> of the product
             for start in range(0, width, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 live_y = (row < rows)[:, None] & (k < width)[None, :]
@@ -180,24 +180,24 @@ def vicreg_bwd_kernel(
                 p = as_multiplied(tl.load(product + at, mask=live_p, other=0), ROUND, PRECISION).to(OPERAND)
                 if RAW:
                     y = tl.load(student + row[:, None] * stride_student + k[None, :], mask=live_y, other=0)
-                    beside += tl.sum(p.to(ACC) * mean_of(student, shift, k, k < width, ACC)[:, None], 0)
+                    mean_dots += tl.sum(p.to(ACC) * mean_of(student, shift, k, k < width, ACC)[:, None], 0)
                 else:
                     y = load_centred(student, shift, stride_student, row[:, None], k[None, :], live_y, ACC)
                 grad = add_product(grad, y.to(OPERAND), p, one, PRECISION, ACC)
             if RAW:
-                grad -= beside[None, :]
+                grad -= mean_dots[None, :]
         square = tl.load(squares + column, mask=inside, other=1)
         if GRAM:
-            coefficient -= tl.where(in_product(column, largest), outer * square / tl.cast(spare, ACC), 0)
+            coefficient -= tl.where(in_product(column, largest), outer * square / tl.cast(dof, ACC), 0)
         # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
         grad = tl.where((square == 0)[None, :], 0, grad * outer)
         if GRAM:
             p = tl.load(largest) + 0 * row
-            apart = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
-            grad += apart[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
+            largest_column = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
+            grad += largest_column[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
     if VARIANCE:
         sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
-        pull = share_of(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
+        pull = term_grad(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
         coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
     if VARIANCE or COVARIANCE:
         grad += coefficient[None, :] * load_centred(
@@ -205,10 +205,10 @@ def vicreg_bwd_kernel(
         )
     if INVARIANCE:
         y = tl.load(student + row[:, None] * stride_student + column[None, :], mask=live, other=0).to(ACC)
-        g = tl.load(teacher + row[:, None] * stride_teacher + column[None, :], mask=live, other=0).to(ACC)
-        towards = 2 * share_of(grad_output, weights, 0, inv_weight, ACC) / (n * tl.cast(width, ACC)) * (y - g)
-        grad += towards
-        if grad_teacher is not None:
-            store(grad_teacher + row[:, None] * width + column[None, :], -towards, live)
+        g = tl.load(target + row[:, None] * stride_target + column[None, :], mask=live, other=0).to(ACC)
+        toward_target = 2 * term_grad(grad_output, weights, 0, inv_weight, ACC) / (n * tl.cast(width, ACC)) * (y - g)
+        grad += toward_target
+        if grad_target is not None:
+            store(grad_target + row[:, None] * width + column[None, :], -toward_target, live)
     if grad_student is not None:
         store(grad_student + row[:, None] * width + column[None, :], grad, live)

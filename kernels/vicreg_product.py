@@ -8,7 +8,7 @@ NARROW = tl.constexpr(16)  # of a step that is loaded element by element: the le
 
 @triton.jit
 def mean_of(student, shift, column, live, ACC: tl.constexpr):
-    """The columns' means: the first row plus what they lie beside it."""
+    """The columns' means: the first row plus their distance from it."""
     pivot = tl.load(student + column, mask=live, other=0).to(ACC)
     return pivot + tl.load(shift + column, mask=live, other=0)
 
@@ -48,25 +48,25 @@ def means_are_large(student, shift, squares, largest, rows, width, GRAM: tl.cons
 
 @triton.jit
 def finish_tile(
-    acc, product, sums, i, j, row, column, size, spare, GRAM: tl.constexpr, ACC: tl.constexpr,
+    acc, product, sums, i, j, row, column, size, dof, GRAM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile of the product over N - 1 and its mirror image, and the sum of their squares."""
     live = (row < size)[:, None] & (column < size)[None, :]
-    value = tl.where(live, acc / tl.cast(spare, ACC), 0)
-    if not GRAM:  # the diagonal has no share in the covariance
+    value = tl.where(live, acc / tl.cast(dof, ACC), 0)
+    if not GRAM:  # the diagonal is no part of the covariance
         value = tl.where(row[:, None] == column[None, :], 0, value)
     at = row.to(tl.int64)[:, None] * size + column[None, :]
     tl.store(product + at, value, mask=live)
     mirror = column.to(tl.int64)[:, None] * size + row[None, :]
     tl.store(product + mirror, tl.trans(value), mask=tl.trans(live) & (i != j))
-    # float64 as soon as they are few: from their sum the columns' own share is taken off.
+    # In float64 as soon as they are few: the columns' own squares are subtracted from their sum.
     square = tl.sum(tl.sum(value * value, 1).to(tl.float64), 0)
     tl.store(sums + i * tl.num_programs(1) + j, tl.where(i == j, square, 2 * square))
 
 
 @triton.jit
 def block_of(largest, first, last, BLOCK_K: tl.constexpr):
-    """(start, end) of the block of columns that has the largest, and nothing beside where [first, last) has it not."""
+    """The block (start, end) of columns that has the largest; an empty one where [first, last) has it not."""
     p = tl.load(largest)
     start = p - (p - first) % BLOCK_K
     there = (p >= first) & (p < last)
@@ -133,10 +133,10 @@ def centred_product(
 
 @triton.jit
 def raw_step(
-    acc, along_a, along_b, mean_square, one, student, shift, largest, stride, left, right, size, start, last,
+    acc, dot_a, dot_b, mean_square, one, student, shift, largest, stride, left, right, size, start, last,
     GRAM: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows of 16 bits as they are; along_a, along_b: <y, mean> of both sides."""
+    """The same of rows of 16 bits as they are; dot_a, dot_b: <y, mean> of both sides."""
     k = start + tl.arange(0, BLOCK_K)
     live = k < last
     if largest is not None:
@@ -147,15 +147,15 @@ def raw_step(
         a = tl.load(student + left.to(tl.int64)[:, None] * stride + k[None, :], mask=live_a, other=0)
         b = tl.load(student + right.to(tl.int64)[None, :] * stride + k[:, None], mask=live_b, other=0)
         mean = mean_of(student, shift, k, live, tl.float32)
-        along_a += tl.sum(a.to(tl.float32) * mean[None, :], 1)
-        along_b += tl.sum(b.to(tl.float32) * mean[:, None], 0)
+        dot_a += tl.sum(a.to(tl.float32) * mean[None, :], 1)
+        dot_b += tl.sum(b.to(tl.float32) * mean[:, None], 0)
         mean_square += mean * mean
     else:
         row = k.to(tl.int64)
         a = tl.load(student + row[None, :] * stride + left[:, None], mask=live_a, other=0)
         b = tl.load(student + row[:, None] * stride + right[None, :], mask=live_b, other=0)
     acc = add_product(acc, a.to(OPERAND), b.to(OPERAND), one, PRECISION, tl.float32)
-    return acc, along_a, along_b, mean_square
+    return acc, dot_a, dot_b, mean_square
 
 
 @triton.jit
@@ -165,26 +165,26 @@ def raw_product(
 ):  # fmt: skip
     """The same of rows of 16 bits as they are, whose products float32 holds exactly; the means come off after it."""
     acc = tl.zeros((left.shape[0], right.shape[0]), tl.float32)
-    along_a = tl.zeros((left.shape[0],), tl.float32)
-    along_b = tl.zeros((right.shape[0],), tl.float32)
+    dot_a = tl.zeros((left.shape[0],), tl.float32)
+    dot_b = tl.zeros((right.shape[0],), tl.float32)
     mean_square = tl.zeros((BLOCK_K,), tl.float32)
     skipped = last
     if GRAM:
         skipped, end = block_of(largest, first, last, BLOCK_K)
     for start in range(first, tl.where(skipped < last, last - BLOCK_K, last), BLOCK_K):
         start += tl.where(start >= skipped, BLOCK_K, 0)
-        acc, along_a, along_b, mean_square = raw_step(
-            acc, along_a, along_b, mean_square, one, student, shift, None, stride, left, right, size, start, last,
+        acc, dot_a, dot_b, mean_square = raw_step(
+            acc, dot_a, dot_b, mean_square, one, student, shift, None, stride, left, right, size, start, last,
             GRAM, OPERAND, PRECISION, BLOCK_K,
         )  # fmt: skip
     if GRAM:
         narrow = tl.zeros((NARROW,), tl.float32)
         for start in range(skipped, end, NARROW):
-            acc, along_a, along_b, narrow = raw_step(
-                acc, along_a, along_b, narrow, one, student, shift, largest, stride, left, right, size, start, last,
+            acc, dot_a, dot_b, narrow = raw_step(
+                acc, dot_a, dot_b, narrow, one, student, shift, largest, stride, left, right, size, start, last,
                 GRAM, OPERAND, PRECISION, NARROW,
             )  # fmt: skip
-        return acc - along_a[:, None] - along_b[None, :] + (tl.sum(mean_square, 0) + tl.sum(narrow, 0))
+        return acc - dot_a[:, None] - dot_b[None, :] + (tl.sum(mean_square, 0) + tl.sum(narrow, 0))
     else:
         mean_a = mean_of(student, shift, left, left < size, tl.float32)
         mean_b = mean_of(student, shift, right, right < size, tl.float32)
@@ -195,10 +195,10 @@ def raw_product(
 def vicreg_product_kernel(
     student,  # [N, D], last dimension contiguous
     shift, squares,  # [D]
-    largest,  # [], the column that is set apart (GRAM), or None
+    largest,  # [], the column that is left out (GRAM), or None
     product,  # [size, size], or [SPLITS, size, size], of which only the tiles from the diagonal on are written
     sums,  # [tiles, tiles], float64
-    stride, rows, width, size, depth, depth_a_split, spare,
+    stride, rows, width, size, depth, depth_a_split, dof,
     GRAM: tl.constexpr, SPLIT: tl.constexpr, RAW: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +233,7 @@ def vicreg_product_kernel(
         at = (tl.program_id(2).to(tl.int64) * size + left.to(tl.int64)[:, None]) * size + right[None, :]
         tl.store(product + at, acc, mask=live)
     else:
-        finish_tile(acc, product, sums, i, j, left, right, size, spare, GRAM, ACC)
+        finish_tile(acc, product, sums, i, j, left, right, size, dof, GRAM, ACC)
 
 
 @triton.jit
@@ -241,7 +241,7 @@ def vicreg_reduce_kernel(
     parts,  # [splits, size, size]
     product,  # [size, size]
     sums,  # [tiles, tiles], float64
-    size, splits, spare,
+    size, splits, dof,
     GRAM: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns one tile, and adds up its splits in their order.
@@ -257,4 +257,4 @@ def vicreg_reduce_kernel(
     for split in range(splits):
         at = (tl.cast(split, tl.int64) * size + row.to(tl.int64)[:, None]) * size + column[None, :]
         acc += tl.load(parts + at, mask=live, other=0)
-    finish_tile(acc, product, sums, i, j, row, column, size, spare, GRAM, ACC)
+    finish_tile(acc, product, sums, i, j, row, column, size, dof, GRAM, ACC)

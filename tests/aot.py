@@ -84,7 +84,7 @@ class Row:
 
 
 class Elsewhere:
-    """As much of a Triton driver as compiling takes, for a GPU that is not here."""
+    """Stands in for a Triton driver while kernels are compiled for a GPU that is not here."""
 
     def __init__(self, target: GPUTarget) -> None:
         # Triton keeps what it knows of a target by its device, so that every target must be a device of its own.
@@ -93,7 +93,7 @@ class Elsewhere:
 
 
 def launches(cases: Iterable, backend: str) -> list[dict[str, Any]]:
-    """What the cases launch where torch is built for a vendor's GPUs: a launcher may choose by it."""
+    """Return what the cases launch where torch is built for a vendor's GPUs: a launcher may choose by it."""
     seen = []
     for case in cases:
 
@@ -107,7 +107,7 @@ def launches(cases: Iterable, backend: str) -> list[dict[str, Any]]:
 
 
 def dump(asm: dict[str, Any], option: str) -> str:
-    """What cuobjdump says of a compiled kernel."""
+    """Return what cuobjdump prints of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -178,25 +178,26 @@ def compile_job(index: int) -> Row:
 
 
 def chained(ttgir: str) -> int:
-    """Products that begin with neither a constant nor another product of the same step."""
-    made, found = {}, 0  # by which operation a value was made: loops use one name again
+    """Count the products that begin with neither a constant nor another product of the same step."""
+    producers, count = {}, 0  # the operation that last wrote each value: loops use one name again
     for name, operation, operands in re.findall(r"^\s*(%\w+)(?::\d+)? = ([\w.]+) ?(.*)", ttgir, re.MULTILINE):
-        if operation in ("tt.dot", "ttng.warp_group_dot"):
-            found += made.get(re.findall(r"%\w+", operands)[2]) not in BEGINNINGS
+        is_product = operation in ("tt.dot", "ttng.warp_group_dot")
+        if is_product and producers.get(re.findall(r"%\w+", operands)[2]) not in BEGINNINGS:
+            count += 1
         converted = operation == "ttg.convert_layout"
-        made[name] = made.get(re.findall(r"%\w+", operands)[0]) if converted else operation
-    return found
+        producers[name] = producers.get(re.findall(r"%\w+", operands)[0]) if converted else operation
+    return count
 
 
 def arguments(launch: dict[str, Any], compiled: Any) -> list[Any]:
-    """What is left for the compiled kernel to be given; 0 for a pointer."""
-    given = dict(zip(launch["kernel"].arg_names, launch["args"], strict=False)) | launch["options"]
+    """Return the arguments of the compiled kernel: those that are no constants, and 0 for a pointer."""
+    values = dict(zip(launch["kernel"].arg_names, launch["args"], strict=False)) | launch["options"]
     types = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
-    return [0 if kind.startswith("*") else given[name] for name, kind in types.items()]
+    return [0 if kind.startswith("*") else values[name] for name, kind in types.items()]
 
 
 def counts(launch: dict[str, Any], compiled: Any) -> dict[str, str]:
-    """What is counted of a case that says how many values it has."""
+    """Count the instructions and the traffic of a case that says how many values it has."""
     case, sass = launch["case"], dump(compiled.asm, "-sass")
     threads = 32 * compiled.metadata.num_warps
     found = aot_shared.traffic(compiled.asm["ptx"], sass, threads, arguments(launch, compiled), case.turns)

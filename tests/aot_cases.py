@@ -83,17 +83,17 @@ def resize_cases() -> Iterator[Case]:
         counted: bool = False,
         **how: object,
     ) -> Iterator[Case]:
-        given = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "clamp": False}
-        given |= {"interpolation": "bilinear", "antialias": False, "out_dtype": torch.bfloat16, "patch_size": None}
-        options = resize.Options(size, **(given | how))
-        made = resize.resize_fwd_empty(images, options)
+        defaults = {"input_range": (-1.0, 1.0), "mean": FD.IMAGENET_MEAN, "std": FD.IMAGENET_STD, "clamp": False}
+        defaults |= {"interpolation": "bilinear", "antialias": False, "out_dtype": torch.bfloat16, "patch_size": None}
+        options = resize.Options(size, **(defaults | how))
+        out = resize.resize_fwd_empty(images, options)
         count: dict[str, Any] = {}
         if counted:  # a row of three channels by all the programs' 64 threads
             columns = taps.tiles(taps.Axis(images.shape[3], size[1], options.interpolation, options.antialias), False)
             count = {"values": 3 * size[1] / (64 * cdiv(size[1], columns["COLUMNS"])), "turns": taps.ROWS}
         yield Case(name, partial(resize.resize_fwd.run, images, options), **count)
         if backward:
-            yield Case(f"{name} backward", partial(resize.resize_bwd.run, made, images, options))
+            yield Case(f"{name} backward", partial(resize.resize_bwd.run, out, images, options))
 
     def image(dtype: torch.dtype, side: int, batch: int = 8) -> torch.Tensor:
         return torch.empty(batch, 3, side, side, dtype=dtype, device="meta")

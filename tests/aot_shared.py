@@ -19,7 +19,7 @@ BANKS, WORD = 32, 4  # of shared memory, and the bytes of each that one wavefron
 
 
 class Traffic(NamedTuple):
-    """Of one program, in a turn of its outermost loop."""
+    """The use of shared memory by one program in a turn of its outermost loop."""
 
     wavefronts: float
     conflicts: int  # the most words in one bank that lanes which are served together ask for
@@ -41,12 +41,12 @@ def traffic(code: str, sass: str, threads: int, arguments: Sequence[Any], turns:
 
 
 def name(kind: str, bits: int) -> str:
-    """As the machine code writes it."""
+    """Return the name of an access in the machine code."""
     return f"{kind}.{bits}" if bits > 32 else kind
 
 
 def joined(accesses: Sequence[Access]) -> Iterator[Access]:
-    """As the assembler joins them: stores of a thread side by side, one after the other, become one."""
+    """Join accesses as the assembler does: consecutive stores of a thread to adjacent words become one."""
     start = 0
     while start < len(accesses):
         count = next(n for n in (4, 2, 1) if is_one(accesses[start : start + n], n))
@@ -67,7 +67,7 @@ def is_one(parts: Sequence[Access], count: int) -> bool:
 
 
 def wavefronts(access: Access) -> list[int]:
-    """Of each group of lanes that is served together, which asks for at most 128 bytes: its most words in one bank."""
+    """Return the most words in one bank for each group of lanes that is served together, of at most 128 bytes."""
     lanes = min(32, BANKS * WORD // access.size)
     found = []
     for start in range(0, len(access.live), lanes):

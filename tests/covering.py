@@ -1,4 +1,4 @@
-"""A pytest plugin: fewer cases of each test, among which every two values of every two parameters still meet.
+"""A pytest plugin that runs fewer cases of each test; every two values of every two parameters still meet.
 
     PYTHONPATH=tests python -m pytest -p covering
 
@@ -15,29 +15,30 @@ import pytest
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept: set[pytest.Item] = set()
+    chosen: set[pytest.Item] = set()
     for _, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
-        kept.update(cover({item: meetings(parameters(item)) for item in group}))
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+        chosen.update(cover({item: meetings(parameters(item)) for item in group}))
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 def parameters(item: pytest.Item) -> dict[str, str]:
-    given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    return {name: str(getattr(value, "name", value)) for name, value in given.items()}
+    """Return the parameters of a case by their names, and those that have a name by it."""
+    values: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return {name: str(getattr(value, "name", value)) for name, value in values.items()}
 
 
-def meetings(given: dict[str, str]) -> frozenset[Hashable]:
-    """What a case shows: every two of its values together, and its only one alone."""
-    return frozenset(combinations(sorted(given.items()), min(2, len(given))))
+def meetings(case: dict[str, str]) -> frozenset[Hashable]:
+    """Return every two values that a case brings together, or its only one."""
+    return frozenset(combinations(sorted(case.items()), min(2, len(case))))
 
 
 def cover(cases: dict[Any, frozenset[Hashable]]) -> Iterable[Any]:
-    """Cases, in their order, that together show what all do: chosen one by one, who shows most that is new."""
+    """Return cases, in their order, that have every meeting; each was chosen because it had most of those left."""
     left = set().union(*cases.values())
-    kept = {case for case, shown in cases.items() if not shown}
+    chosen = {case for case, met in cases.items() if not met}
     while left:
         best = max(cases, key=lambda case: len(left & cases[case]))
-        kept.add(best)
+        chosen.add(best)
         left -= cases[best]
-    return (case for case in cases if case in kept)
+    return (case for case in cases if case in chosen)

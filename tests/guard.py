@@ -18,19 +18,19 @@ NOTHING, READ_WRITE, PRIVATE_ANONYMOUS = 0, 3, 0x22
 
 
 def guarded(tensor: Tensor, side: str) -> Tensor:
-    """A copy, contiguous, whose first ("before") or last ("after") byte touches a page that cannot be accessed."""
+    """Copy a tensor so that its first ("before") or last ("after") byte touches a page that cannot be accessed."""
     size = tensor.numel() * tensor.element_size()
-    room = -(-size // PAGE) * PAGE
-    base = libc.mmap(None, room + 2 * PAGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
+    space = -(-size // PAGE) * PAGE
+    base = libc.mmap(None, space + 2 * PAGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
     libc.mprotect(base, PAGE, NOTHING)
-    libc.mprotect(base + PAGE + room, PAGE, NOTHING)
-    start = base + PAGE + (room - size if side == "after" else 0)
+    libc.mprotect(base + PAGE + space, PAGE, NOTHING)
+    start = base + PAGE + (space - size if side == "after" else 0)
     raw = (ctypes.c_byte * size).from_address(start)
     return torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def survives(call) -> bool:
-    """Whether `call` ends well in a child process, which a touch of a guard page kills."""
+    """Tell whether `call` ends well in a child process, which a touch of a guard page kills."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:

@@ -18,27 +18,27 @@ import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 EXTRA = 2  # bits below float32's last to which terms are cut
-TERMS = {"TF32": 8, "16 bits": 16}  # that one addition takes beside the accumulator
-KEPT = np.uint32(0xFFFFE000)  # sign, exponent and ten bits: TF32
-FLOAT32 = np.uint64(0xFFFFFFFFE0000000)  # of float64's bits: those that float32 has
+TERMS = {"TF32": 8, "16 bits": 16}  # that one addition takes together with the accumulator
+TF32_BITS = np.uint32(0xFFFFE000)  # sign, exponent and ten bits: TF32
+FLOAT32_BITS = np.uint64(0xFFFFFFFFE0000000)  # of float64's bits: those that float32 has
 
 
 def cut_to_tf32(x: np.ndarray) -> np.ndarray:
-    return (np.ascontiguousarray(x).view(np.uint32) & KEPT).view(np.float32)
+    return (np.ascontiguousarray(x).view(np.uint32) & TF32_BITS).view(np.float32)
 
 
 def round_to_tf32(x: np.ndarray) -> np.ndarray:
     """Rounds to nearest, ties away from zero, as cvt.rna.tf32 does."""
-    rounded = (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000) & KEPT).view(np.float32)
+    rounded = (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000) & TF32_BITS).view(np.float32)
     return np.where(np.isfinite(x), rounded, x)
 
 
 def cut_to_float32(x: np.ndarray) -> np.ndarray:
-    return (x.view(np.uint64) & FLOAT32).view(np.float64).astype(np.float32)
+    return (x.view(np.uint64) & FLOAT32_BITS).view(np.float64).astype(np.float32)
 
 
 def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, terms: int) -> np.ndarray:
-    """acc + a b for operands that fit the unit, `terms` products an addition."""
+    """Return acc + a b for operands that fit the unit, which adds `terms` products at a time."""
     with np.errstate(all="ignore"):
         if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(acc).all()):
             return (a.astype(np.float64) @ b.astype(np.float64) + acc).astype(np.float32)
@@ -54,7 +54,7 @@ def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, terms: int) -> np.nd
 
 
 def holds_16_bits(*operands: np.ndarray) -> bool:
-    """Whether all are bfloat16 or all float16, by their values: the interpreter gets them as float32."""
+    """Tell whether all are bfloat16 or all float16, by their values: the interpreter gets them as float32."""
     with np.errstate(all="ignore"):
         bf16 = all((x.view(np.uint32) << np.uint32(16) == 0).all() for x in operands)
         fp16 = all(np.array_equal(x.astype(np.float16).astype(np.float32), x, equal_nan=True) for x in operands)
@@ -62,16 +62,16 @@ def holds_16_bits(*operands: np.ndarray) -> bool:
 
 
 def dot(a: np.ndarray, b: np.ndarray, acc: np.ndarray, precision: str) -> np.ndarray:
-    """acc + a b in float32, as the compiled kernel has it."""
+    """Return acc + a b in float32 as the compiled kernel computes it."""
     a, b = (np.ascontiguousarray(x, np.float32) for x in (a, b))
     if holds_16_bits(a, b):
         return multiply(a, b, acc, TERMS["16 bits"])
     if precision == "TF32X3":
         (big_a, rest_a), (big_b, rest_b) = (tf32x3_parts(x) for x in (a, b))
-        made = multiply(rest_a, big_b, np.zeros_like(acc), TERMS["TF32"])
-        made = multiply(big_a, rest_b, made, TERMS["TF32"])
-        made = np.where(np.isnan(made), np.float32(0), made)  # infinity less infinity
-        return multiply(big_a, big_b, made, TERMS["TF32"]) + acc
+        total = multiply(rest_a, big_b, np.zeros_like(acc), TERMS["TF32"])
+        total = multiply(big_a, rest_b, total, TERMS["TF32"])
+        total = np.where(np.isnan(total), np.float32(0), total)  # infinity less infinity
+        return multiply(big_a, big_b, total, TERMS["TF32"]) + acc
     return multiply(cut_to_tf32(a), cut_to_tf32(b), acc, TERMS["TF32"])
 
 
@@ -82,7 +82,7 @@ def tf32x3_parts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def off_by_a_digit(x: np.ndarray) -> np.ndarray:
-    """A quarter of float32 numbers one last digit up, a quarter down: chosen by their bits, so repeatably."""
+    """Move a quarter of float32 numbers one last digit up and a quarter down, chosen by their bits."""
     if x.dtype != np.float32:
         return x
     with np.errstate(all="ignore"):
@@ -94,8 +94,8 @@ def off_by_a_digit(x: np.ndarray) -> np.ndarray:
 
 def fast(exact: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def inexact(self: Any, *operands: TensorHandle) -> TensorHandle:
-        made = exact(self, *operands)
-        return TensorHandle(off_by_a_digit(made.data), made.dtype)
+        out = exact(self, *operands)
+        return TensorHandle(off_by_a_digit(out.data), out.dtype)
 
     return inexact
 

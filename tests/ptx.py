@@ -22,7 +22,7 @@ ROUNDED = {"rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil, "rni": np.rint}
 
 
 def permuted(a: Array, b: Array, places: Array) -> Array:
-    """Four of the eight bytes of two registers, each by four bits, the uppermost of which takes its sign alone."""
+    """Pick four of the eight bytes of two registers, each by four bits; the uppermost bit takes the sign alone."""
     places = places[:, None] >> np.arange(0, 16, 4, "u4") & 15
     picked = np.take_along_axis(np.stack([a, b], 1).view("u1"), (places & 7).astype("i8"), 1)
     return np.where(places & 8, np.where(picked & 128, 255, 0), picked).astype("u1").view("u4")[:, 0]
@@ -54,7 +54,7 @@ ARITHMETIC = {
 
 
 class Access(NamedTuple):
-    """What an instruction does in shared memory: each live thread reads or writes `size` bytes at its address."""
+    """An instruction's use of shared memory: each live thread reads or writes `size` bytes at its address."""
 
     line: int
     kind: str  # as the machine code calls it: LDS, STS, or BAR for a barrier, of no thread
@@ -107,10 +107,10 @@ class Program:
         self.values = {f"%ctaid.{axis}": np.full(threads, i, "u4") for axis, i in zip("xyz", index, strict=False)}
         self.values["%tid.x"] = np.arange(threads, dtype="u4")
         self.values["global_smem"] = np.zeros(threads, "u4")
-        given = [*arguments, *[0] * (len(self.code.parameters) - len(arguments))]  # Triton's scratch memory is last
+        scratch = [0] * (len(self.code.parameters) - len(arguments))  # Triton's own memory, the last parameters
         self.parameters = {
             name: np.full(threads, value, kind)
-            for (name, kind), value in zip(self.code.parameters.items(), given, strict=True)
+            for (name, kind), value in zip(self.code.parameters.items(), [*arguments, *scratch], strict=True)
         }
         self.memory, self.shared = memory, np.zeros(shared, "u1")
         self.accesses: list[Access] = []
@@ -145,7 +145,7 @@ class Program:
         return self.read(base.strip(), TYPES["u64"] if "%rd" in base else TYPES["u32"]).astype("i8") + int(offset or 0)
 
     def move(self, line: int, op: Instruction, live: Array) -> None:
-        """A load or a store. Global memory that is not given reads as zeros."""
+        """Load or store. Without `memory`, global memory reads as zeros."""
         kind, space = TYPES[op.modifiers[-1]], op.modifiers[0].partition("::")[0]
         target, place = op.operands if op.name == "ld" else op.operands[::-1]
         registers = [name.strip() for name in target.strip("{} ").split(",")]
@@ -164,11 +164,11 @@ class Program:
             for register, column in zip(registers, found.view(kind).T, strict=True):
                 self.write(register, np.ascontiguousarray(column), live)
         elif memory is not None:
-            given = np.stack([self.read(register, kind) for register in registers], 1)
-            memory[bytes_of] = given.view("u1")[live]
+            values = np.stack([self.read(register, kind) for register in registers], 1)
+            memory[bytes_of] = values.view("u1")[live]
 
     def convert(self, op: Instruction) -> Array:
-        """To float16 and bfloat16 too, the latter by its bits; two of them make one register, the first on top."""
+        """Convert to another type. Two numbers of 16 bits make one register, the first on top."""
         to, source = op.modifiers[-2:]
         if "16" in to and source == "f32":
             parts = [half(self.read(x, TYPES["f32"]), to) for x in op.operands[1:]]
@@ -219,7 +219,7 @@ class Program:
 
 
 def half(value: Array, to: str) -> Array:
-    """The bits of float32 rounded to 16, NaN apart."""
+    """Return the bits of float32 rounded to 16. A NaN is not handled."""
     if to.startswith("f16"):
         return value.astype("f2").view("u2")
     bits = value.view("u4")
@@ -230,6 +230,6 @@ def run(
     ptx: str, threads: int, arguments: Sequence[Any], index: Sequence[int] = (0, 0), memory: Array | None = None,
     shared: int = 2**16,
 ) -> list[Access]:  # fmt: skip
-    """What one program does in shared memory. Pointers among the arguments are offsets in `memory`, of bytes."""
+    """Return one program's uses of shared memory. Pointers among the arguments are offsets in `memory`, of bytes."""
     with np.errstate(all="ignore"):
         return Program(ptx, threads, arguments, index, memory, shared).run()

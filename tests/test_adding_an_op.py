@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```py\n# (\S+)\n(.*?)```", (ROOT / "docs/adding-an-op.md")
 @pytest.fixture
 def tree(tmp_path):
     """A copy of the project to which the page's code was added: new files, and the ends of those there are."""
-    for name in ("fused_dino", "kernels", "tests"):
+    for name in ("fused_dino", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for name, code in BLOCKS:

@@ -76,7 +76,7 @@ BUDGET = {"registers": 255, "shared": 65536, "load": 0, "store": 0}
 
 
 def run(*command, **environment):
-    """A process of its own: the environment of this one may ask for the interpreter."""
+    """Run a process of its own: the environment of this one may ask for the interpreter."""
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env={**ENVIRONMENT, **environment}
     )
@@ -84,7 +84,7 @@ def run(*command, **environment):
 
 @pytest.fixture(scope="module")
 def checked():
-    """By sm_90 every case, and of other GPUs some: `make aot` compiles them all."""
+    """Check every case on sm_90, and some on other GPUs: `make aot` compiles them all."""
     return run(AOT, "--some")
 
 
@@ -224,7 +224,7 @@ def test_instructions_are_those_of_the_outermost_loop_and_what_is_around_it():
 
 
 def strided(stores: int) -> str:
-    """A kernel each of whose 64 threads stores words side by side from its place on, and loads the first again."""
+    """Return a kernel of 64 threads, each of which stores adjacent words and loads the first again."""
     store = "\n".join(f"    st.shared.b32 [ %r4 + {4 * i} ], %r2;" for i in range(stores))
     return f"""
 .visible .entry strided_kernel(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What `fused-dino *argv` says as it refuses: one line on stderr, status 2, nothing on stdout."""
+    """Return what `fused-dino *argv` says as it refuses: one line on stderr, status 2, nothing on stdout."""
     try:
         status = main(argv)
     except SystemExit as exit:  # argparse leaves this way
@@ -120,24 +120,9 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
     assert 'needs rich: pip install "fused_dino[demo]"' in failure(capsys, "demo")
 
 
-@pytest.fixture
-def demo_extra() -> None:
-    for package in ("rich", "matplotlib", "PIL", "jinja2"):
-        pytest.importorskip(package)
-
-
 @pytest.mark.usefixtures("demo_extra")
 class TestImages:
-    """What can be wrong with a folder of the user's own, and with where the report should go."""
-
-    @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
-        from PIL import Image
-
-        for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
-            Image.new("RGB", (96, 64), colour).save(tmp_path / f"{name}.png")
-            (tmp_path / f"{name}.txt").write_text(f"a {name} wall\nall {name}\n", encoding="utf-8")
-        return tmp_path
+    """A folder of the user's own, and the path of the report, may be wrong in many ways."""
 
     def refused(self, capsys: pytest.CaptureFixture[str], folder: Path) -> str:
         return failure(capsys, "demo", "--images", str(folder), "--out", str(folder / "out"))
@@ -146,7 +131,8 @@ class TestImages:
         assert "holds 0 images" in self.refused(capsys, tmp_path)
 
     def test_one_image(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-        (folder / "red.png").unlink()
+        for name in ("red", "green"):
+            (folder / f"{name}.png").unlink()
         assert "holds 1 images" in self.refused(capsys, folder)
 
     def test_file_in_place_of_a_folder(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""cosine_loss and mse_loss on every implementation: torch's own functions, their symmetries, weights and alpha."""
+"""cosine_loss and mse_loss on every implementation: torch's own functions, their symmetries, weights and scale."""
 
 import pytest
 import torch
@@ -100,10 +100,10 @@ def test_zero_weights_give_zero_and_masked_rows_no_gradient(loss, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [200, 1024])
 def test_identical_rows_have_a_loss_of_0_and_opposite_ones_of_2(width, dtype, backend):
-    """To 1e-7 in the mean. A single row's cosine is rounded to float32, a few of whose steps below 1 it may lie."""
+    """The mean is right to 1e-7. A single row's cosine is rounded to float32, and may lie a few steps below 1."""
     x = rows(16, width, dtype=dtype)
     for loss, opposite in ((FD.cosine_loss, 2.0), (FD.mse_loss, 4 / width)):
-        if backend != "reference":  # which divides first, and rounds each quotient
+        if backend != "reference":  # the reference divides first, and rounds each quotient
             assert loss(x, x).abs() <= 1e-7
         assert loss(x, x, reduction="none").abs().max() <= 5e-7
         assert_close(loss(x, -x).item(), opposite, rtol=1e-6, atol=0)
@@ -112,6 +112,14 @@ def test_identical_rows_have_a_loss_of_0_and_opposite_ones_of_2(width, dtype, ba
 def test_orthogonal_rows_have_a_loss_of_1():
     a, b = torch.eye(8, device=DEVICE).split(4)
     assert torch.equal(FD.cosine_loss(a, b, reduction="none"), torch.ones(4, device=DEVICE))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_nan_stays_in_its_row(loss):
+    s, t = pair(3, 8, dtype=torch.float32)
+    s[1, 2] = float("nan")
+    rows_of_nan = loss(s, t, reduction="none").reshape(3, -1).isnan().any(-1)
+    assert rows_of_nan.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -182,15 +190,15 @@ def test_eps_tames_a_zero_row():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_alpha_is_a_factor_of_loss_and_gradient(loss, reduction, backend, weighted):
+def test_scale_is_a_factor_of_loss_and_gradient(loss, reduction, backend, weighted):
     s, t = (x.requires_grad_() for x in pair(6, 20))
     weight = torch.linspace(0, 2, 6, dtype=s.dtype, device=DEVICE) if weighted else None
     plain = loss(s, t, reduction=reduction, weight=weight)
-    for teacher in (t, t.detach()):  # the two passes, and the gradient written in the forward
-        for alpha in (0.3, torch.tensor(0.3, dtype=s.dtype, device=DEVICE), 0.0):
-            scaled = loss(s, teacher, scale=alpha, reduction=reduction, weight=weight)
-            assert_close(scaled, alpha * plain, rtol=1e-12, atol=1e-15)
-            grads = (torch.autograd.grad(x.sum(), s, retain_graph=True)[0] for x in (scaled, alpha * plain))
+    for target in (t, t.detach()):  # the two passes, and the gradient written in the forward
+        for scale in (0.3, torch.tensor(0.3, dtype=s.dtype, device=DEVICE), 0.0):
+            scaled = loss(s, target, scale=scale, reduction=reduction, weight=weight)
+            assert_close(scaled, scale * plain, rtol=1e-12, atol=1e-15)
+            grads = (torch.autograd.grad(x.sum(), s, retain_graph=True)[0] for x in (scaled, scale * plain))
             assert_close(*grads, rtol=1e-10, atol=1e-14)
     value = rows_loss(loss.__name__, s, t, None, 0.0, reduction, backend, **OPTIONS[loss])[1]
     if reduction != "none":
@@ -199,17 +207,16 @@ def test_alpha_is_a_factor_of_loss_and_gradient(loss, reduction, backend, weight
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_gradient_of_the_forward_is_given_away_once(loss, backend):
+def test_the_gradient_of_the_forward_is_returned_once(loss, backend):
     s, t = pair(6, 20)
     s.requires_grad_()
     true = torch.autograd.grad(loss(s, t, backend="reference"), s)[0]
     out = loss(s, t)
     scales = (0.0, 1.0, 2.0, 3.0)
-    found = [torch.autograd.grad(out, s, out.new_tensor(scale), retain_graph=True)[0] for scale in scales]
-    for got, scale in zip(found, scales, strict=True):
-        assert_close(got, scale * true, rtol=1e-10, atol=1e-14)
-    found[1].mul_(2)
-    assert_close(found[3], 3 * true, rtol=1e-10, atol=1e-14)
+    actual = [torch.autograd.grad(out, s, out.new_tensor(scale), retain_graph=True)[0] for scale in scales]
+    assert_close(actual, [scale * true for scale in scales], rtol=1e-10, atol=1e-14)
+    actual[1].mul_(2)
+    assert_close(actual[3], 3 * true, rtol=1e-10, atol=1e-14)
     if backend != "reference":
         out = loss(s, t)
         stored = out.grad_fn.saved_tensors[-1]

@@ -1,4 +1,4 @@
-"""The plugin covering leaves out repetitions, and no two values that meet in some case."""
+"""The plugin covering leaves repetitions out, and keeps every two values that meet in some case."""
 
 import os
 import subprocess
@@ -14,12 +14,12 @@ OPS, SIZES, DTYPES = ("cosine", "mse"), range(9), ("float64", "float32", "bfloat
 CASES = [{"op": op, "size": size, "dtype": dtype} for op, size, dtype in product(OPS, SIZES, DTYPES)]
 
 
-def kept(cases):
+def cover(cases):
     return [cases[i] for i in covering.cover({i: covering.meetings(case) for i, case in enumerate(cases)})]
 
 
 def test_every_two_values_meet_in_half_of_the_cases():
-    some = kept(CASES)
+    some = cover(CASES)
     for first, second in combinations(("op", "size", "dtype"), 2):
         assert {(x[first], x[second]) for x in some} == {(x[first], x[second]) for x in CASES}
     assert len(SIZES) * len(DTYPES) <= len(some) <= 40
@@ -28,7 +28,7 @@ def test_every_two_values_meet_in_half_of_the_cases():
 @pytest.mark.parametrize("names", [(), ("size",), ("size", "dtype")], ids=str)
 def test_of_few_parameters_every_case_stands_once_and_in_its_order(names):
     cases = [dict(x) for x in dict.fromkeys(tuple((name, x[name]) for name in names) for x in CASES)]
-    assert kept(cases) == cases
+    assert cover(cases) == cases
 
 
 SUITE = """
@@ -47,6 +47,10 @@ def test_alone(): pass
 def test_what_pytest_runs(options, count, tmp_path):
     (tmp_path / "test_suite.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "covering", *options, "test_suite.py"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(covering.__file__).parent)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(covering.__file__).parent),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert f"\n{count} passed" in done.stdout, done.stdout + done.stderr

@@ -6,6 +6,7 @@ import doctest
 import inspect
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,3 +107,32 @@ def test_its_example_runs(name):
 def test_the_supervision_begins_with_an_example():
     assert list(sections("DinoSupervision"))[:2] == ["", "Example"]
     assert len(sections("DinoSupervision")[""]) <= 2
+
+
+FILES = sorted(
+    path
+    for folder in ("", "ops", "reference", "kernels", "cli", "cli/demo", "integrations")
+    for path in (Path(fused_dino.__file__).parent / folder).glob("*.py")
+)
+PREPOSITIONS = {
+    *("after", "as", "at", "before", "beside", "between", "by", "for", "from", "in", "into", "of", "on", "over", "per"),
+    *("through", "to", "under", "with", "within", "without"),
+}
+
+
+def opens_with_a_preposition(text):
+    return re.match(r"\W*(\w*)", text)[1].lower() in PREPOSITIONS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(Path(fused_dino.__file__).parent)))
+def test_no_docstring_opens_with_a_preposition(path):
+    """It begins with what is done, or with the noun that it describes, in private code too."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    assert [text for text in texts if opens_with_a_preposition(text)] == []
+
+
+def test_a_preposition_is_seen_behind_marks_and_in_any_case():
+    assert all(map(opens_with_a_preposition, ("Of each row.", "by rows", "`In` place", "\n  Without a mask")))
+    assert not any(map(opens_with_a_preposition, ("", "Offset of a row.", "Inverse norms.", "Return a row.")))
+    assert len(FILES) > 60

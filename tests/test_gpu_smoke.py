@@ -113,7 +113,7 @@ class TestSmoke:
         assert {str(case) for case in found} == {
             str(case) for case in smoke.session.plan(real().values(), "cuda", quick=False) if case.bench.op != "step"
         }
-        last = [case.direction == case.bench.directions(case.row)[-1] for case in found]
+        last = [case.direction == case.row.directions[-1] for case in found]
         assert last == sorted(last, reverse=True), "rows in their last direction first"
         assert [case.bench.op for case in found[:4]] == list(dict.fromkeys(case.bench.op for case in found)), "by turns"
         for case in found[:8]:

@@ -54,7 +54,7 @@ def measured(out, *keys, host=1e-4):
             Timing(role, role, rounds=[{"cold": gpu, "graph": gpu, "host": spent}] * 5)
             for role, (gpu, spent) in taken.items()
         ]
-        records.append(Record(op, row, [1], "x", precision, "why", direction, "cuda", 4.1e8, 1e6, timings, True))
+        records.append(Record(op, row, precision, direction, "cuda", 4.1e8, 1e6, timings, True))
     run = Evidence({"kind": "cuda", "name": H200}, {}, None, "now", False, {"copy": 4.3e12}, records, "out of time")
     evidence.save(run, out / "h200.json")
 

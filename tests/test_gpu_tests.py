@@ -67,7 +67,9 @@ class TestSelection:
             assert any(word in test for test in left_out), word
 
     def test_every_file_with_cases_by_implementation_is_named(self):
-        by_implementation = re.compile(r"IMPLEMENTATIONS\)|usefixtures\(.backend.\)|def test\w+\([^)]*\bbackend\b")
+        by_implementation = re.compile(
+            r"IMPLEMENTATIONS\)|usefixtures\(.backend.\)|def test\w+\([^)]*\b(backend|preprocess)\b"
+        )
         texts = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
         found = {name for name, text in texts.items() if "\nfrom proving" in text and by_implementation.search(text)}
         assert found - {*device_tests.ALONE} == {*device_tests.SHARED, *device_tests.RANDOM}

@@ -1,17 +1,14 @@
-"""What images a supervision takes for black and white, and what it says of others."""
+"""Which values a supervision takes for black and white, and what its check says of other images."""
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fused_dino import DinoSupervision, Preprocess
+from conftest import make_supervision as make
+from fused_dino import Preprocess
 
 SIZE = 56
-
-
-def make(teacher, **options):
-    return DinoSupervision(64, teacher=teacher, **{"img_size": SIZE, "hidden_dim": 32, "group": None, **options})
 
 
 def test_the_images_range_stands_beside_the_teacher(teacher, batch):
@@ -27,7 +24,7 @@ def test_the_images_range_stands_beside_the_teacher(teacher, batch):
 
 
 @pytest.mark.parametrize(
-    ("given", "change", "says"),
+    ("input_range", "change", "says"),
     [
         (None, lambda x: x, "from -1 to 1 and input_range is (-1, 1): 0.0% of them lie outside"),
         (None, lambda x: x * 1.001, "0.1% of them lie outside"),
@@ -36,13 +33,13 @@ def test_the_images_range_stands_beside_the_teacher(teacher, batch):
         (None, lambda x: x[:0], "0.0% of them lie outside"),
     ],
 )
-def test_images_in_their_range_are_found_right(teacher, batch, given, change, says):
-    said = make(teacher, input_range=given).check(change(batch[1]))
+def test_images_in_their_range_are_found_right(teacher, batch, input_range, change, says):
+    said = make(teacher, input_range=input_range).check(change(batch[1]))
     assert says in said
 
 
 @pytest.mark.parametrize(
-    ("given", "change", "says"),
+    ("input_range", "change", "says"),
     [
         (None, lambda x: (x + 1) / 2, r"in one half of it; input_range=\(0, 1\) would fit"),
         (None, lambda x: (x + 1) * 127.5, r"% of them lie outside; input_range=\(0, 255\) would fit"),
@@ -53,9 +50,9 @@ def test_images_in_their_range_are_found_right(teacher, batch, given, change, sa
         (None, lambda x: x.masked_fill(x > 0.9, float("inf")), "values must be finite"),
     ],
 )
-def test_images_in_another_range_are_seen(teacher, batch, given, change, says):
+def test_images_in_another_range_are_seen(teacher, batch, input_range, change, says):
     with pytest.raises(ValueError, match=says) as raised:
-        make(teacher, input_range=given).check(change(batch[1]))
+        make(teacher, input_range=input_range).check(change(batch[1]))
     assert str(raised.value).startswith("x_img has values from ")
 
 

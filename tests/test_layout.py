@@ -1,4 +1,4 @@
-"""The house: who may import whom, what importing costs, and what is packaged."""
+"""The layout: who may import whom, what an import costs, and what is packaged."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fused_dino"
 
-# room -> the rooms that it may import. validation holds checks of arguments, and imports nothing of ours.
+# A module or folder of the package, and those that it may import.
 ARROWS = {
     "validation": set(),
     "kernels": set(),
@@ -54,17 +54,18 @@ ARROWS = {
     "__main__": {"cli"},
     "": {"functional", "backend", "losses", "preprocess", "projector", "supervision", "teacher"},
 }
-# What a room may import of others' packages; rooms that are not listed import what they need.
+# Other packages that a module may import; modules that are not listed import what they need.
 OUTSIDE = {"kernels": {"triton"}, "reference": {"torch", "einops"}}
 
 
-def room(path: Path) -> str:
+def part(path: Path) -> str:
+    """Return the module or folder of the package that a file belongs to."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "" if parts == ("__init__",) else parts[0]
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute dotted names of the modules that a file imports, wherever in it."""
+    """Return the absolute dotted names of the modules that a file imports, wherever in it."""
     package = ["fused_dino", *path.relative_to(PACKAGE).parent.parts]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -88,13 +89,13 @@ FILES = sorted(p for folder in FOLDERS for p in folder.rglob("*.py") if "__pycac
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    here = room(path)
-    assert here in ARROWS, f"{path.name} is in no room of the house"
+    here = part(path)
+    assert here in ARROWS, f"ARROWS does not list {here}"
     for name in imports(path):
         top, _, rest = name.partition(".")
         if top == "fused_dino":
             there = rest.split(".")[0]
-            assert there == here or there in ARROWS[here], f"{here or 'the front door'} must not import {name}"
+            assert there == here or there in ARROWS[here], f"{here or '__init__'} must not import {name}"
         elif here in OUTSIDE and top not in sys.stdlib_module_names:
             assert top in OUTSIDE[here], f"{here} must not import {name}"
 
@@ -106,7 +107,16 @@ def test_the_test_of_imports_sees_a_wrong_arrow(tmp_path, monkeypatch):
     wrong = tmp_path / "fused_dino/reference/cosine.py"
     wrong.write_text("def f():\n    from .. import ops\n    from ..ops.cosine import g\n    import timm\n")
     assert imports(wrong) == {"fused_dino.ops", "fused_dino.ops.cosine", "timm"}
-    assert room(wrong) == "reference"
+    assert part(wrong) == "reference"
+
+
+def test_no_test_knows_an_op_by_its_name():
+    """A fact of an op is a field of its row in tests/table/."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = [ast.unparse(side) for side in (node.left, *node.comparators)]
+                assert "op.name" not in compared, f"{path.name}, line {node.lineno}"
 
 
 def test_the_kernels_folder_is_a_link_without_init():
@@ -128,12 +138,12 @@ def test_an_op_joins_the_benchmarks_with_one_short_file(path):
     assert "pytest" not in path.read_text()
 
 
-def test_the_front_door_is_short():
+def test_the_package_exports_from_a_short_file():
     assert len((PACKAGE / "__init__.py").read_text().splitlines()) < 30
 
 
 def python(code: str, cwd: Path = ROOT, **environment: str) -> str:
-    """stdout of a fresh interpreter that writes nothing to stderr."""
+    """Return the stdout of a fresh interpreter, which must write nothing to stderr."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env={"PATH": "", **environment}
     )
@@ -162,14 +172,14 @@ print(time.perf_counter() - start)
 
 
 def test_a_package_named_kernels_is_not_shadowed(tmp_path):
-    """Hugging Face's package of that name must win over our folder, also for someone who works in the root."""
+    """Hugging Face's package of that name must win over our folder, also for a user who works in the root."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("theirs = True")
     assert python("import kernels; print(kernels.theirs)", PYTHONPATH=str(tmp_path)) == "True"
 
 
 def build(tmp_path: Path) -> tuple[Path, Path]:
-    """An sdist of the tree, and the wheel that is built from the sdist."""
+    """Build an sdist of the tree, and a wheel from the sdist."""
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         capture_output=True,

@@ -21,12 +21,12 @@ def test_a_sum_is_cut_toward_zero():
 
 
 def test_terms_keep_two_bits_below_the_last():
-    for quarters, kept in ((4, 1), (3, 0), (5, 1)):
+    for quarters, ulps in ((4, 1), (3, 0), (5, 1)):
         a, b = f32([ULP / 4] * quarters), f32([1.0]).repeat(quarters)[:, None]
-        assert matrix_unit.multiply(a, b, f32([1.0]), 16) == 1 + kept * ULP
+        assert matrix_unit.multiply(a, b, f32([1.0]), 16) == 1 + ulps * ULP
     eighths = f32([ULP / 8] * 8), f32([1.0]).repeat(8)[:, None]
     assert matrix_unit.multiply(*eighths, f32([1.0]), 16) == 1, "each is cut before they meet"
-    assert matrix_unit.multiply(*eighths, f32([0.0]), 16) == ULP, "beside nothing larger none is cut"
+    assert matrix_unit.multiply(*eighths, f32([0.0]), 16) == ULP, "none is cut where nothing is larger"
 
 
 def test_one_addition_takes_so_many_products():

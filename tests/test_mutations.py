@@ -264,8 +264,8 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
     "vicreg: the largest column's covariances left out of the gradient": (
-        "grad += apart[:, None] * ",
-        "grad += 0 * apart[:, None] * ",
+        "grad += largest_column[:, None] * ",
+        "grad += 0 * largest_column[:, None] * ",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
     "vicreg: another column than the largest": (
@@ -307,7 +307,7 @@ MUTATIONS = {
 
 
 def run_tests(tree: Path, test: str) -> None:
-    """In a process of its own: the tests of a tree on its package and its kernels."""
+    """Run the tests of a tree on its package and its kernels, in a process of its own."""
     os.chdir(tree)
     sys.path[:0] = [str(tree), str(tree / "tests")]
     with open("output", "w") as output:

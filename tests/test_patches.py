@@ -1,4 +1,4 @@
-"""What each region is aligned with: four targets, each against its formula in float64."""
+"""The four targets of regions, each against its formula in float64."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.testing import assert_close
 
-from conftest import TinyTeacher
+from conftest import TinyTeacher, check_slope, grads, make_supervision
 from fused_dino import CosineLoss, DinoSupervision, Preprocess
 from fused_dino.patches import PATCH_TARGETS, attend, most_similar, nearest
 from proving import DEVICE, IMPLEMENTATIONS
@@ -17,13 +17,13 @@ LATENT = (4, 4, 4)
 
 
 def make(teacher, target="region", **options):
-    common = {"in_dim": 64, "hidden_dim": 32, "img_size": 56, "group": None, "use_patch": True, "latent_shape": LATENT}
     torch.manual_seed(2)
-    return DinoSupervision(teacher=teacher, patch_target=target, **{**common, **options})
+    regions = {"use_patch": True, "latent_shape": LATENT, "patch_target": target}
+    return make_supervision(teacher, **(regions | options))
 
 
 def oracle(module, z, tokens):
-    """The patch loss by its formulas, in plain torch."""
+    """Return the patch loss by its formulas, in plain torch."""
     (rows, columns), (h, _), (c, y, x) = module.patch_grid, module.teacher_grid, module.latent_shape
     pooled = F.adaptive_avg_pool2d(z.view(-1, c, y, x), (rows, columns)).flatten(2).mT
     student = module.local_projector(pooled)
@@ -61,9 +61,10 @@ def test_is_its_formula_in_value_and_gradient(teacher, batch, target, shape, bac
     expected = oracle(module, z, features["patch"])
     assert_close(loss, expected, rtol=1e-11, atol=1e-12)
     assert_close(logs["dino_patch"], expected.detach(), rtol=1e-11, atol=1e-12)
-    wanted = [z, *module.local_projector.parameters(), *([module.patch_queries] if target == "attention" else [])]
-    for ours, theirs in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
-        assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    leaves = [z, *module.local_projector.parameters()]
+    if target == "attention":
+        leaves.append(module.patch_queries)
+    assert_close(*(torch.autograd.grad(x, leaves) for x in (loss, expected)), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("target", PATCH_TARGETS)
@@ -125,18 +126,13 @@ def test_the_image_gets_a_gradient_through_every_target(teacher, batch, target):
     z, x = (v.double() for v in batch)
     x.requires_grad_()
     options = {"w_global": 0.0, "w_patch": 1.0}
-    stopped = make(teacher, target, **options).double()
-    kept = make(teacher, target, stopgrad_image=False, **options).double()
     with pytest.raises(RuntimeError, match="not have been used"):
-        torch.autograd.grad(stopped(z, x)[0], x)
-    (grad,) = torch.autograd.grad(kept(z, x)[0], x)
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.no_grad():
-        slope = (kept(z, x + 1e-6 * direction)[0] - kept(z, x - 1e-6 * direction)[0]) / 2e-6
-    assert_close((grad * direction).sum(), slope, rtol=1e-5, atol=1e-10)
+        torch.autograd.grad(make(teacher, target, **options).double()(z, x)[0], x)
+    module = make(teacher, target, stopgrad_image=False, **options).double()
+    check_slope(lambda x: module(z, x)[0], x)
 
 
-def test_given_features_are_detached_and_queries_are_not(teacher, batch):
+def test_features_of_the_call_are_detached_and_queries_are_not(teacher, batch):
     module = make(teacher, "attention")
     features = {name: value.requires_grad_() for name, value in module.encode(batch[1]).items()}
     module(batch[0], features=features)[0].backward()
@@ -167,9 +163,8 @@ def test_queries_start_near_the_mean_and_learn(teacher, batch):
 @pytest.mark.parametrize("target", PATCH_TARGETS)
 def test_state_has_only_parameters_and_the_step(teacher, target):
     names = {name.partition(".")[0] for name in make(teacher, target).state_dict()}
-    assert names == {"projector", "local_projector", "schedule"} | (
-        {"patch_queries"} if target == "attention" else set()
-    )
+    queries = {"patch_queries"} if target == "attention" else set()
+    assert names == {"projector", "local_projector", "schedule"} | queries
 
 
 @pytest.mark.parametrize("target", ["nearest", "attention"])
@@ -180,8 +175,7 @@ def test_compiles_as_one_graph(fresh_compiler, teacher, batch, target):
     assert_close(a, b)
     a["loss_dino"].backward()
     b["loss_dino"].backward()
-    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
-        assert_close(p.grad, q.grad)
+    assert_close(grads(module), grads(twin))
 
 
 @pytest.mark.parametrize("target", PATCH_TARGETS)

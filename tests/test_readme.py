@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ say is so: their Python runs, and what they name is there."""
+"""The Python of the README and of docs/ runs, and the links, files and targets that they name exist."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ def test_every_python_block_runs(code):
 
 
 def anchors(text):
-    """Of its headings, as GitHub makes them."""
+    """Return the anchors that GitHub makes of a page's headings."""
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 

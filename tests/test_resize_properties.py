@@ -1,4 +1,4 @@
-"""preprocess by what is true of every resize, and what its result is made of: bytes, floats and layouts."""
+"""preprocess: the properties of every resize, and images of bytes, of floats and of every layout."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from proving import DEVICE, DTYPES, IMPLEMENTATIONS, INTERPRETED, check_error
+from proving import DEVICE, DTYPES, INTERPRETED, check_error
 from table import PREPROCESS
 from table.resize import MODES, pixels
 
@@ -16,7 +16,7 @@ MEAN, STD = (
     torch.tensor(v, dtype=torch.float64, device=DEVICE).view(3, 1, 1) for v in (FD.IMAGENET_MEAN, FD.IMAGENET_STD)
 )
 SHRUNK, ENLARGED = ((11, 9), (5, 7)), ((4, 5), (9, 8))
-# In the interpreter, which is slow, each of the dtypes with one of the sizes.
+# The interpreter is slow, and takes each of the dtypes with one of the sizes.
 PAIRS = [(SHRUNK, torch.float64), (ENLARGED, torch.float32)]
 PAIRS += [] if INTERPRETED else [(SHRUNK, torch.float32), (ENLARGED, torch.float64)]
 each_mode = pytest.mark.parametrize(("interpolation", "antialias"), MODES)
@@ -29,7 +29,7 @@ def some_bytes(*shape):
 
 
 def tolerance(dtype, steepest):
-    """Of a normalised pixel whose image is within -1..1 and has no neighbours that differ by more than `steepest`.
+    """Bound the error of a normalised pixel whose image is within -1..1 and whose neighbours differ by `steepest`.
 
     A source coordinate below 64 is rounded twice, by up to 32 eps each time, and moves a pixel along its slope, which a
     bicubic curve exceeds by half. Sixteen weighted terms and the normalisation round the rest.
@@ -37,17 +37,12 @@ def tolerance(dtype, steepest):
     return torch.finfo(dtype).eps * (2 * 32 * 1.5 * steepest / 2 + 16 + 4) / min(FD.IMAGENET_STD)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def preprocess(request):
-    return partial(FD.preprocess, backend=request.param)
-
-
 @each_mode
 @each_pair
 def test_a_constant_stays_constant(preprocess, sizes, dtype, interpolation, antialias):
-    given, size = sizes
+    sides, size = sizes
     constant = torch.tensor([-1.0, 0.25, 1.0], dtype=dtype, device=DEVICE).view(1, 3, 1, 1)
-    out = preprocess(constant.expand(1, 3, *given), size, interpolation=interpolation, antialias=antialias)
+    out = preprocess(constant.expand(1, 3, *sides), size, interpolation=interpolation, antialias=antialias)
     expected = (((constant.double() + 1) / 2 - MEAN) / STD).expand(1, 3, *size)
     assert_close(out.double(), expected, rtol=0, atol=tolerance(dtype, 0))
 
@@ -55,8 +50,8 @@ def test_a_constant_stays_constant(preprocess, sizes, dtype, interpolation, anti
 @each_mode
 @each_pair
 def test_flips_commute_and_images_and_channels_are_independent(preprocess, sizes, dtype, interpolation, antialias):
-    given, size = sizes
-    x = pixels(2, 3, *given, dtype=dtype)
+    sides, size = sizes
+    x = pixels(2, 3, *sides, dtype=dtype)
     run = partial(preprocess, size=size, interpolation=interpolation, antialias=antialias)
     out = run(x)
     for axis in (2, 3):
@@ -74,8 +69,10 @@ def test_flips_commute_and_images_and_channels_are_independent(preprocess, sizes
     [("bilinear", False, 12), ("bilinear", False, 45), ("bilinear", True, 45), ("bicubic", True, 45)],
 )
 def test_linear_ramps_stay_linear(preprocess, interpolation, antialias, length, axis, dtype):
-    """Inside, where no border is read. Other filters miss a line by some thousandths: eager's cubic without antialias
-    has a parameter of -0.75, not -0.5, and a widened filter's weights lie off its centre.
+    """Only pixels that read no border count.
+
+    Other filters miss a line by some thousandths: eager's cubic without antialias has a parameter of -0.75, not -0.5,
+    and a widened filter's weights lie off its centre.
     """
     ramp = torch.linspace(0, 1, 20, dtype=torch.float64, device=DEVICE).to(dtype).expand(1, 3, 2, 20)
     size = (3, length)
@@ -101,8 +98,8 @@ def test_one_column_is_one_row_turned(preprocess, interpolation):
 
 
 @pytest.mark.parametrize("clamp", [False, True])
-def test_images_are_kept_for_a_clamp_alone(preprocess, clamp):
-    """So that whoever changes them in place is told only where the gradient would have been wrong."""
+def test_images_are_saved_for_a_clamp_alone(preprocess, clamp):
+    """A change of the images in place is refused only where the gradient would have been wrong."""
     leaf = pixels(1, 3, 8, 8, dtype=torch.float64).requires_grad_()
     images = leaf * 2
     out = preprocess(images, 4, clamp=clamp)
@@ -121,21 +118,10 @@ def test_a_vmap_over_nothing(preprocess):
     assert (out.shape[0], out.shape[2:]) == (0, (3, 4, 4))
 
 
-def test_layouts_give_the_same_numbers(preprocess):
-    x = pixels(4, 3, 20, 30, dtype=torch.float32)
-    expected = preprocess(x, 14)
-    wide = torch.zeros(4, 3, 20, 61, device=DEVICE)
-    wide[..., 1::2] = x
-    for other in (x.to(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
-        assert_close(preprocess(other, 14), expected, rtol=1e-5, atol=1e-6)
-    assert_close(preprocess(wide[..., 1::2], 14), expected, rtol=1e-5, atol=1e-6)
-    assert_close(preprocess(x[:1].expand(5, -1, -1, -1), 14), expected[:1].expand(5, -1, -1, -1), rtol=0, atol=0)
-
-
 def check_value(preprocess, x, size, **options):
-    """The value by the rule of `proving.check_accuracy`, in units of float32's or float64's arithmetic.
+    """Hold the value to the rule of `proving.check_accuracy`, in units of float32's or float64's arithmetic.
 
-    The oracle is told what black and white are, for it sees bytes as floats; what is tested has to know.
+    The oracle is told what black and white are, for it sees bytes as floats; the op under test has to know.
     """
     ours = preprocess(x, size, **options)
     options["input_range"] = (-1, 1) if x.is_floating_point() else (0, 255)
@@ -149,10 +135,10 @@ def check_value(preprocess, x, size, **options):
 
 @each_mode
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("given", "size"), [((10, 15), (4, 6)), ((3, 4), (7, 8))])
-def test_bytes_are_as_accurate_as_in_eager(preprocess, given, size, out_dtype, interpolation, antialias):
+@pytest.mark.parametrize(("sides", "size"), [((10, 15), (4, 6)), ((3, 4), (7, 8))])
+def test_bytes_are_as_accurate_as_in_eager(preprocess, sides, size, out_dtype, interpolation, antialias):
     options = {"interpolation": interpolation, "antialias": antialias, "out_dtype": out_dtype}
-    check_value(preprocess, some_bytes(1, 3, *given), size, **options)
+    check_value(preprocess, some_bytes(1, 3, *sides), size, **options)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""What a supervision reads of its teacher, and what it holds it to: any module will do that says its width."""
+"""A supervision takes any module that says its width as a teacher, reads its attributes and checks its results."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,8 @@ import torch
 from torch import nn
 
 from conftest import TinyTeacher
-from fused_dino import DinoSupervision, Preprocess
-
-
-def make(teacher, **options):
-    return DinoSupervision(64, teacher=teacher, **{"img_size": 56, "hidden_dim": 32, "group": None, **options})
+from conftest import make_supervision as make
+from fused_dino import Preprocess
 
 
 @pytest.mark.parametrize("size", [56, (56, 56), [56, 56], None])

@@ -1,4 +1,4 @@
-"""What DINOv2Backbone accepts and refuses: names, sizes, arguments that contradict each other, and files of weights."""
+"""DINOv2Backbone's names, sizes and files of weights, and the arguments that it refuses."""
 
 import re
 from pathlib import Path

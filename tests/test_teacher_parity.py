@@ -25,8 +25,9 @@ def randomised(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        one = bool(re.search(r"norm\w*\.weight|gamma|lambda", name))
-        parameter.copy_(one + noise * (0.5 if "pos" in name else 0.05))
+        centre = 1 if re.search(r"norm\w*\.weight|gamma|lambda", name) else 0
+        deviation = 0.5 if "pos" in name else 0.05
+        parameter.copy_(centre + deviation * noise)
     return model.eval()
 
 
@@ -48,7 +49,7 @@ def official_vit(**shape) -> nn.Module:
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """A function that gives every model of timm's that many blocks."""
+    """Return a function that limits every model of timm's to so many blocks."""
     timm = pytest.importorskip("timm")
     create = timm.create_model
     return lambda depth=2: monkeypatch.setattr(timm, "create_model", functools.partial(create, depth=depth))
@@ -78,8 +79,8 @@ def test_official_without_registers(official, checkpoint, shallow, size):
     assert_same(ours, theirs["x_norm_clstoken"], theirs["x_norm_patchtokens"])
     # timm's model and the official code, each given patches.
     patches = torch.nn.functional.unfold(x, 14, stride=14).transpose(1, 2)
-    for given in (backbone, DINOv2Backbone(img_size=size, model=official)):
-        assert_same(given(patches), theirs["x_norm_clstoken"], theirs["x_norm_patchtokens"])
+    for model in (backbone, DINOv2Backbone(img_size=size, model=official)):
+        assert_same(model(patches), theirs["x_norm_clstoken"], theirs["x_norm_patchtokens"])
 
 
 @torch.no_grad()

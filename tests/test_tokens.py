@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from conftest import TinyTeacher
-from fused_dino import DinoSupervision, Preprocess
+from conftest import TinyTeacher, check_slope, grads, make_supervision
+from fused_dino import Preprocess
 from fused_dino.tokens import find_grid, standardize
 from proving import DEVICE, IMPLEMENTATIONS
 
@@ -24,8 +24,7 @@ C = 10
 
 def make(teacher, **options):
     torch.manual_seed(2)
-    common = {"in_dim": 64, "hidden_dim": 32, "img_size": 56, "group": None, "token_dim": C}
-    return DinoSupervision(teacher=teacher, **{**common, **options})
+    return make_supervision(teacher, **{"token_dim": C, **options})
 
 
 def hidden(count=16, batch=6, dtype=torch.float32):
@@ -74,11 +73,8 @@ def test_is_the_formula_in_value_and_gradient(teacher, batch, size, argument, gr
     expected = repa(onto(student, grid, meeting), onto(target, module.teacher_grid, meeting))
     assert_close(loss, 0.5 * expected, rtol=1e-11, atol=1e-12)
     assert_close(logs, {"dino_token": expected.detach()}, rtol=1e-11, atol=1e-12)
-    wanted = [h, *module.parameters()]
-    for ours, theirs in zip(
-        torch.autograd.grad(loss, wanted), torch.autograd.grad(0.5 * expected, wanted), strict=True
-    ):
-        assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+    leaves = [h, *module.parameters()]
+    assert_close(*(torch.autograd.grad(x, leaves) for x in (loss, 0.5 * expected)), rtol=1e-8, atol=1e-12)
 
 
 def test_standardised_targets_have_mean_zero_and_deviation_one(teacher, batch):
@@ -164,7 +160,7 @@ def test_a_teacher_without_patches_lends_its_global_token(batch):
 
 
 def test_a_teacher_without_patches_compiles_as_one_graph(fresh_compiler, batch):
-    """From the first call on, which would warn."""
+    """It compiles from the first call on, which would warn."""
     module = make(TinyTeacher(patches=False))
     compiled = torch.compile(lambda z, x, tokens: module(z, x, tokens=tokens), fullgraph=True, backend="aot_eager")
     loss, logs = compiled(*batch, hidden())
@@ -195,11 +191,7 @@ def test_the_image_gets_a_gradient_only_when_asked(teacher, batch):
     with pytest.raises(RuntimeError, match="not have been used"):
         torch.autograd.grad(make(teacher, **options).double()(x_img=x, tokens=h)[0], x)
     module = make(teacher, stopgrad_image=False, **options).double()
-    (grad,) = torch.autograd.grad(module(x_img=x, tokens=h)[0], x)
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.no_grad():
-        ahead, behind = (module(x_img=x + s * direction, tokens=h)[0] for s in (1e-6, -1e-6))
-    assert_close((grad * direction).sum(), (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-10)
+    check_slope(lambda x: module(x_img=x, tokens=h)[0], x)
 
 
 @pytest.mark.parametrize("projector", ["mlp", "conv"])
@@ -225,8 +217,7 @@ def test_compiles_as_one_graph(fresh_compiler, teacher, batch, options):
     assert_close(a, b)
     a["loss_dino"].backward()
     b["loss_dino"].backward()
-    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
-        assert_close(p.grad, q.grad)
+    assert_close(grads(module), grads(twin))
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
@@ -260,7 +251,7 @@ def test_wrapped_by_a_trainer_every_parameter_has_a_gradient_in_every_step(teach
         dist.destroy_process_group()
 
 
-def test_a_grid_is_the_given_one_the_teachers_or_a_square():
+def test_a_grid_is_the_argument_the_teachers_or_a_square():
     assert find_grid(12, (2, 6), (3, 4)) == (2, 6)
     assert find_grid(16, None, (2, 8)) == (2, 8)
     assert find_grid(16, None, (3, 8)) == (4, 4)

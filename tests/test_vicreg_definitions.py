@@ -51,7 +51,7 @@ def two_sided(y, g, halve):
 
 
 @pytest.mark.parametrize("shape", [(16, 6), (6, 16)])
-@pytest.mark.parametrize("name", ["recipe", "vicreg", "lightly", "solo"])
+@pytest.mark.parametrize("name", ["seed", "vicreg", "lightly", "solo"])
 def test_presets(name, shape):
     """The published gradient of the student, and the published loss less the frozen teacher's own two terms."""
     y, g = (0.5 * x for x in pair(*shape))
@@ -59,11 +59,11 @@ def test_presets(name, shape):
     if name == "lightly":
         published = pytest.importorskip("lightly.loss.vicreg_loss").VICRegLoss()(y, g)
     else:
-        published = recipe.vicreg(y, g)[0] if name == "recipe" else two_sided(y, g, halve=name == "vicreg")
+        published = recipe.vicreg(y, g)[0] if name == "seed" else two_sided(y, g, halve=name == "vicreg")
     loss = VICRegLoss.preset(name)(y, g).loss
     ours, theirs = (torch.autograd.grad(x, y)[0] for x in (loss, published))
     assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
-    if name != "recipe":
+    if name != "seed":
         own = VICRegLoss.preset(name, inv_weight=0)(g, g).loss
         assert_close(loss + own, published, rtol=1e-12, atol=0)
 
@@ -71,5 +71,5 @@ def test_presets(name, shape):
 def test_presets_are_overridden_and_their_names_checked():
     assert VICRegLoss.preset("solo", gamma=2.0).options["gamma"] == 2.0
     assert VICRegLoss.preset("solo", group=None).group is None
-    with pytest.raises(ValueError, match="^name is 'vic'; use one of recipe, vicreg, lightly, solo"):
+    with pytest.raises(ValueError, match="^name is 'vic'; use one of seed, vicreg, lightly, solo"):
         VICRegLoss.preset("vic")

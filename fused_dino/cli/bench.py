@@ -1,4 +1,4 @@
-"""`fused-dino bench`: each op beside eager PyTorch, torch.compile and its peers, on this machine."""
+"""`fused-dino bench`: time each op against eager PyTorch, torch.compile and its peers on this machine."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`fused-dino doctor`: what is installed here, and which implementation each op would run."""
+"""`fused-dino doctor`: print the installed versions, and the implementation that each op would run."""
 
 import os
 import platform

@@ -1,5 +1,5 @@
-"""The one kind of failure that is the user's to mend."""
+"""The error of a command that the user can correct."""
 
 
 class CommandError(Exception):
-    """Printed as one line on stderr; the command then exits with status 2."""
+    """An error that is printed as one line on stderr. The command exits with status 2."""

@@ -1,4 +1,4 @@
-"""`fused-dino`: its arguments, and which command they call. What a command needs is imported when it runs."""
+"""The arguments of `fused-dino`. A command's own imports come when it runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from .errors import CommandError
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without argparse's usage before it."""
+        """Print one line, without argparse's usage before it."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 2 for what the user can mend, said in one line; 130 after Ctrl-C; 1 where nobody reads on."""
+    """Run a command and return the exit status.
+
+    It is 0; 2 for an error that the user can correct, printed as one line; 130 after Ctrl-C; 1 if the reader of a pipe
+    is gone.
+    """
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     command = options.pop("command")
@@ -50,8 +54,8 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fused-dino {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor}")
     add_demo(commands)
-    text = "Time each op beside eager PyTorch, torch.compile and its peers, on this machine."
-    bench = commands.add_parser("bench", help="time each op beside what it replaces", description=text)
+    text = "Time each op against eager PyTorch, torch.compile and its peers on this machine."
+    bench = commands.add_parser("bench", help="time each op against the code that it replaces", description=text)
     add_arguments(bench)
     bench.set_defaults(command=run_bench)
     doctor = commands.add_parser("doctor", help="print versions, devices and the implementation each op would run")

@@ -16,7 +16,7 @@ PROGRAMS = 1024  # that fill a GPU with loads in flight
 
 
 class Runs(NamedTuple):
-    """Into which the rows are split, each for programs of its own."""
+    """Splits rows into runs, each for programs of its own."""
 
     number: int
     length: int  # of each but the last

@@ -19,15 +19,18 @@ def passes(x: Tensor) -> Iterator[slice]:
 
 
 def start(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Near the mean of each column, [D]."""
+    """Returns numbers near the mean of each column, [D]."""
     near = x[:1].sum(0, dtype=dtype)
     near += (x[:FIRST] - near).mean(0)
     return near
 
 
 def mean(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each column, [2, D]: near it, and what is missing, for off() to take one after the other. A large mean in one
-    number would round the small deviations, and so would a first row far from it. A constant column's is exact."""
+    """Returns column means as [2, D]: a rough mean and its correction, subtracted in turn by off().
+
+    A large mean in one number would round small deviations, and so would a first row far from it. The mean of a
+    constant column is exact.
+    """
     near = start(x, dtype)
     total = torch.zeros_like(near)
     for rows in passes(x):
@@ -50,7 +53,7 @@ def centre_block(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def centre(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x - mean(x) per column, its sums of squares)."""
+    """Returns x minus its column means, and the columns' sums of squares."""
     means = mean(x, dtype)
     centred, squares = x.new_empty(x.shape, dtype=dtype), torch.zeros_like(means[0])
     for rows in passes(x):

@@ -60,7 +60,7 @@ class Op:
 
 
 def launched(name: str, empty: Callable[..., Any], launch: Callable[..., None]) -> Op:
-    """The op whose results are made by `empty` and filled by `launch(results, ...)`."""
+    """Make the op whose results `empty` allocates and `launch(results, ...)` fills."""
 
     def run(*args: Any) -> Any:
         out = empty(*args)
@@ -71,17 +71,17 @@ def launched(name: str, empty: Callable[..., Any], launch: Callable[..., None]) 
 
 
 def fields_of(kind: Any) -> dict[str, Any]:
-    """The fields of a NamedTuple and their types; none of another type."""
+    """Return the fields of a NamedTuple and their types, or an empty dict for another type."""
     return get_type_hints(kind) if hasattr(kind, "_fields") else {}
 
 
 def shape_of(parameters: dict[str, Any]) -> Shape:
-    """Of each parameter: None, or a NamedTuple's class and the same of its fields."""
+    """Return for each parameter None, or a NamedTuple's class and the shape of its fields."""
     return tuple((kind, shape_of(fields)) if (fields := fields_of(kind)) else None for kind in parameters.values())
 
 
 def schema_of(parameters: dict[str, Any]) -> Iterator[str]:
-    """What the schema says of each argument that the dispatcher sees."""
+    """Yield the schema's text of each argument that the dispatcher sees."""
     for name, kind in parameters.items():
         if fields := fields_of(kind):
             yield from schema_of(fields)
@@ -92,6 +92,7 @@ def schema_of(parameters: dict[str, Any]) -> Iterator[str]:
 
 
 def schema_of_results(kind: Any) -> str:
+    """Return the schema's text of the results."""
     several = tuple(fields_of(kind).values()) or get_args(kind)
     if several:
         return f"({', '.join('Tensor' for _ in several)})"
@@ -99,7 +100,7 @@ def schema_of_results(kind: Any) -> str:
 
 
 def flat(shape: Shape, args: tuple) -> list[Any]:
-    """The arguments as the dispatcher takes them."""
+    """Return the arguments as the dispatcher takes them."""
     out: list[Any] = []
     for part, value in zip(shape, args, strict=True):
         if part is None:
@@ -110,12 +111,12 @@ def flat(shape: Shape, args: tuple) -> list[Any]:
 
 
 def backwards(given: tuple) -> list[Any]:
-    """The last argument first, and tuples again where the dispatcher has lists."""
+    """Return the arguments in reverse, with lists of the dispatcher as tuples."""
     return [tuple(x) if type(x) is list else x for x in reversed(given)]
 
 
 def whole(shape: Shape, given: list[Any]) -> list[Any]:
-    """The arguments as the op's functions take them; takes them off `given`, whose last comes first."""
+    """Return the arguments as the op's functions take them, popped from `given`, which is reversed."""
     out: list[Any] = []
     for part in shape:
         out.append(given.pop() if part is None else part[0](*whole(part[1], given)))
@@ -127,7 +128,7 @@ def refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
 
 
 def rows_of(*tensors: Tensor) -> list[Tensor]:
-    """Tensors [N, D] whose last dimension is contiguous, which is all that the kernels ask."""
+    """Return tensors [N, D] with a contiguous last dimension, the only layout that the kernels need."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
@@ -137,7 +138,7 @@ def cdiv(a: int, b: int) -> int:
 
 @cache
 def acc_of(dtype: torch.dtype) -> Any:
-    """What a kernel computes in, for results of `dtype`."""
+    """Return the dtype in which a kernel computes results of `dtype`."""
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -113,7 +113,7 @@ def gradient_of(formula: Callable[..., Any], inputs: tuple[Tensor, ...], grads: 
 
 
 def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under vmap, [B, N, D] as [B * N, D]: an op on rows needs no rule but this."""
+    """Return tensors [B, N, D] under vmap as [B * N, D]: an op on rows needs no other rule."""
 
     def flat(x: Tensor | None, dim: int | None) -> Tensor | None:
         if x is None:

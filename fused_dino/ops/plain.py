@@ -114,7 +114,7 @@ def key_of(kernel: Any, active: Any, device: int, args: tuple, constants: dict[s
 
 
 def may_keep(args: tuple) -> bool:
-    """Not while a CUDA graph is captured, nor in inference mode, nor by a value that the key does not have."""
+    """Whether a launch may be kept: not during graph capture, in inference mode, or for a type that the key lacks."""
     if torch.version.hip or not {*map(type, args)} <= KEYED:  # AMD's code depends on the size of tensors as well
         return False
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

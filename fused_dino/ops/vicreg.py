@@ -13,7 +13,7 @@ and with g_i, g_v, g_c the gradients of the three terms, the gradient of the stu
     (4 g_c / (D n)) Z - g_v [sigma_j < gamma] xc / (d m sigma_j) + (2 g_i / (N d)) (y - g)
 
 The gradient of the centring vanishes, since the columns of xc sum to 0. By rows the columns' own squares are taken off
-the product's, which would cancel where a single column dominates. So the one that deviates most is set apart: what the
+the product's, which would cancel where a single column dominates. So the one that deviates most is left out: what the
 second largest takes off is then little beside the covariance of the two, unless they have nothing in common.
 """
 

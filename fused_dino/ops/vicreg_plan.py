@@ -1,4 +1,4 @@
-"""What of VICReg is computed, and by which product: decided from shapes and options, never from values."""
+"""Decides which terms of VICReg are computed and by which product: from shapes and options, never from values."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def make_plan(
 
 
 def flags(weights: dict[str, Any]) -> dict[str, Any]:
-    """What a plan says of weights whose numbers are elsewhere. A compiler makes no float of a comparison."""
+    """Replaces weights whose numbers are elsewhere by 1 or 0. A compiler makes no float of a comparison."""
     return {name: 1.0 if is_computed(weight) else 0.0 for name, weight in weights.items()}
 
 

@@ -1,4 +1,4 @@
-"""VICReg over the rows of all ranks, each of which computes its share: the formulas stand in ops/vicreg.py.
+"""Computes VICReg over the rows of all ranks, each rank a part; ops/vicreg.py has the formulas.
 
 Two routes. With W ranks, N rows in all and N_r here:
 
@@ -12,8 +12,8 @@ known, and counts stay on the device, so that the host never waits and a CUDA gr
 no product is needed, nor a choice: 3 d numbers are summed for the variance, and none for the invariance alone.
 
 All this is one dispatcher op, since the shapes between its collectives depend on the other ranks. It computes the
-product's share in the gradient as well, [N_r, d]: the backward communicates nothing. Every rank must bring the same
-gradient of the loss, as data-parallel training does; a rank's gradient is then W times its share of the full batch's,
+product's part of the gradient as well, [N_r, d]: the backward communicates nothing. Every rank must bring the same
+gradient of the loss, as data-parallel training does; a rank's gradient is then W times its part of the full batch's,
 and the mean that DDP or FSDP takes is the full batch's gradient (see SumOverRanks).
 """
 
@@ -31,14 +31,14 @@ from .columns_torch import centre
 from .dispatch import Op
 from .function import make_function
 from .vicreg_plan import Plan, flags, make_plan
-from .vicreg_torch import largest_of, own_share, product_energy, symmetric_product
+from .vicreg_torch import largest_of, own_squares, product_energy, symmetric_product
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 def rows_travel_lighter(counts: list[int], width: int, itemsize: int, sum_itemsize: int) -> bool:
-    """By the bytes that a rank receives: the padded rows of the others, or a ring's two passes of the sums."""
+    """Compares the bytes that a rank receives: the padded rows of the others, or a ring's two passes of the sums."""
     others = len(counts) - 1
     return others * max(counts) * width * itemsize < 2 * others * width * width * sum_itemsize / len(counts)
 
@@ -68,12 +68,12 @@ def vicreg_ranks_empty(student: Tensor, target: Tensor, options: RanksOptions) -
     return Forward(invariance, variance, covariance, count, centred, squares, spread)
 
 
-def vicreg_ranks_torch(student: Tensor, teacher: Tensor, options: RanksOptions) -> Forward:
+def vicreg_ranks_torch(student: Tensor, target: Tensor, options: RanksOptions) -> Forward:
     plan, route, ranks = options.plan, options.route, group_of(options.group)
-    dtype, width = acc_dtype(student, teacher), student.shape[1]
+    dtype, width = acc_dtype(student, target), student.shape[1]
     error = student.new_zeros((), dtype=dtype)
     if plan.invariance:
-        error = (student.to(dtype) - teacher).square().sum()
+        error = (student.to(dtype) - target).square().sum()
     by_rows = plan.covariance and route == "gram"
     counts: list[int] = []
     if plan.covariance and route != "covariance":
@@ -84,43 +84,43 @@ def vicreg_ranks_torch(student: Tensor, teacher: Tensor, options: RanksOptions) 
             )
         by_rows = by_rows or rows_travel_lighter(counts, width, student.element_size(), dtype.itemsize)
     with without_autocast(student):
-        share = share_by_rows if by_rows else share_by_columns
-        error, count, centred, squares, total, spread = share(student, error, counts, ranks, plan)
-    spare = (count - 1).clamp(min=1)
-    sigma = (squares / (torch.where(count == 0, count, spare) if plan.unbiased else count) + plan.eps).sqrt()
+        sums = sums_by_rows if by_rows else sums_by_columns
+        error, count, centred, squares, total, spread = sums(student, error, counts, ranks, plan)
+    dof = (count - 1).clamp(min=1)
+    sigma = (squares / (torch.where(count == 0, count, dof) if plan.unbiased else count) + plan.eps).sqrt()
     zero = torch.zeros_like(count)
     variance = torch.relu(plan.gamma - sigma).mean() if plan.variance else zero
     invariance = error / (count * width) if plan.invariance else error
     return Forward(invariance, variance, total / plan.divisor, count.clone(), centred, squares, spread)
 
 
-def share_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
+def sums_by_rows(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
     every = gather_rows(student, counts, ranks)
     xc = centre(every, error.dtype)[0] if every.shape[0] else every.to(error.dtype)
     first = sum(counts[: ranks.rank()])
     mine = xc[first : first + student.shape[0]]
     squares = xc.square().sum(0)
     count = torch.full_like(error, every.shape[0])
-    spare = max(every.shape[0] - 1, 1)
+    dof = max(every.shape[0] - 1, 1)
     # The first rank's: of columns that are alike another machine's sums might choose another.
     largest = all_gather(largest_of(squares).view(1), ranks)[:1]
-    apart = xc.index_select(1, largest)
-    beside = mine.index_select(1, largest)[:, 0]
+    largest_values = xc.index_select(1, largest)
+    largest_column = mine.index_select(1, largest)[:, 0]
     xc.index_fill_(1, largest, 0)
-    product = mine @ xc.T / spare
-    cross = torch.mv(mine.T, beside)
-    xc.index_copy_(1, largest, apart)
+    product = mine @ xc.T / dof
+    cross = torch.mv(mine.T, largest_column)
+    xc.index_copy_(1, largest, largest_values)
     sums = torch.cat([torch.stack([error, product_energy(product)]), cross])  # float64, as the energy is
     sums = all_reduce(sums, ranks)
-    error, total, cross = sums[0], sums[1], (sums[2:] / spare).to(mine.dtype)
-    own = squares / spare
-    total = total + own_share(own, cross, largest)
-    spread = (product @ xc).addcmul_(mine, own.index_fill(0, largest, 0), value=-1).addr_(beside, cross)
+    error, total, cross = sums[0], sums[1], (sums[2:] / dof).to(mine.dtype)
+    own = squares / dof
+    total = total + own_squares(own, cross, largest)
+    spread = (product @ xc).addcmul_(mine, own.index_fill(0, largest, 0), value=-1).addr_(largest_column, cross)
     return error.to(mine.dtype), count, mine.clone(), squares, total.to(mine.dtype), spread
 
 
-def share_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
-    """The covariance's share is left out where it is not wanted, and the variance's with it where neither is."""
+def sums_by_columns(student: Tensor, error: Tensor, counts: list[int], ranks: ProcessGroup, plan: Plan) -> tuple:
+    """Leaves out the covariance's product where it is not wanted, and the squares where the variance is not either."""
     y, width = student.to(error.dtype), student.shape[1]
     if not (plan.variance or plan.covariance):
         error, count = all_reduce(torch.stack([error, torch.full_like(error, y.shape[0])]), ranks).unbind()
@@ -161,16 +161,16 @@ def backward(
     dof = (count - 1).clamp(min=1)
     over = dof if plan.unbiased else count
     grad = torch.zeros_like(centred)
-    towards = torch.zeros_like(centred)
+    toward_target = torch.zeros_like(centred)
     if plan.invariance and grad_invariance is not None:
-        towards = (student.to(centred.dtype) - target) * (2 * grad_invariance / (count * width))
-        grad = towards
+        toward_target = (student.to(centred.dtype) - target) * (2 * grad_invariance / (count * width))
+        grad = toward_target
     if plan.variance and grad_variance is not None:
         sigma = (squares / over + plan.eps).sqrt()
         grad = grad - centred * (torch.where(sigma < plan.gamma, grad_variance / (width * over), 0) / sigma)
     if plan.covariance and grad_covariance is not None:
         grad = grad + spread * (4 * grad_covariance / (plan.divisor * dof))
-    return grad.to(student.dtype), -towards.to(target.dtype)
+    return grad.to(student.dtype), -toward_target.to(target.dtype)
 
 
 over_ranks = make_function(

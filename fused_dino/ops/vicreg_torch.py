@@ -22,13 +22,13 @@ Block = tuple[slice, slice]  # of [N, D]
 
 
 def inner_blocks(x: Tensor, gram: bool) -> Iterator[Block]:
-    """Of all rows and some columns for the product of rows, of some rows and all columns for that of columns."""
+    """Yields blocks of all rows and some columns for the product of rows, else of some rows and all columns."""
     for part in passes(x.T if gram else x):
         yield (slice(None), part) if gram else (part, slice(None))
 
 
 def panels(m: int, like: Tensor) -> list[slice]:
-    """Of a symmetric [m, m]; all of it where halving it saves less than it costs."""
+    """Splits the rows of a symmetric [m, m]; not at all where halving it saves less than it costs."""
     if torch.compiler.is_compiling() or like.device.type != "cpu" or m < 2 * CPU_PANEL:
         return [slice(0, m)]
     return [slice(start, start + CPU_PANEL) for start in range(0, m, CPU_PANEL)]
@@ -42,7 +42,7 @@ def add_square_(out: Tensor, x: Tensor, beta: float, alpha: float = 1.0) -> None
 
 
 def mirror_(out: Tensor) -> Tensor:
-    """What is below the diagonal's panels from what is above them."""
+    """Fills what is below the diagonal's panels from what is above them."""
     for panel in panels(out.shape[0], out)[:-1]:
         out[panel.stop :, panel] = out[panel, panel.stop :].T
     return out
@@ -55,24 +55,24 @@ def symmetric_product(x: Tensor) -> Tensor:
     return mirror_(out)
 
 
-def vicreg_fwd_torch(student: Tensor, teacher: Tensor, weights: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+def vicreg_fwd_torch(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
     """loss, invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
     largest [], cross [D]; empty where unwanted."""
     n, d = student.shape
-    dtype = acc_dtype(student, teacher)
+    dtype = acc_dtype(student, target)
     zero = student.new_zeros((), dtype=dtype)
     sums = sums_by_rows if plan.gram else sums_by_columns
-    error, total, *kept = sums(student, teacher, dtype, plan)
-    squares = kept[1]
+    error, total, *saved = sums(student, target, dtype, plan)
+    squares = saved[1]
     invariance = error / (n * d) if plan.invariance else zero.clone()
     variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean() if plan.variance else zero.clone()
     covariance = (total / plan.divisor).to(dtype) if plan.covariance else zero.clone()
     inv_weight, var_weight, cov_weight = weights_of(plan, weights)
     loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
-    return loss, invariance, variance, covariance, *kept
+    return loss, invariance, variance, covariance, *saved
 
 
-def sums_by_rows(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
+def sums_by_rows(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
     """The sums of squared errors and of squared covariances [], then what vicreg_fwd_torch returns from shift on."""
     n, d = student.shape
     columns = plan.variance or plan.covariance
@@ -83,30 +83,30 @@ def sums_by_rows(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Pla
     for part in inner_blocks(student, True):
         block, some = student[part].to(dtype), part[1]
         if plan.invariance:
-            error += (block - teacher[part]).square_().sum()
+            error += (block - target[part]).square_().sum()
         if columns:
             block = centre_block(block, shift[:, some])
             torch.sum(block.square(), 0, out=squares[some])
     if not plan.covariance:
         return error, total, shift, squares, product, shift.new_zeros((), dtype=torch.int64), cross
-    largest, spare = largest_of(squares), max(n - 1, 1)
+    largest, dof = largest_of(squares), max(n - 1, 1)
     whole = block if block.shape == student.shape else None
-    beside = column_of(student, shift, largest, whole) / spare
+    largest_column = column_of(student, shift, largest, whole) / dof
     for part in inner_blocks(student, True):
         some = part[1]
         if whole is None:
             block = off(student[part].to(dtype), shift[:, some])
-            set_apart_(block, largest - (some.start or 0))
+            zero_column_(block, largest - (some.start or 0))
         else:
             block = whole.index_fill_(1, largest, 0)
-        torch.mv(block.T, beside, out=cross[some])
-        add_square_(product, block, beta=1.0 if some.start else 0.0, alpha=1 / spare)
-    total = product_energy(mirror_(product)) + own_share(squares / spare, cross, largest)
+        torch.mv(block.T, largest_column, out=cross[some])
+        add_square_(product, block, beta=1.0 if some.start else 0.0, alpha=1 / dof)
+    total = product_energy(mirror_(product)) + own_squares(squares / dof, cross, largest)
     return error, total, shift, squares, product, largest, cross
 
 
-def sums_by_columns(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
-    """The same. The product has the columns' squares too, but in the precision that products are allowed."""
+def sums_by_columns(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
+    """Returns the same by columns. The product has their squares too, but in the precision of products."""
     n, d = student.shape
     columns = plan.variance or plan.covariance
     error, total = student.new_zeros((), dtype=dtype), student.new_empty(0)
@@ -115,7 +115,7 @@ def sums_by_columns(student: Tensor, teacher: Tensor, dtype: torch.dtype, plan: 
     for part in inner_blocks(student, False):
         block = student[part].to(dtype)
         if plan.invariance:
-            error += (block - teacher[part]).square_().sum()
+            error += (block - target[part]).square_().sum()
         if columns:
             block = off(block, shift)
         if plan.covariance:
@@ -134,28 +134,28 @@ def largest_of(squares: Tensor) -> Tensor:
     return squares.argmax() if squares.shape[0] else squares.new_zeros((), dtype=torch.int64)
 
 
-def own_share(squares: Tensor, cross: Tensor, largest: Tensor) -> Tensor:
-    """What the product of rows has too much, and the largest column's covariances, which it has not: in float64."""
+def own_squares(squares: Tensor, cross: Tensor, largest: Tensor) -> Tensor:
+    """Corrects the product of rows in float64: adds the largest column's covariances, subtracts columns' squares."""
     others = squares.index_fill(0, largest, 0)
     return 2 * cross.square().sum(dtype=torch.float64) - others.square().sum(dtype=torch.float64)
 
 
 def column_of(student: Tensor, shift: Tensor, at: Tensor, whole: Tensor | None) -> Tensor:
-    """xc of one column, [N]. whole: xc, where one block was all of it."""
+    """Returns one column of xc, [N]. whole: xc, where one block was all of it."""
     if whole is not None:
         return whole.index_select(1, at)[:, 0]
     column, mean_of_it = (x.index_select(1, at) for x in (student, shift))
     return off(column.to(shift.dtype), mean_of_it)[:, 0]
 
 
-def set_apart_(block: Tensor, at: Tensor) -> None:
-    """0 in column `at`, where the block has it: no value is read on the host."""
+def zero_column_(block: Tensor, at: Tensor) -> None:
+    """Zeroes column `at`, where the block has it; reads no value on the host."""
     inside = at.clamp(0, block.shape[1] - 1).view(1)
     block.index_copy_(1, inside, torch.where(inside == at, 0, block.index_select(1, inside)))
 
 
 def product_energy(product: Tensor) -> Tensor:
-    """Its sum of squares, in float64."""
+    """Sums the squares of a product in float64."""
     total = product.new_zeros((), dtype=torch.float64)
     for rows in passes(product):
         total += product[rows].square().sum(dtype=torch.float64)
@@ -176,29 +176,29 @@ def vicreg_bwd_torch(
     dtype = acc_dtype(student, target)
     for_s = student.new_empty(student.shape if for_student else 0)
     for_t = target.new_empty(target.shape if for_target else 0)
-    spare = max(n - 1, 1)
-    column = matrix = towards = beside = None
+    dof = max(n - 1, 1)
+    column = matrix = toward_target = largest_column = None
     if plan.variance:
         sigma = deviation(squares, n, plan)
-        pull = grad_output * (-var_weight / (d * (spare if plan.unbiased else max(n, 1))))
+        pull = grad_output * (-var_weight / (d * (dof if plan.unbiased else max(n, 1))))
         column = torch.where(sigma < plan.gamma, pull, 0) / sigma  # 0 / 0 where eager has it
     if plan.covariance:
-        scale = grad_output * (cov_weight * (4 / (plan.divisor * spare)))
+        scale = grad_output * (cov_weight * (4 / (plan.divisor * dof)))
         matrix = product * scale
         if plan.gram:
-            own = squares.index_fill(0, largest, 0) * (scale / spare)
+            own = squares.index_fill(0, largest, 0) * (scale / dof)
             column = -own if column is None else column - own
             cross = cross * scale
     if plan.invariance:
-        towards = grad_output * (inv_weight * (2 / max(n * d, 1)))
+        toward_target = grad_output * (inv_weight * (2 / max(n * d, 1)))
     in_place = for_student and for_s.dtype == dtype
     for part in inner_blocks(student, plan.gram):
         block = student[part].to(dtype)
         grad = for_s[part] if in_place else block.new_empty(block.shape)
-        if towards is None:
+        if toward_target is None:
             grad.zero_()
         else:
-            torch.sub(block, target[part], out=grad).mul_(towards)
+            torch.sub(block, target[part], out=grad).mul_(toward_target)
         if for_target:
             for_t[part] = -grad
         if not for_student:
@@ -211,9 +211,9 @@ def vicreg_bwd_torch(
             # Transposed, which it equals: MKL's product of two or three rows with a matrix as it lies is less accurate.
             grad.addmm_(*((matrix, block) if plan.gram else (block, matrix.T)))
         if matrix is not None and plan.gram:
-            if beside is None:
-                beside = column_of(student, shift, largest, block if block.shape == student.shape else None)
-            grad.addr_(beside, cross[part[1]])
+            if largest_column is None:
+                largest_column = column_of(student, shift, largest, block if block.shape == student.shape else None)
+            grad.addr_(largest_column, cross[part[1]])
         if not in_place:
             for_s[part] = grad
     return for_s, for_t

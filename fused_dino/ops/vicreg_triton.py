@@ -1,6 +1,6 @@
 """VICReg's launchers and dispatcher ops. The product is allocated once: [N, N] by rows, [D, D] by columns.
 
-Where its tiles fill less than half of a GPU it is computed in splits, which are matrices of that size beside it until
+Where its tiles fill less than half of a GPU it is computed in splits, which are more matrices of that size until
 they are added up: together they hold at most as many numbers as the student, but in the accumulation's dtype.
 """
 
@@ -111,23 +111,23 @@ def launch_vicreg_fwd(out: Forward, student: Tensor, target: Tensor, weights: Te
             x.zero_()
         return
     dtype = shift.dtype
-    acc, spare = acc_of(dtype), max(n - 1, 1)
+    acc, dof = acc_of(dtype), max(n - 1, 1)
     with torch.cuda.device_of(student):
         errors = launch_statistics(student, target if plan.invariance else None, None, shift, squares)
         sums, by_rows = None, plan.covariance and plan.gram
         if by_rows:
             launch(kernels.vicreg_cross_kernel, (cdiv(d, COLUMNS),),
-                student, shift, squares, largest, cross, student.stride(0), n, d, spare,
+                student, shift, squares, largest, cross, student.stride(0), n, d, dof,
                 BLOCK_N=ROWS, BLOCK_D=COLUMNS, ACC=acc, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         else:
             largest.zero_()
-        apart = (largest, cross) if by_rows else (None, None)
+        of_largest = (largest, cross) if by_rows else (None, None)
         if plan.covariance:
-            sums = launch_product(student, shift, squares, apart[0], product, plan)
+            sums = launch_product(student, shift, squares, of_largest[0], product, plan)
         launch(kernels.vicreg_terms_kernel, (1,),
-            errors, squares, *apart, sums, weights, loss, invariance, variance, covariance,
-            n, d, spare if plan.unbiased else n, spare, plan.divisor,
+            errors, squares, *of_largest, sums, weights, loss, invariance, variance, covariance,
+            n, d, dof if plan.unbiased else n, dof, plan.divisor,
             0 if errors is None else errors.numel(), 0 if sums is None else sums.numel(), *plan.weights,
             GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance,
             BLOCK=1024, ACC=acc, num_warps=16, enable_fp_fusion=True,
@@ -151,17 +151,17 @@ def launch_product(
     size, depth = (n, d) if plan.gram else (d, n)
     options = tile_options(student, shift.dtype)
     tile, step = options["TILE"], options["BLOCK_K"]
-    tiles, spare = cdiv(size, tile), max(n - 1, 1)
+    tiles, dof = cdiv(size, tile), max(n - 1, 1)
     splits, depth_a_split = split(size, depth, tiles, step)
     sums = student.new_empty((tiles, tiles), dtype=torch.float64)
     parts = product if splits == 1 else student.new_empty((splits, size, size), dtype=shift.dtype)
     launch(kernels.vicreg_product_kernel, (tiles, tiles, splits),
-        student, shift, squares, largest, parts, sums, student.stride(0), n, d, size, depth, depth_a_split, spare,
+        student, shift, squares, largest, parts, sums, student.stride(0), n, d, size, depth, depth_a_split, dof,
         GRAM=plan.gram, SPLIT=splits > 1, **options,
     )  # fmt: skip
     if splits > 1:
         launch(kernels.vicreg_reduce_kernel, (tiles, tiles),
-            parts, product, sums, size, splits, spare,
+            parts, product, sums, size, splits, dof,
             GRAM=plan.gram, TILE=tile, ACC=options["ACC"], num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return sums
@@ -209,13 +209,13 @@ def launch_vicreg_bwd(
     if for_target:
         constants["num_warps"] = 8  # a second gradient would fill the registers
     rounded = tl.bfloat16 if constants["RAW"] and student.dtype == torch.bfloat16 else constants["OPERAND"]
-    spare = max(n - 1, 1)
+    dof = max(n - 1, 1)
     tile = constants["TILE"]
     with torch.cuda.device_of(student):
         launch(kernels.vicreg_bwd_kernel, (cdiv(n, tile), cdiv(d, tile)),
             student, target, *saved, grad_output, weights,
             grads[0] if for_student else None, grads[1] if for_target else None,
-            student.stride(0), target.stride(0), n, d, spare if plan.unbiased else n, spare, plan.divisor,
+            student.stride(0), target.stride(0), n, d, dof if plan.unbiased else n, dof, plan.divisor,
             *plan.weights,
             INVARIANCE=plan.invariance, VARIANCE=plan.variance, COVARIANCE=plan.covariance and for_student,
             GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, ROUND=rounded, **constants,

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from .ranks import Ranks
 
 EXTRA = ("rich", "matplotlib", "PIL", "jinja2")
-PATIENCE = 50.0  # seconds of training, where neither --steps nor --seconds says otherwise
+PATIENCE = 50.0  # seconds of training, unless --steps or --seconds is given
 STEPS = 80
 
 
 def run(
     teacher: str, images: Path | None, loss: str, steps: int | None, seconds: float | None, seed: int, out: Path
 ) -> int:
-    """-> the exit status: 0, or 130 when Ctrl-C ended the training."""
+    """Run the demo and return the exit status: 0, or 130 if Ctrl-C ended the training."""
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise CommandError(f'the demo needs {", ".join(missing)}: pip install "fused_dino[demo]"')
     from .ranks import joined
@@ -38,7 +38,7 @@ def learn_and_report(
     seed: int,
     out: Path,
 ) -> int:
-    """Trains and reports on every rank; the first alone prints and writes."""
+    """Train and report on every rank; the first alone prints and writes."""
     import torch
     from rich.console import Console
 
@@ -90,7 +90,7 @@ def learn_and_report(
 
 
 def check_backend(loss: str, device: str) -> None:
-    """CommandError where the ops cannot run on the backend that the environment names."""
+    """Raise CommandError if the ops cannot run on the backend that the environment names."""
     import torch
 
     from fused_dino import explain_backend

@@ -1,4 +1,4 @@
-"""Captioned photographs: the embedded ones or a folder of the user's, crops of them, and words as numbers."""
+"""Captioned photographs, embedded or from the user's folder, crops of them, and captions as vectors."""
 
 import re
 import zlib
@@ -16,7 +16,7 @@ from .photographs import PHOTOGRAPHS, Entry
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LONGEST_SIDE = 640  # larger photographs are reduced once; a crop then costs the same whatever the camera
 SHORTEST_SIDE = 32
-LEARNING_SHARE = 0.6
+LEARNING_FRACTION = 0.6
 # A word, or a single ideograph: Chinese and Japanese captions share characters where they share no spaces.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
@@ -32,15 +32,15 @@ class Photo:
     entry: Entry | None = None  # whose it is, for the embedded ones
 
     def part(self, held_out: bool) -> Tensor:
-        """The end of the longer side is held out; the rest is for learning. The two share no pixel."""
+        """Return the part that is held out, the end of the longer side, or the rest. The two have no common pixel."""
         axis = 2 if self.pixels.shape[2] >= self.pixels.shape[1] else 1
         length = self.pixels.shape[axis]
-        cut = round(LEARNING_SHARE * length)
+        cut = round(LEARNING_FRACTION * length)
         return self.pixels.narrow(axis, cut, length - cut) if held_out else self.pixels.narrow(axis, 0, cut)
 
 
 def embedded() -> list[Photo]:
-    """The photographs that scikit-image and scikit-learn carry inside their wheels."""
+    """Return the photographs that the wheels of scikit-image and scikit-learn hold."""
     return [Photo(e.name, read_image(locate(e)), e.learn, e.held_out, e) for e in PHOTOGRAPHS]
 
 
@@ -52,7 +52,7 @@ def locate(entry: Entry) -> Path:
 
 
 def from_folder(folder: Path) -> list[Photo]:
-    """Every image NAME.jpg (or png, webp, bmp) with its captions, one a line, in NAME.txt beside it.
+    """Return every image NAME.jpg (or png, webp, bmp), with its captions in NAME.txt, one per line.
 
     The last quarter of the captions, and at least one, is held out.
     """
@@ -77,12 +77,12 @@ def captioned(path: Path) -> Photo:
     captions = tuple(dict.fromkeys(line for line in lines if WORD.search(line)))
     if len(captions) < 2:
         raise CommandError(f"--images: {text} needs at least two different captions, one to learn and one to hold out")
-    kept = len(captions) - max(1, len(captions) // 4)
-    return Photo(path.stem, read_image(path), captions[:kept], captions[kept:])
+    learnt = len(captions) - max(1, len(captions) // 4)
+    return Photo(path.stem, read_image(path), captions[:learnt], captions[learnt:])
 
 
 def read_image(path: Path) -> Tensor:
-    """-> uint8 [3, H, W], at most `LONGEST_SIDE` long."""
+    """Read an image as uint8 [3, H, W], reduced to at most `LONGEST_SIDE` a side."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -98,10 +98,10 @@ def read_image(path: Path) -> Tensor:
 
 
 def crop(part: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random square of 60 to 100% of the shorter side, mirrored half of the time -> [3, size, size] in -1..1."""
+    """Cut a random square of 60 to 100% of the shorter side, mirrored half of the time: [3, size, size] in -1..1."""
     height, width = part.shape[1:]
-    share, down, right, mirror = torch.rand(4, generator=generator).tolist()
-    side = round((0.6 + 0.4 * share) * min(height, width))
+    size_draw, down, right, mirror = torch.rand(4, generator=generator).tolist()
+    side = round((0.6 + 0.4 * size_draw) * min(height, width))
     top, left = round(down * (height - side)), round(right * (width - side))
     square = part[None, :, top : top + side, left : left + side]
     square = F.interpolate(square.float() / 127.5 - 1, size=(size, size), mode="bilinear", antialias=True)[0]
@@ -109,7 +109,7 @@ def crop(part: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def bag_of_words(captions: list[str], buckets: int) -> Tensor:
-    """Each word adds one to the bucket that its checksum names; rows have unit length -> [len(captions), buckets]."""
+    """Count words in buckets chosen by their checksums: [len(captions), buckets], each row of unit length."""
     bags = torch.zeros(len(captions), buckets)
     for row, caption in zip(bags, captions, strict=True):
         for word in WORD.findall(caption.lower()):

@@ -24,7 +24,7 @@ IDEOGRAPHS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft 
 
 @dataclass(frozen=True)
 class Maps:
-    """The similarity of captions and photographs, before and after, of the photographs that are shown."""
+    """The similarity of captions and shown photographs, before and after the training."""
 
     photos: list[Photo]
     captions: list[str]
@@ -70,7 +70,7 @@ def similarity_maps(maps: Maps) -> Figure:
 
 
 def overview(maps: Maps, colours: list[Tensor], teacher: str) -> Figure:
-    """Photographs, what the teacher sees in them, and the similarity before and after, on one sheet."""
+    """Draw photographs, colours of their patch tokens, and the similarity before and after, on one sheet."""
     figure = Figure(figsize=(13, 3.1 + maps.height), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(2, 1, height_ratios=(3.1, maps.height))
     draw_photographs(parts[0], maps.photos, colours)
@@ -110,7 +110,7 @@ def draw_maps(figure: Any, maps: Maps) -> None:
 
 
 def draw_choices(axes: Any, choices: list[int], maps: Maps) -> None:
-    """A ring on each caption's best photograph, and a gap between the captions of one photograph and the next's."""
+    """Draw a ring on each caption's best photograph, and a line between the captions of two photographs."""
     for row, owner in enumerate(maps.owners):
         if choices[row] < len(maps.photos):
             colour = RIGHT if choices[row] == owner else WRONG
@@ -124,7 +124,7 @@ def label(text: str, width: int) -> str:
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """The figure as "svg" or "png". Ideographs take a font that has them, where the machine has one."""
+    """Return the figure as "svg" or "png". Ideographs take a font that has them, if one is installed."""
     installed = {font.name for font in fontManager.ttflist}
     family = ["DejaVu Sans", *(name for name in IDEOGRAPHS if name in installed)]
     buffer = io.BytesIO()

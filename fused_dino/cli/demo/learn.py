@@ -1,4 +1,4 @@
-"""Learning and its test: a text head under `DinoSupervision`, and retrieval of held-out crops by held-out captions."""
+"""The training of a text head under `DinoSupervision`, and its test: held-out captions retrieve held-out crops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Settings:
 
 
 class Student(nn.Module):
-    """Hashed words -> latent -> the supervision's projector; one optimizer over both."""
+    """A text head from hashed words to a latent, with a supervision, and one optimizer over both."""
 
     def __init__(self, teacher: DINOv2Backbone, settings: Settings) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Student(nn.Module):
         return self.supervision.loss_dict(self.head(words), features=features)
 
     def learn(self, captions: list[str], features: dict[str, Tensor], parallel: nn.Module | None = None) -> float:
-        """One step of AdamW -> the loss before it, without alpha and warm-up. parallel: this student among ranks."""
+        """Take a step of AdamW and return the loss before it, without alpha and warm-up. parallel: this in DDP."""
         losses = (parallel or self)(self.words(captions), features)
         self.optimizer.zero_grad()
         losses["loss_dino"].backward()
@@ -72,13 +72,13 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def read(self, captions: list[str]) -> Tensor:
-        """Where the captions lie in the teacher's space -> [len(captions), D]."""
+        """Return the captions in the teacher's space, [len(captions), D]."""
         return self.supervision.projector(self.head(self.words(captions)))
 
 
 @dataclass
 class Course:
-    """What a training run leaves behind, also when it was cut short."""
+    """The record of a training run, which may have been interrupted."""
 
     losses: list[float] = field(default_factory=list)
     control_losses: list[float] = field(default_factory=list)
@@ -94,10 +94,10 @@ def train(
     on_step: Callable[[float], None],
     ranks: Ranks | None = None,
 ) -> Course:
-    """Teaches both on the same crops, each rank on its share; `control` reads with each a caption of any photograph.
+    """Train both students on the same crops, each rank on its part. `control` gets captions of random photographs.
 
-    Drawing those anew at every step makes its captions carry nothing about the crop, which is what chance means. A
-    fixed exchange, in which no photograph kept its own captions, would teach it to avoid the right answer instead.
+    They are drawn anew at every step, so that they tell nothing about the crop: its result is chance. A fixed exchange
+    in which no photograph has its own captions would teach it to avoid the right answer instead.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     course = Course()
@@ -106,7 +106,7 @@ def train(
     start = time.perf_counter()
     try:
         for _ in range(settings.steps):
-            crops, captions, strangers = map(ranks.share, lesson(photos, generator))
+            crops, captions, strangers = map(ranks.own_part, lesson(photos, generator))
             features = student.supervision.encode(crops)
             course.losses.append(ranks.mean(student.learn(captions, features, parallel)))
             course.control_losses.append(ranks.mean(control.learn(strangers, features, parallel_control)))
@@ -121,7 +121,7 @@ def train(
 
 
 def lesson(photos: list[Photo], generator: torch.Generator) -> tuple[Tensor, list[str], list[str]]:
-    """Crops of the photographs in turn, a caption of each one's own, and a caption of any photograph for each."""
+    """Return crops of the photographs in turn, a caption of each crop's photograph, and one of a random photograph."""
 
     def pick(length: int) -> int:
         return int(torch.randint(length, (), generator=generator))
@@ -137,7 +137,7 @@ def lesson(photos: list[Photo], generator: torch.Generator) -> tuple[Tensor, lis
 
 @dataclass(frozen=True)
 class Result:
-    """similarity [captions, photographs]: cosine, averaged over a photograph's held-out crops."""
+    """The result of an exam. similarity: cosines [captions, photographs], averaged over the held-out crops."""
 
     top1: float
     per_photo: list[float]
@@ -145,7 +145,7 @@ class Result:
 
 
 class Exam:
-    """Each held-out caption picks, in each round, one of the photographs by a held-out crop of each."""
+    """A test of retrieval: in each round, each held-out caption picks a photograph by a held-out crop of each."""
 
     def __init__(self, photos: list[Photo], student: Student, settings: Settings) -> None:
         generator = torch.Generator().manual_seed(settings.seed + 1)

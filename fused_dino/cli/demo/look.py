@@ -1,4 +1,4 @@
-"""What the teacher sees: the principal components of its patch tokens as colours."""
+"""The principal components of the teacher's patch tokens, as colours."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from .data import Photo
 
 @torch.no_grad()
 def patch_colours(photos: list[Photo], teacher: DINOv2Backbone, device: str) -> list[Tensor]:
-    """The first three principal components of the patch tokens of all photographs together, as blue, red and green.
+    """Return the first three principal components of all photographs' patch tokens, as blue, red and green.
 
-    -> for each photograph [h, w, 3] in 0..1. A sigmoid about the median keeps the extremes of one photograph from
+    Each photograph's result is [h, w, 3] in 0..1. A sigmoid about the median keeps the extremes of one photograph from
     taking the contrast of the others.
     """
     teacher = teacher.to(device)

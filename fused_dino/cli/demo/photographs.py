@@ -1,6 +1,6 @@
-"""The demo's own photographs: where each lies inside an installed package, whose it is, and captions written for it.
+"""The demo's own photographs: the file in an installed package, the author, and captions written for the demo.
 
-`learn` is what the text head is trained on. `held_out` says the same things in sentences that it never sees, so that
+The text head is trained on `learn`. `held_out` says the same things in sentences that it never sees, so that
 only the meaning of the words can carry over.
 """
 
@@ -30,7 +30,7 @@ class Entry:
 
     @property
     def project(self) -> str:
-        """What the package is called where it is installed from."""
+        """The name of the package in an index."""
         return PROJECTS[self.package]
 
     @property

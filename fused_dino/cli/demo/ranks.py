@@ -1,4 +1,4 @@
-"""The demo on several processes, as torchrun starts them: all learn, each on its share of a batch, and one reports."""
+"""The demo on the processes of torchrun: each learns from its part of a batch, and one reports."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Ranks(NamedTuple):
-    """This process among all."""
+    """The rank of this process, and the number of processes."""
 
     rank: int = 0
     world: int = 1
 
-    def share(self, items: Any) -> Any:
-        """Takes this rank's share of a batch that all ranks drew alike."""
+    def own_part(self, items: Any) -> Any:
+        """Return this rank's part of a batch that all ranks drew alike."""
         return items[self.rank :: self.world]
 
     def mean(self, value: float) -> float:
-        """Over the ranks, which all have to ask."""
+        """Average a value over the ranks, all of which must call this."""
         if self.world == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -37,13 +37,13 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks of torchrun's process group, or this process alone."""
+    """Join torchrun's process group, if there is one, and yield its ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # gloo for CPUs, NCCL beside it for GPUs
+    dist.init_process_group()  # gloo for CPUs, and NCCL for GPUs
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

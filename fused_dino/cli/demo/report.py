@@ -1,4 +1,4 @@
-"""What the demo leaves in its folder: metrics.json, report.html (which loads nothing from elsewhere), overview.png."""
+"""The files that the demo writes: metrics.json, report.html (which loads nothing from elsewhere), overview.png."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .learn import Course, Exam, Result, Settings
 from .look import patch_colours
 from .teacher import Teacher
 
-SHOWN = 12  # photographs in the pictures; the numbers are over all
+SHOWN = 12  # photographs in the pictures; the numbers are of all
 PHOTO_WIDTH = 480
 PACKAGES = ("torch", "triton", "timm", "einops", "numpy", "scikit-image", "scikit-learn")
 
 
 @dataclass(frozen=True)
 class Story:
-    """Everything that a finished, or interrupted, demo knows."""
+    """The inputs and results of a finished or interrupted demo."""
 
     settings: Settings
     teacher: Teacher
@@ -41,7 +41,7 @@ class Story:
 
 
 def prepare(folder: Path) -> None:
-    """Finds out before the work, and not after it, that `folder` cannot be written."""
+    """Raise CommandError before the training if `folder` cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -60,7 +60,7 @@ def write(story: Story, folder: Path) -> None:
 
 
 def documents(story: Story) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file, the numbers first."""
+    """Yield the name and content of each file, the numbers first."""
     from . import figures
 
     facts = metrics(story)
@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
 
 
 def card(story: Story, index: int, colour: Tensor) -> dict[str, Any]:
-    """What the report shows of one photograph."""
+    """Return the part of the report about one photograph."""
     from PIL import Image
 
     photo = story.photos[index]

@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress bar and the summary table."""
+"""The demo's output in a terminal: a progress bar and the summary table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .report import Story
 
 @contextmanager
 def learning(console: Console, steps: int) -> Iterator[Callable[[float], None]]:
-    """A bar of `steps`; what it yields moves it on by one, given the loss."""
+    """Show a progress bar of `steps`, and yield a function that takes the loss and advances it by one."""
     columns = (
         TextColumn("Learning"),
         BarColumn(),
@@ -28,7 +28,7 @@ def learning(console: Console, steps: int) -> Iterator[Callable[[float], None]]:
 
 
 def summary(story: Story) -> Table:
-    """Top-1 of held-out retrieval, each photograph and all, before and after, beside the control and chance."""
+    """Return a table of top-1 retrieval per photograph and of all: before, after, of the control, and by chance."""
     table = Table(title="Held-out captions find held-out crops: top-1", title_justify="left")
     table.add_column("photograph")
     results = (story.before, story.after, story.control)

@@ -57,7 +57,7 @@ def stand_in_file() -> Path:
 
 
 def efficientnet_lite0(weights: Path) -> nn.Module:
-    """timm's `tf_efficientnet_lite0` with the weights of `weights`, whose bytes must be the known ones."""
+    """Build timm's `tf_efficientnet_lite0` with the weights of a file, after checking its checksum."""
     try:
         import timm
     except (ImportError, RuntimeError, OSError) as error:  # the last two where torchvision does not match torch
@@ -74,8 +74,8 @@ def efficientnet_lite0(weights: Path) -> nn.Module:
     return network.eval().to(memory_format=torch.channels_last)
 
 
-def by_position(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`saved` under the names of `wanted`: both list the same layers in the same order, under names of their own."""
-    if [t.shape for t in saved.values()] != [t.shape for t in wanted.values()]:
+def by_position(saved: dict[str, torch.Tensor], named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `saved` under the names of `named`: both list the same layers in the same order under different names."""
+    if [t.shape for t in saved.values()] != [t.shape for t in named.values()]:
         raise CommandError("the saved weights and timm's network differ in the shapes of their layers")
-    return dict(zip(wanted, saved.values(), strict=True))
+    return dict(zip(named, saved.values(), strict=True))
