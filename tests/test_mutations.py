@@ -169,13 +169,13 @@ MUTATIONS = {
         "test_standardize.py::test_rows_about_the_smallest_norm",
     ),
     "standardize: a dtype": (
-        "unit = load_rows(x, factors, stride, row, column, rows, column < width, ACC)",
-        "unit = load_rows(x, factors, stride, row, column, rows, column < width, tl.bfloat16).to(ACC)",
+        "unit = load_rows(x, factors, stride, read, column, rows, column < width, ACC)",
+        "unit = load_rows(x, factors, stride, read, column, rows, column < width, tl.bfloat16).to(ACC)",
         "test_ops.py::test_is_as_accurate_as_eager -k standardize",
     ),
     "standardize: an offset of 32 bits": (
-        "row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n    if factors",
-        "row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)\n    if factors",
+        "row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n    read = skip_rows(weight, row, rows)\n    if",
+        "row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)\n    read = skip_rows(weight, row, rows)\n    if",
         "test_kernels.py::test_offsets_past_two_to_the_31st -k standardize",
     ),
     "columns: a factor left out": (

@@ -59,8 +59,6 @@ def standardize_bwd_torch(
     normalize, eps, norm_eps, _ = options
     left = None if weight is None else weight.unsqueeze(-1) != 0
     count = x.shape[0] if counts is None else counts[0]
-    if left is not None:
-        grad = clear_(grad.clone(), left)
     mean, product = torch.zeros_like(squares), torch.zeros_like(squares)
     for rows in passes(grad):
         mean += grad[rows].sum(0)
