@@ -36,16 +36,16 @@ test-all: .venv/.dev  ## run every case of every test, and compile every kernel 
 	$(INTERPRETER) $(PYTEST) --no-skips -p matrix_unit $(ON_THE_UNIT)
 	$(BIN)/python tests/aot.py
 
-aot: .venv/.dev .venv-oldest/.dev  ## compile every kernel for GPUs that are not here, by both compilers, within its budget
-	$(BIN)/python tests/aot.py
-	.venv-oldest/bin/python tests/aot.py
+aot: .venv/.dev .venv-oldest/.dev  ## compile every kernel for GPUs that are not here, by both compilers, within its budget (ARGS=...)
+	$(BIN)/python tests/aot.py $(ARGS)
+	.venv-oldest/bin/python tests/aot.py $(ARGS)
 
 lint: .venv/.dev  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.dev  ## time each op against the code that it replaces, in one run (ARGS=--quick)
+bench: .venv/.dev  ## time each op against the code that it replaces, by pytest-benchmark (ARGS=--quick)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 results: .venv/.dev  ## measure this machine, keep the evidence in benchmarks/results/, render it (NAME=..., ARGS=...)

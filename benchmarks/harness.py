@@ -156,8 +156,7 @@ def compiled(function: Function, mode: str | None = None) -> Function:
 
 
 def ours(bench: Bench, row: Row, backend: str, device: str) -> Function:
-    like = torch.empty(0, dtype=getattr(torch, row.dtype), device=device)
-    says = explain_backend(bench.asks or bench.op, like, backend=backend)  # type: ignore[arg-type]
+    says = explain_backend(bench.asks or bench.op, torch.empty(0, device=device), backend=backend)  # type: ignore[arg-type]
     if not says.startswith(f"{backend}: "):
         raise Unavailable(says.partition("; ")[2] or says)
     return bench.ours(row, backend)

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- performance: rendered by make report -->", "<!-- performance:
 PREAMBLE = """# Performance
 
 Rendered by `make report` from the files in `benchmarks/results/`, which hold every round of every provider; no figure
-is typed by hand. `eager` is the recipe in plain PyTorch. Providers take turns in shuffled rounds. `time` is the median
+is typed by hand. `eager` is the seed in plain PyTorch. Providers take turns in shuffled rounds. `time` is the median
 of the rounds, and `+-` their interquartile range over it.
 
 - `time` on a GPU is cold: GPU time alone, with the whole call enqueued and other data in the L2. `graph` is the time of

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from .ops.plain import forward_mode
 from .registry import OPS
 
 Backend = Literal["auto", "reference", "torch", "triton"]
@@ -146,6 +148,8 @@ def triton_obstacle(tensor: Tensor, interpreter: bool = True) -> str | None:
     """Return why Triton cannot run on `tensor`, or None. The interpreter counts only for an explicit choice."""
     if not tensor.is_cuda and not (interpreter and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the tensor is on {tensor.device.type}, and it needs a GPU or TRITON_INTERPRET=1"
+    if torch.compiler.is_compiling() and forward_mode():
+        return "a compiled graph's kernels have no forward mode; compile what is around torch.func.jvp, or use torch"
     return None if has_triton() else "triton is not installed"
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,3 +83,29 @@ def group_of(name: str) -> ProcessGroup:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def warn_if_unsynchronised(module: nn.Module) -> None:
+    """Warn once where several processes train a module whose gradients nothing brings together."""
+    if torch.compiler.is_compiling() or getattr(module, "_warned_unsynchronised", False):
+        return
+    if is_unsynchronised(module):
+        module._warned_unsynchronised = True  # type: ignore[assignment]
+        warnings.warn(
+            "loss_dict runs outside of any wrapper, so that each process has gradients of its own: put the module into "
+            "the model that DistributedDataParallel wraps, or wrap it and call wrapped(z_text, x_img, as_dict=True); "
+            "group=None says that it is this process's alone",
+            stacklevel=3,
+        )
+
+
+def is_unsynchronised(module: nn.Module) -> bool:
+    """Whether gradients are taken in several processes, outside of DDP's forward and by no sharded parameter."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and torch.is_grad_enabled()):
+        return False
+    if DistributedDataParallel._active_ddp_module is not None:
+        return False
+    # FSDP of both kinds marks the modules that it manages, and DeepSpeed the parameters.
+    if any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules()):
+        return False
+    return any(p.requires_grad and not hasattr(p, "ds_id") for p in module.parameters())

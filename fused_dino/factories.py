@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
 from .teacher import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone, read_statistic
-from .validation import check_choice, check_flag, check_floating_dtype, check_group
+from .validation import check_choice, check_flag, check_floating_dtype, check_group, is_int, plain_int
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,10 +27,12 @@ def make_teacher(
     check_flag("pretrained", pretrained)
     check_floating_dtype("teacher_dtype", dtype)
     if isinstance(teacher, str):
-        return DINOv2Backbone(teacher, img_size, pretrained=pretrained, dtype=dtype)
+        # No checkpoint of the model holds its weights, so that they are loaded even inside torch.device("meta").
+        with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
+            return DINOv2Backbone(teacher, img_size, pretrained=pretrained, dtype=dtype)
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher must be a variant's name or a module, got {type(teacher).__name__}")
-    if not isinstance(getattr(teacher, "embed_dim", None), int):
+    if not is_int(getattr(teacher, "embed_dim", None)):
         raise ValueError(f"teacher {type(teacher).__name__} must have an int embed_dim, the width of its features")
     return teacher if dtype is None else teacher.to(dtype=dtype)
 
@@ -101,8 +104,9 @@ def check_latents(z_text: Any, in_dim: int | None) -> None:
 def check_latent_shape(latent_shape: Any, in_dim: int | None) -> tuple[int, ...]:
     """Check the shape and return it as a tuple. in_dim: the number of elements that it must have, or None."""
     shape = tuple(latent_shape) if isinstance(latent_shape, Sequence) else ()
-    if len(shape) != 3 or not all(type(x) is int and x > 0 for x in shape):
+    if len(shape) != 3 or not all(map(is_int, shape)):
         raise ValueError(f"latent_shape must be three positive ints (C, h, w), got {latent_shape!r}")
+    shape = tuple(map(plain_int, shape))
     if in_dim is not None and math.prod(shape) != in_dim:
         sides = [side for side in range(math.isqrt(in_dim), 1, -1) if in_dim % side**2 == 0]
         fitting = ", ".join(f"({in_dim // side**2}, {side}, {side})" for side in sides) or f"({in_dim}, 1, 1)"

@@ -6,33 +6,27 @@ the dtype of its inputs and whatever autocast says.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import distributed
 from .backend import Backend, choose
-from .reference.dtypes import acc_dtype
 from .rows import rows_loss
 from .validation import (
     check_choice,
     check_flag,
     check_floating_dtype,
-    check_group,
     check_images,
-    check_matching,
     check_number,
     check_patch_size,
     check_range,
-    check_scalar,
     check_scale,
     check_size,
     check_triple,
 )
+from .vicreg import vicreg_terms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -250,7 +244,7 @@ def mse_loss(
 
 def vicreg_loss(
     student: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     *,
     inv_weight: float | Tensor = 25.0,
     var_weight: float | Tensor = 10.0,
@@ -259,11 +253,13 @@ def vicreg_loss(
     eps: float = 1e-4,
     cov_reduction: Literal["mean", "sum_over_d"] = "mean",
     unbiased: bool = False,
+    both: bool = False,
+    per: Literal["batch", "position"] = "batch",
     route: Literal["auto", "gram", "covariance"] = "auto",
     group: ProcessGroup | None = None,
     backend: Backend | None = None,
 ) -> VICRegOutput:
-    r"""VICReg against a frozen teacher: variance and covariance are the student's alone.
+    r"""VICReg: against a frozen teacher, between two branches, or of one embedding alone.
 
     .. math::
         \ell = w_{inv} \, \operatorname{mean}_{ij} (y_{ij} - g_{ij})^2
@@ -271,11 +267,13 @@ def vicreg_loss(
         + w_{cov} \sum_{i \ne j} c_{ij}^2 / D^2
 
     with the covariances :math:`c = y_c^T y_c / \max(N - 1, 1)` of the centred student. Computed in float32.
+    Variance and covariance are the student's alone, unless ``both`` is set.
 
     Args:
         student (Tensor): Rows ``y``: float16, bfloat16, float32 or float64, of any layout. One row warns, and has
             deviations of 0. No rows give NaN.
-        target (Tensor): Rows ``g``, of the same shape and device. Gets a gradient if it requires one.
+        target (Tensor or None): Rows ``g``, of the same shape and device. Gets a gradient if it requires one. ``None``
+            leaves the invariance out.
         inv_weight (float or Tensor): Weight of the invariance, a number or a scalar tensor on the same device. The
             number 0 leaves a term out: it is not computed, and reported as 0. Default: 25.
         var_weight (float or Tensor): Weight of the variance. Default: 10.
@@ -285,6 +283,10 @@ def vicreg_loss(
         cov_reduction (str): ``"mean"`` divides by :math:`D^2`, ``"sum_over_d"`` by D, as published. Default:
             ``"mean"``.
         unbiased (bool): Divides the variance by N - 1, as published, in place of N. Default: ``False``.
+        both (bool): Regularises the target too: variance and covariance are sums over both branches. Nothing is
+            detached. Default: ``False``.
+        per (str): What has a covariance of its own in [B, N, D]: ``"batch"``, whose B N rows count together, or
+            ``"position"``, whose B rows do. The loss is then the mean over N positions. Default: ``"batch"``.
         route (str): Product that gives the covariance: ``"gram"`` of rows [N, N], ``"covariance"`` of columns [D, D],
             ``"auto"`` the smaller. The Gram route subtracts two sums and leaves the largest column out, so that it
             cannot cancel. Accuracy drops if two uncorrelated columns dominate: 1e-3 when both are 100 times the others,
@@ -295,7 +297,7 @@ def vicreg_loss(
         backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
     Shape:
-        - student, target: :math:`(N, D)`
+        - student, target: :math:`(N, D)` or :math:`(B, N, D)`
         - Output: four scalars
 
     Returns:
@@ -312,33 +314,8 @@ def vicreg_loss(
 
     Source: VICReg (arXiv 2105.04906), whose definitions are ``cov_reduction="sum_over_d", unbiased=True``.
     """
-    check_matching(student, target)
-    if student.ndim != 2:
-        raise ValueError(f"student must be [N, D], got shape {list(student.shape)}")
-    check_choice("route", route, ("auto", "gram", "covariance"))
-    check_group(group)
-    if group is not None and group.size() == 1:
-        group = None
-    options: dict[str, Any] = {
-        "inv_weight": check_scalar("inv_weight", inv_weight, student.device),
-        "var_weight": check_scalar("var_weight", var_weight, student.device),
-        "cov_weight": check_scalar("cov_weight", cov_weight, student.device),
-        "gamma": check_number("gamma", gamma),
-        "eps": check_number("eps", eps, minimum=0),
-        "cov_reduction": check_choice("cov_reduction", cov_reduction, ("mean", "sum_over_d")),
-        "unbiased": check_flag("unbiased", unbiased),
-    }
-    if student.shape[0] == 1 and group is None and not torch.compiler.is_compiling():
-        warnings.warn("vicreg_loss got one row: its variance and covariance are 0 by convention", stacklevel=2)
-    for weight in ("inv_weight", "var_weight", "cov_weight"):
-        if isinstance(options[weight], Tensor):
-            options[weight] = options[weight].to(acc_dtype(student, target))
-    name, implementation = choose("vicreg_loss" if group is None else "vicreg_loss(group)", student, backend)
-    if name == "reference":
-        options["total"] = partial(distributed.sum_over_ranks, group=group)
-    else:
-        options["route"] = route
-        if group is not None:
-            options["group"] = group
-    loss, *terms = implementation(student, target, **options)
-    return VICRegOutput(loss, *(x.detach() for x in terms))
+    terms = vicreg_terms(
+        student, target, inv_weight=inv_weight, var_weight=var_weight, cov_weight=cov_weight, gamma=gamma, eps=eps,
+        cov_reduction=cov_reduction, unbiased=unbiased, both=both, per=per, route=route, group=group, backend=backend,
+    )  # fmt: skip
+    return VICRegOutput(*terms)

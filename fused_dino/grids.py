@@ -7,11 +7,14 @@ whole image here, and there only over its own regions: the loss is NaN in both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .hidden import move
+from .ops.plain import forward_mode
 from .reference.dtypes import acc_dtype, without_autocast
 
 Grid = tuple[int, int]  # (rows, columns)
@@ -42,6 +45,9 @@ class Product(torch.autograd.Function):
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b in float32 or float64 (see acc_dtype): a [M, K] or [B, M, K], b [B, K, N] -> [B, M, N]."""
     dtype = acc_dtype(a, b)
+    if forward_mode() and not torch.compiler.is_compiling():  # a Function with a jvp is none that Dynamo takes
+        with without_autocast(a):
+            return a.to(dtype) @ b.to(dtype)
     return Product.apply(a.to(dtype).expand(b.shape[0], -1, -1), b.to(dtype))
 
 
@@ -78,17 +84,18 @@ class Regrid(nn.Module):
     """Resamples tokens [B, h * w, D], row by row, onto another grid: [B, r * c, D].
 
     how: `average` (F.adaptive_avg_pool2d) or `bilinear` (F.interpolate with align_corners=False). It computes in
-    float32, or float64 for float64. The weights are integers, which no cast of the module rounds. They are buffers, so
-    that they move with it, and are in no checkpoint.
+    float32, or float64 for float64. The weights are integers, which no cast of the module rounds. They move with it,
+    and are in no checkpoint.
     """
-
-    rows: Tensor
-    columns: Tensor
 
     def __init__(self, how: Any, grid: Grid, onto: Grid) -> None:
         super().__init__()
-        for name, size, to in zip(("rows", "columns"), grid, onto, strict=True):
-            self.register_buffer(name, how(size, to), persistent=False)
+        self.weights = [how(size, to, torch.device("cpu")) for size, to in zip(grid, onto, strict=True)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Regrid:
+        super()._apply(fn, recurse)
+        self.weights = [move(x, fn) for x in self.weights]
+        return self
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return regrid(tokens, self.rows, self.columns)
+        return regrid(tokens, *(x.to(tokens.device) for x in self.weights))

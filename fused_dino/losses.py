@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional as FD
 from .backend import on_reference
 from .functional import Backend, Reduction, VICRegOutput
+from .hidden import move
 from .registry import OPS
 from .rows import rows_loss
 from .validation import check_choice, check_flag, check_group
@@ -34,17 +35,25 @@ class Loss(nn.Module):
         super().__init__()
         self.detach_teacher = check_flag("detach_teacher", detach_teacher)
         self.options = options
-        tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-        for name, value in tensors.items():
-            self.register_buffer(name, value, persistent=False)
-        rows = torch.zeros(2, 1, device=next(iter(tensors.values()), torch.zeros(())).device)
+        for name, value in options.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise ValueError(
+                    f"{name} is on the meta device, where it has no value; make it outside, or give a number"
+                )
+        device = next((x.device for x in options.values() if isinstance(x, Tensor)), torch.device("cpu"))
+        rows = torch.zeros(2, 1, device=device)
         type(self).op(rows, rows, **on_reference(options))
 
-    def compute(self, student: Tensor, target: Tensor, **more: Any) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        super()._apply(fn, recurse)
+        self.options = {name: move(x, fn) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return self
+
+    def compute(self, student: Tensor, target: Tensor | None, **more: Any) -> Any:
         """Call the op with the options and those of this call."""
         if self.detach_teacher and isinstance(target, Tensor):
             target = target.detach()
-        options = {name: self._buffers.get(name, value) for name, value in self.options.items()}
+        options = {name: x.to(student.device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
         return type(self).op(student, target, **options, **more)
 
     def extra_repr(self) -> str:
@@ -164,7 +173,8 @@ class VICRegLoss(Loss):
     Args:
         group (ProcessGroup or str, optional): Ranks whose rows count together. ``"auto"`` is the default process group
             once torch.distributed is initialised, and this process before. ``None`` is this process. A ProcessGroup
-            names the data-parallel ranks where tensor or context parallelism makes them fewer. Default: ``"auto"``.
+            names the data-parallel ranks where tensor or context parallelism makes them fewer. In eval mode or without
+            gradients the rows are this process's alone, as in SyncBatchNorm: no rank waits. Default: ``"auto"``.
         inv_weight (float or Tensor): As in the function, and so are the options that follow. Default: 25.
         var_weight (float or Tensor): Weight of the variance. Default: 10.
         cov_weight (float or Tensor): Weight of the covariance. Default: 0.5.
@@ -172,12 +182,15 @@ class VICRegLoss(Loss):
         eps (float): Added to a variance. Default: 1e-4.
         cov_reduction (str): ``"mean"`` or ``"sum_over_d"``. Default: ``"mean"``.
         unbiased (bool): Divides the variance by N - 1. Default: ``False``.
+        both (bool): Regularises the target too, as an SSL trainer does. Default: ``False``.
+        per (str): ``"batch"`` or ``"position"``. Default: ``"batch"``.
         route (str): ``"auto"``, ``"gram"`` or ``"covariance"``. Default: ``"auto"``.
-        detach_teacher (bool): Lets no gradient reach the target. Default: ``True``.
+        detach_teacher (bool, optional): Lets no gradient reach the target. ``both=True`` refuses ``True``. Default:
+            ``True`` unless ``both`` is set.
         backend (str, optional): Default: see ``use_backend``.
 
     Shape:
-        - student, target: :math:`(N, D)`
+        - student, target: :math:`(N, D)` or :math:`(B, N, D)`; ``None`` as target leaves the invariance out
         - Output: VICRegOutput of four scalars
 
     Raises:
@@ -202,13 +215,20 @@ class VICRegLoss(Loss):
         eps: float = 1e-4,
         cov_reduction: Literal["mean", "sum_over_d"] = "mean",
         unbiased: bool = False,
+        both: bool = False,
+        per: Literal["batch", "position"] = "batch",
         route: Literal["auto", "gram", "covariance"] = "auto",
-        detach_teacher: bool = True,
+        detach_teacher: bool | None = None,
         backend: Backend | None = None,
     ) -> None:
+        if both and detach_teacher:
+            raise ValueError(
+                "detach_teacher=True keeps gradients from what both=True regularises; leave one of them out"
+            )
         super().__init__(
-            detach_teacher, inv_weight=inv_weight, var_weight=var_weight, cov_weight=cov_weight, gamma=gamma, eps=eps,
-            cov_reduction=cov_reduction, unbiased=unbiased, route=route, backend=backend,
+            not both if detach_teacher is None else detach_teacher, inv_weight=inv_weight, var_weight=var_weight,
+            cov_weight=cov_weight, gamma=gamma, eps=eps, cov_reduction=cov_reduction, unbiased=unbiased, both=both,
+            per=per, route=route, backend=backend,
         )  # fmt: skip
         check_group(group, auto=True)
         self.group = group
@@ -224,9 +244,9 @@ class VICRegLoss(Loss):
     def preset(cls, name: str, **options: Any) -> VICRegLoss:
         """Returns the loss with the constants of a definition in use.
 
-        The definitions regularise both branches. Here the target is frozen: the student's gradient equals theirs. The
-        loss lacks the target's own variance and covariance, which are constants. lightly's default is the statistics
-        of each rank alone, which is ``group=None`` here.
+        The definitions regularise both branches. With ``both=True`` the loss and both gradients are theirs. Without it
+        the loss is one-sided: a frozen target's own variance and covariance, which are constants, are left out, and the
+        student's gradient is theirs. lightly takes each rank's statistics alone, as ``group=None`` does.
 
         Args:
             name (str): ``"seed"`` (the defaults), ``"vicreg"`` (facebookresearch/vicreg, main_vicreg.py),
@@ -246,9 +266,11 @@ class VICRegLoss(Loss):
         """
         return cls(**{**PRESETS[check_choice("name", name, tuple(PRESETS))], **options})
 
-    def forward(self, student: Tensor, target: Tensor) -> VICRegOutput:
-        """Return VICRegOutput(loss, invariance, variance, covariance), scalars, of student and target [N, D]."""
-        return self.compute(student, target, group=default_group() if self.group == "auto" else self.group)
+    def forward(self, student: Tensor, target: Tensor | None) -> VICRegOutput:
+        """Return VICRegOutput(loss, invariance, variance, covariance), scalars, of [N, D] or [B, N, D]."""
+        group = default_group() if self.group == "auto" else self.group
+        alone = not (self.training and torch.is_grad_enabled())
+        return self.compute(student, target, group=None if alone else group)
 
 
 def default_group() -> ProcessGroup | None:

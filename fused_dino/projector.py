@@ -1,9 +1,8 @@
 """The projector from the student's width to the teacher's."""
 
-from typing import Any
+from torch import nn
 
-import torch
-from torch import Tensor, nn
+from .validation import check_int
 
 
 class Projector(nn.Sequential):
@@ -30,20 +29,8 @@ class Projector(nn.Sequential):
     """
 
     def __init__(self, in_dim: int = 8192, hidden_dim: int = 4096, out_dim: int = 1024) -> None:
-        for name, value in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        in_dim, hidden_dim = check_int("in_dim", in_dim), check_int("hidden_dim", hidden_dim)
+        out_dim = check_int("out_dim", out_dim)
         super().__init__(
             nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim)
         )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-
-def reach(*parameters: Tensor) -> Tensor:
-    """Return a float32 0 that gives each parameter an exact zero gradient, even if one holds a NaN or is a shard."""
-    local: list[Any] = [getattr(p, "to_local", lambda p=p: p)() for p in parameters]
-    zeros = [p.flatten()[:0].float().sum() for p in local]
-    return torch.stack(zeros).sum() if zeros else torch.zeros(())

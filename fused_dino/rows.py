@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .backend import choose
-from .reference.dtypes import acc_dtype
+from .reference.dtypes import acc_dtype, scaled
 from .validation import check_choice, check_matching, check_scalar, check_weight
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,7 +42,7 @@ def rows_loss(
     name, implementation = choose(op, student, backend)
     if name == "reference":
         value = implementation(student, target, **options)
-        return (value if scale is None else scale * value), value.detach()
+        return (value if scale is None else scaled(value, scale)), value.detach()
     if isinstance(scale, float):
         scale = student.new_full((), scale, dtype=acc_dtype(student, target))
     return implementation(student, target, scale=scale, **options)

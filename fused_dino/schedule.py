@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .validation import check_number
+from .validation import check_int, check_number
 
 
 class Schedule(nn.Module):
@@ -22,8 +20,8 @@ class Schedule(nn.Module):
     def __init__(self, alpha: float, warmup_steps: int, stop_step: int | None = None) -> None:
         super().__init__()
         self.alpha = check_number("alpha", alpha)
-        self.warmup_steps = check_step("warmup_steps", warmup_steps)
-        self.stop_step = None if stop_step is None else check_step("stop_step", stop_step)
+        self.warmup_steps = check_int("warmup_steps", warmup_steps, 0)
+        self.stop_step = None if stop_step is None else check_int("stop_step", stop_step, 0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._counted: tuple[tuple[int, int], int] | None = None
 
@@ -31,11 +29,12 @@ class Schedule(nn.Module):
         """Count one step, if the module is in training mode and gradients are enabled."""
         if not self.training or not torch.is_grad_enabled():
             return
-        on_host = self.stop_step is not None and not torch.compiler.is_compiling()
-        count = self.count() + 1 if on_host else 0
-        self.step.add_(1)
-        if on_host:
-            self._counted = (self._stamp(), count)
+        if self.stop_step is None or torch.compiler.is_compiling():
+            count_step(self.step)
+            return
+        count = self.count() if is_recomputation() else self.count() + 1
+        count_step(self.step)
+        self._counted = (self._stamp(), count)
 
     def stopped(self, step: int | None) -> bool:
         """Whether `step`, or the counter where it is None, has reached stop_step. It does not wait for the device.
@@ -83,7 +82,17 @@ class Schedule(nn.Module):
         return f"alpha={self.alpha}, warmup_steps={self.warmup_steps}, stop_step={self.stop_step}"
 
 
-def check_step(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-    return value
+def is_recomputation() -> bool:
+    """Whether a checkpoint of torch.utils runs its forward again, in a backward.
+
+    A reentrant one is the training step itself: its first run has no gradients, as an evaluation has none.
+    """
+    node = torch._C._current_autograd_node()
+    return node is not None and "CheckpointFunction" not in node.name()
+
+
+@torch.library.custom_op("fused_dino::count_step", mutates_args=("step",))
+def count_step(step: Tensor) -> None:
+    """Add 1 in a training step. An op, since what a compiler traced once runs in recomputations, too."""
+    if not is_recomputation():
+        step.add_(1)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .distributed import warn_if_unsynchronised
 from .factories import Features, check_latent_shape, check_latents, make_loss, make_preprocess, make_teacher
 from .functional import Backend
 from .legacy_checkpoint import adopt, watch_parents
+from .live import dtype_of, live_tensors, reach
 from .losses import CosineLoss, logs_of, weighed
 from .patches import LOCAL_HIDDEN_DIM, PATCH_TARGETS, Patches
-from .projector import Projector, reach
-from .schedule import Schedule, check_step
+from .projector import Projector
+from .schedule import Schedule
 from .taught import Taught
 from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_flag, check_number, check_scalar, check_size
+from .validation import check_choice, check_flag, check_int, check_number, check_scalar, check_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +47,8 @@ class DinoSupervision(Taught):
     tokens g. ``loss_dict`` weighs it: ``loss_dino = alpha * min(1, step / warmup_steps) * loss``.
 
     The teacher is frozen, in eval mode, and in no ``modules()``, ``parameters()`` or ``state_dict()``: no optimizer,
-    EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along.
+    EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along. A deep copy, such as an EMA's, shares
+    its memory until one of the two is moved, cast or loaded. A weight that is written in place is written in both.
 
     Args:
         in_dim (int, optional): Width of ``z_text``. None aligns tokens alone. Default: 8192.
@@ -149,6 +152,7 @@ class DinoSupervision(Taught):
         self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.in_dim = in_dim
         self.token_dim = check_token_dim(token_dim, token_projector, token_grid, token_standardize)
+        self.group = group
         self.loss = make_loss(loss_type, stopgrad_image, group, backend)
         if in_dim is None and (token_dim is None or use_patch):
             raise ValueError("in_dim must be z_text's width, or None with token_dim given and use_patch=False")
@@ -186,8 +190,12 @@ class DinoSupervision(Taught):
         features: Features | None = None,
         tokens: Tensor | None = None,
         alpha: float | Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss without alpha and warm-up, and its terms.
+        as_dict: bool = False,
+        step: int | None = None,
+    ) -> Any:
+        """Returns the loss without alpha and warm-up, and its terms; or with ``as_dict`` what ``loss_dict`` returns.
+
+        Wrappers such as DistributedDataParallel reach this method alone: ``DDP(dino)(z_text, x_img, as_dict=True)``.
 
         Args:
             z_text (Tensor, optional): Latents [B, in_dim], cast to the projector's dtype. None with ``tokens``: the
@@ -196,9 +204,11 @@ class DinoSupervision(Taught):
             features (dict, optional): What ``encode`` returned, in place of ``x_img``.
             tokens (Tensor, optional): Hidden tokens [B, N, token_dim], cast to the token projector's dtype.
             alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
+            as_dict (bool): Returns ``loss_dict``'s result, and counts a step as it does. Default: ``False``.
+            step (int, optional): As in ``loss_dict``; only with ``as_dict``.
 
         Returns:
-            tuple: The loss, and detached logs: dino_global; dino_patch with ``use_patch``; dino_token with
+            tuple or dict: The loss, and detached logs: dino_global; dino_patch with ``use_patch``; dino_token with
             ``token_dim``; dino_vic_inv, dino_vic_var, dino_vic_cov with VICReg; dino_patch_is_global and
             dino_token_is_global, 1 each, where the teacher gives no patch tokens and its global token stands for them.
 
@@ -206,15 +216,26 @@ class DinoSupervision(Taught):
             ValueError: If an input does not fit. The message names it.
             TypeError: If an input is no tensor.
         """
+        if as_dict:
+            if alpha is not None:
+                raise ValueError("alpha must be left out with as_dict=True, whose weight is the schedule's")
+            return self._dict(self._losses, step, z_text, x_img, features, tokens)
+        if step is not None:
+            raise ValueError("step must be left out, or as_dict=True given: only the schedule's weight depends on it")
+        return self._losses(z_text, x_img, features=features, tokens=tokens, alpha=alpha)
+
+    def _losses(
+        self, z_text: Any, x_img: Any, *, features: Features | None, tokens: Any, alpha: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         self._check(z_text, x_img, features, tokens)
-        features = self._features(x_img, features)
+        features = self._features(x_img, features, (tokens if z_text is None else z_text).device)
         if alpha is not None:
             alpha = check_scalar("alpha", alpha, self.schedule.step.device)
         losses, logs = [], {}
         if z_text is None:
             losses.append(self._zero(tokens=False))
         else:
-            z_text, target = z_text.to(self.projector.dtype), self._global_token(features)
+            z_text, target = z_text.to(dtype_of(self.projector) or z_text.dtype), self._global_token(features)
             out, loss = weighed(self.loss, self.projector(z_text), target, self.w_global, alpha)
             losses.append(loss)
             logs.update(logs_of(out))
@@ -256,14 +277,21 @@ class DinoSupervision(Taught):
             ValueError: If an input does not fit. The message names it.
             TypeError: If an input is no tensor.
         """
+        if self.training and self.group is not None:
+            warn_if_unsynchronised(self)
+        return self._dict(self, step, z_text, x_img, features, tokens)
+
+    def _dict(
+        self, run: Callable[..., Any], step: int | None, z_text: Any, x_img: Any, features: Any, tokens: Any
+    ) -> dict[str, Tensor]:
         self._check(z_text, x_img, features, tokens)  # before the step is counted
         if step is None:
             self.schedule.advance()
         else:
-            check_step("step", step)
+            step = check_int("step", step, 0)
         if self.schedule.stopped(step):
-            return {"loss_dino": self._zero()}
-        loss, logs = self(z_text, x_img, features=features, tokens=tokens, alpha=self.schedule.factor(step))
+            return {"loss_dino": self._zero(z_text, tokens)}
+        loss, logs = run(z_text, x_img, features=features, tokens=tokens, alpha=self.schedule.factor(step))
         return {"loss_dino": self.schedule.cut(loss, step), **logs}
 
     def _regions(self, z_text: Tensor, features: Features) -> tuple[Tensor, Tensor]:
@@ -282,10 +310,12 @@ class DinoSupervision(Taught):
             return self.token_grids(student, target)
         return student, self._global_token(features).unsqueeze(1).expand(-1, tokens.shape[1], -1)
 
-    def _zero(self, tokens: bool = True) -> Tensor:
-        """Return 0 with a zero gradient for every parameter, or with tokens=False for all but the token projector's."""
-        named = self.named_parameters()
-        return reach(*(p for name, p in named if tokens or not name.startswith("token_projector.")))
+    def _zero(self, *inputs: Tensor | None, tokens: bool = True) -> Tensor:
+        """Return 0 that gives inputs and parameters a zero gradient; tokens=False leaves the token projector out."""
+        parts = [part for name, part in self.named_children() if tokens or name != "token_projector"]
+        tensors = [x for part in parts for x in live_tensors(part) if x.is_floating_point()]
+        tensors += [x for x in (self.patch_queries, *inputs) if x is not None]
+        return reach(*tensors)
 
     def _check(self, z_text: Any, x_img: Any, features: Any, tokens: Any) -> None:
         check_tokens(tokens, self.token_dim)

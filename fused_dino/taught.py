@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .factories import Features, check_features
+from .hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from .preprocess import Preprocess
 from .teacher import read_patch_size
 from .validation import check_images, check_size, check_tensor, check_values
@@ -40,8 +42,20 @@ class Taught(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Taught:
         super()._apply(fn, recurse)
-        self.teacher._apply(fn)
+        apply_to_teacher(self.teacher, fn)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taught:
+        """A copy shares the teacher's memory, until one of the two is moved, cast or loaded.
+
+        A weight of the teacher that is written in place is written in both.
+        """
+        share(self.teacher, memo)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        own_before_loading(self.teacher)
+        own_before_loading(copied.teacher)
+        return copied
 
     @torch.no_grad()
     def encode(self, x_img: Tensor) -> Features:
@@ -84,6 +98,7 @@ class Taught(nn.Module):
 
     def _teach(self, x_img: Tensor) -> Features:
         check_tensor("x_img", x_img)
+        check_loaded(self.teacher, x_img)
         if self.teacher.training:  # another module that holds it as a submodule may have set that
             self.teacher.eval()
         weight = next((p for p in self.teacher.parameters() if p.is_floating_point()), None)
@@ -110,10 +125,11 @@ class Taught(nn.Module):
             raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
         return len(x_img)
 
-    def _features(self, x_img: Any, features: Features | None) -> Features:
-        if features is not None:
-            return features
-        return self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+    def _features(self, x_img: Any, features: Features | None, device: torch.device) -> Features:
+        """Return the features that are given, or else those of the images, on the student's device."""
+        if features is None:
+            features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
 
     def _patch_tokens(self, features: Features) -> Tensor | None:
         """Return patch tokens [B, N, D], detached with stopgrad_image, or None if the teacher gives none."""
@@ -123,8 +139,8 @@ class Taught(nn.Module):
         h, w = self.teacher_grid
         if tokens.shape[1] != h * w:
             raise ValueError(
-                f"teacher returned {tokens.shape[1]} patch tokens where img_size={self.img_size} has {h} x {w}: "
-                "give its patch_size, and strip class and register tokens"
+                f"the features have {tokens.shape[1]} patch tokens where img_size={self.img_size} has {h} x {w}: "
+                "give the teacher's patch_size, and strip class and register tokens"
             )
         return tokens.detach() if self.stopgrad_image else tokens
 

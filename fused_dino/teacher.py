@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .embedding import from_patches, take_patches
-from .validation import check_flag, check_tensor, check_triple
+from .live import dtype_of
+from .validation import check_flag, check_tensor, check_triple, is_int, plain_int
 from .weights import PATCH_SIZE, canonical, load_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -154,9 +155,8 @@ class DINOv2Backbone(nn.Module):
                 f"x must be floating of shape [B, 3, {h}, {w}], or patches [B, {rows * columns}, {3 * p * p}], got "
                 f"{x.dtype} of shape {list(x.shape)}"
             )
-        weight = next((w for w in self.model.parameters() if w.is_floating_point()), x)
         run = getattr(self.model, "forward_features", self.model)
-        x = x.to(weight.dtype)
+        x = x.to(dtype_of(self.model) or x.dtype)
         features = from_patches(self.model, run, x, self.img_size, p) if patches else run(x)
         pooled, patch = self.split(features)
         if pooled.shape[1:] != (self.embed_dim,):
@@ -221,9 +221,9 @@ class DINOv2Backbone(nn.Module):
 def check_img_size(img_size: int | Sequence[int], patch_size: int = 1) -> tuple[int, int]:
     """Return img_size as (h, w), or raise ValueError unless both are positive multiples of patch_size."""
     size = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
-    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+    if len(size) != 2 or not all(map(is_int, size)):
         raise ValueError(f"img_size must be a positive int or a pair (h, w) of them, got {img_size!r}")
-    h, w = size
+    h, w = size = plain_int(size[0]), plain_int(size[1])
     if h % patch_size or w % patch_size:
         below = tuple(max(side // patch_size, 1) * patch_size for side in size)
         above = tuple(-(-side // patch_size) * patch_size for side in size)
@@ -248,8 +248,8 @@ def create_timm(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Mo
 def read_embed_dim(model: nn.Module) -> int:
     """Return the features' width. num_features comes first, since embed_dim is the width of Swin's first stage."""
     for name in ("num_features", "embed_dim"):
-        if isinstance(width := getattr(model, name, None), int):
-            return width
+        if is_int(width := getattr(model, name, None)):
+            return plain_int(width)
     raise ValueError(f"model {type(model).__name__} must have an int embed_dim or num_features, its features' width")
 
 
@@ -260,7 +260,7 @@ def read_patch_size(model: nn.Module) -> int:
     embed: Any = getattr(model, "patch_embed", None)
     size: Any = getattr(model, "patch_size", None) or getattr(embed, "patch_size", PATCH_SIZE)
     sides = set(size) if isinstance(size, Sequence) else {size}
-    if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if len(sides) != 1 or not all(map(is_int, sides)):
         raise ValueError(f"{type(model).__name__} must have a patch_size of a positive int, for squares, got {size!r}")
     return int(sides.pop())
 

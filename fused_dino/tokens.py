@@ -12,8 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .grids import Grid, Regrid, bilinear, regrid
+from .live import dtype_of
 from .reference.dtypes import upcast
-from .validation import check_choice, check_flag, check_size
+from .validation import check_choice, check_flag, check_size, is_int, plain_int
 
 TOKEN_HIDDEN_DIM = 2048
 STANDARDIZE_EPS = 1e-6
@@ -115,7 +116,7 @@ def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid) -> Grid:
 
 
 def check_grid(token_grid: Any) -> Grid:
-    if isinstance(token_grid, int):
+    if is_int(token_grid):
         raise ValueError(f"token_grid must be None or two positive ints (rows, columns), got {token_grid!r}")
     return check_size(token_grid, "token_grid")
 
@@ -135,8 +136,7 @@ def make_token_projector(
 
 def project(projector: nn.Module, tokens: Tensor, width: int) -> Tensor:
     """Project tokens [B, N, C] in the projector's dtype to [B, N, width]. Another shape raises ValueError."""
-    weight = next((p for p in projector.parameters() if p.is_floating_point()), tokens)
-    projected = projector(tokens.to(weight.dtype))
+    projected = projector(tokens.to(dtype_of(projector) or tokens.dtype))
     expected = [*tokens.shape[:2], width]
     if not isinstance(projected, Tensor) or list(projected.shape) != expected:
         got = list(projected.shape) if isinstance(projected, Tensor) else type(projected).__name__
@@ -151,9 +151,9 @@ def check_token_dim(token_dim: Any, projector: Any, token_grid: Any, standardize
         if projector != "mlp" or token_grid is not None or standardize:
             raise ValueError("token_dim must be given with token_projector, token_grid or token_standardize, got None")
         return None
-    if isinstance(token_dim, bool) or not isinstance(token_dim, int) or token_dim < 1:
+    if not is_int(token_dim):
         raise ValueError(f"token_dim must be None or a positive int, got {token_dim!r}")
-    return token_dim
+    return plain_int(token_dim)
 
 
 def check_tokens(tokens: Any, token_dim: int | None) -> None:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -115,22 +115,38 @@ def check_images(images: Any, name: str = "images") -> None:
         raise ValueError(f"{name} must have at least one pixel, got shape {list(images.shape)}")
 
 
+def is_int(value: Any, minimum: int = 1) -> bool:
+    """Whether a value is an int of Python, numpy or a traced shape, and no bool."""
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool) and bool(value >= minimum)  # type: ignore[operator]
+
+
+def check_int(name: str, value: Any, minimum: int = 1) -> int:
+    if not is_int(value, minimum):
+        raise ValueError(
+            f"{name} must be {'a positive int' if minimum == 1 else 'an int of at least 0'}, got {value!r}"
+        )
+    return plain_int(value)
+
+
+def plain_int(value: Any) -> Any:
+    return value if isinstance(value, torch.SymInt) else int(value)
+
+
 def check_size(size: Any, name: str = "size") -> tuple[int, int]:
     """Return (h, w). An int is a square."""
     several = isinstance(size, Sequence) and not isinstance(size, (str, bytes))
-    pair = (size, size) if isinstance(size, int) else tuple(size) if several else ()
-    if len(pair) != 2 or not all(
-        isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool) and x > 0 for x in pair
-    ):
+    pair = tuple(size) if several else (size, size)
+    if len(pair) != 2 or not all(map(is_int, pair)):
         raise ValueError(f"{name} must be a positive int or two of them (h, w), got {size!r}")
-    return pair
+    return plain_int(pair[0]), plain_int(pair[1])
 
 
 def check_patch_size(patch_size: Any, size: tuple[int, int]) -> int | None:
     if patch_size is None:
         return None
-    if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
+    if not is_int(patch_size):
         raise ValueError(f"patch_size must be None or a positive int, got {patch_size!r}")
+    patch_size = plain_int(patch_size)
     if size[0] % patch_size or size[1] % patch_size:
         raise ValueError(f"patch_size must divide size {size}, got {patch_size}")
     return patch_size

@@ -2,13 +2,15 @@
 
     python tests/aot.py            (without TRITON_INTERPRET)
     python tests/aot.py --some     every case for sm_90, a few of each kernel for other GPUs
+    python tests/aot.py --op NAME  the cases of NAME_cases in aot_cases.py, and the kernels of kernels/NAME.py
 
 A budget holds for a kernel or, as "<kernel> <first word of the case>", for some of its cases: at most so many
 `registers` and bytes of `shared` memory, and a widest `load` and `store` of at least so many bytes a thread; each is a
 number, or one for every backend. Where a compiler needs limits of its own, they stand in the budget under its version.
 Nothing may spill or use a stack. A kernel with dots must have matrix instructions, unless its budget says "matrix": 0.
 A kernel of another dtype than fp64 may have no `f64` instruction, unless its budget says how many, and on
-NVIDIA's GPUs may leave no sum in the matrix unit from one step to the next.
+NVIDIA's GPUs may leave no sum in the matrix unit from one step to the next. A kernel without a budget, and a budget
+that is broken, print the lines of aot_budgets.json that this compiler's code is just within.
 
 A case that says how many `values` one thread makes in a turn of its outermost loop, and how many `turns` that loop
 takes, is counted in the machine code of sm_90: at most so many `instructions` a value, and at most so many `wavefronts`
@@ -17,14 +19,12 @@ of shared memory, `barriers`, and `conflicts` in the worst access to it, a turn.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +41,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import aot_shared
+from aot_code import chained, cuda_resources, dump, hip_resources, instructions
 
 ROOT = Path(__file__).parent.parent
 # With the KiB of shared memory that a block can have there: past them a kernel compiles, and its launch fails.
@@ -52,8 +53,9 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
 COUNTED = ("instructions", "wavefronts", "conflicts", "barriers")  # where a case says how many values it has
-LIMITS = dict.fromkeys(("registers", "shared", "f64", *COUNTED), max) | dict.fromkeys(("load", "store"), min)
-BEGINNINGS = ("arith.constant", "arith.select", "tt.dot", "ttng.warp_group_dot", "ttng.warp_group_dot_wait")
+REQUIRED = ("registers", "shared", "load", "store")  # of every budget
+LIMITS = dict.fromkeys(REQUIRED[:2], max) | dict.fromkeys(REQUIRED[2:], min) | dict.fromkeys(("f64", *COUNTED), max)
+WITH_OWN_BUDGET = ("fp64", "unaligned")  # first words of cases whose code is unlike the others'
 COMPILER = ".".join(triton.__version__.split(".")[:2])
 JOBS: list[tuple[dict[str, Any], str]] = []  # a launch and its target; global, so that workers inherit it
 
@@ -106,54 +108,6 @@ def launches(cases: Iterable, backend: str) -> list[dict[str, Any]]:
     return seen
 
 
-def dump(asm: dict[str, Any], option: str) -> str:
-    """Return what cuobjdump prints of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def instructions(sass: str, values: float, turns: int) -> float:
-    """Executed by one thread for each of its values: all but the outermost loop once, that loop `turns` times.
-
-    A loop inside of it counts once; a case with such a loop must be one where it takes a single turn.
-    """
-    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
-    code = {at: text for at, text in lines if not text.startswith("NOP") and text.split()[-1] != f"{at:#x}"}
-    jumps = [(int(to, 16), at) for at, text in code.items() for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)]
-    start, end = max(((to, at) for to, at in jumps if to < at), key=lambda jump: jump[1] - jump[0], default=(0, -1))
-    loop = sum(start <= at <= end for at in code)
-    return (len(code) - loop + loop * turns) / (values * turns)
-
-
-def cuda_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, int]], list[str]]:
-    """Registers, spills, stack and f64 instructions; the bytes of each load and store; the matrix instructions."""
-    used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", dump(asm, "--dump-resource-usage"))}
-    stack = used["STACK"] + used["LOCAL"]
-    sass = dump(asm, "-sass") if stack or "tt.dot" in asm["ttir"] else ""  # takes longer than all the rest
-    spills = sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.[US]?(\d+))?", sass))
-    vectors = re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s", asm["ptx"])
-    moves = [(kind, int(count or 1) * int(bits) // 8) for kind, count, bits in vectors]
-    moves += [("ld", int(size, 0)) for size in re.findall(r"\bcp\.async\.c[ag]\..*?\], *\[.*?\], (\w+)", asm["ptx"])]
-    f64 = len(re.findall(r"^\s*(?:@\S+\s+)?(?!ld|st|mov)\w+[\w.]*\.f64\b", asm["ptx"], re.MULTILINE))
-    resources = {"registers": used["REG"], "spills": spills, "stack": stack, "f64": f64}
-    return resources, moves, re.findall(r"\b[A-Z]+MMA\b", sass)
-
-
-def hip_resources(asm: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, int]], list[str]]:
-    code = asm["amdgcn"]
-    used = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
-    spills = 4 * (used["vgpr_spill_count"] + used["sgpr_spill_count"])
-    unit = {"dword": 4, "short": 2, "byte": 1}
-    move = r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?[us]?(dword|short|byte)(?:x(\d))?"
-    moves = [(kind, int(count or 1) * unit[name]) for kind, name, count in re.findall(move, code)]
-    resources = {"registers": used["vgpr_count"], "spills": spills, "stack": used["private_segment_fixed_size"]}
-    resources["f64"] = len(re.findall(r"\bv_\w*f64", code))
-    return resources, moves, re.findall(r"\bv_(mfma)_", code)
-
-
 def compile_job(index: int) -> Row:
     launch, target = JOBS[index]
     gpu, _ = TARGETS[target]
@@ -175,18 +129,6 @@ def compile_job(index: int) -> Row:
         except (NotImplementedError, ValueError) as error:
             return replace(row, error=f"cannot be counted: {error}")
     return row
-
-
-def chained(ttgir: str) -> int:
-    """Count the products that begin with neither a constant nor another product of the same step."""
-    producers, count = {}, 0  # the operation that last wrote each value: loops use one name again
-    for name, operation, operands in re.findall(r"^\s*(%\w+)(?::\d+)? = ([\w.]+) ?(.*)", ttgir, re.MULTILINE):
-        is_product = operation in ("tt.dot", "ttng.warp_group_dot")
-        if is_product and producers.get(re.findall(r"%\w+", operands)[2]) not in BEGINNINGS:
-            count += 1
-        converted = operation == "ttg.convert_layout"
-        producers[name] = producers.get(re.findall(r"%\w+", operands)[0]) if converted else operation
-    return count
 
 
 def arguments(launch: dict[str, Any], compiled: Any) -> list[Any]:
@@ -237,7 +179,7 @@ def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
 
 
 def reached(rows: list[Row]) -> dict[str, Any]:
-    """The tightest limits that some rows are within, for whoever fits a budget anew."""
+    """Return the tightest budget that the rows are within, for whoever writes or fits one."""
     limits: dict[str, Any] = {}
     for name, tightest in LIMITS.items():
         found: dict[str, list[float]] = {}
@@ -246,9 +188,25 @@ def reached(rows: list[Row]) -> dict[str, Any]:
                 found.setdefault(TARGETS[row.target][0].backend, []).append(float(getattr(row, name)))
         values = {backend: float(f"{tightest(some):g}") for backend, some in found.items()}
         values = {backend: int(value) if value.is_integer() else value for backend, value in values.items()}
-        if any(values.values()):
+        if any(values.values()) or name in REQUIRED:
             limits[name] = values if len({*values.values()}) > 1 else next(iter(values.values()))
-    return limits
+    return limits | ({"matrix": 0} if any(row.matrix == "0" for row in rows) else {})
+
+
+def budgets_of(rows: Iterable[Row], budgets: dict[str, Any]) -> dict[str, list[Row]]:
+    """Return the rows of each budget; a kernel without one is to have those that its cases ask for."""
+    held: dict[str, list[Row]] = {}
+    for row in rows:
+        word = row.case.split()[0]
+        own = f"{row.kernel} {word}" in budgets or (row.kernel not in budgets and word in WITH_OWN_BUDGET)
+        held.setdefault(f"{row.kernel} {word}" if own else row.kernel, []).append(row)
+    return held
+
+
+def as_written(name: str, budget: dict[str, Any]) -> str:
+    """Return a budget as it stands in aot_budgets.json."""
+    limits = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in budget.items())
+    return f"  {json.dumps(name)}: {{\n{limits}\n  }},"
 
 
 def one_of_each(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -257,8 +215,13 @@ def one_of_each(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kinds.values())
 
 
-def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any], some: bool = False) -> int:
-    """Compile what the cases launch, print the table and everything wrong; the exit status."""
+def check(
+    modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any], some: bool = False, one_op: bool = False
+) -> int:
+    """Compile what the cases launch, print the table and everything wrong, and return the exit status.
+
+    one_op: leave out the budgets of kernels that are neither in `modules` nor launched.
+    """
     start = time.perf_counter()
     cases = list(cases)
     seen = {backend: launches(cases, backend) for backend in ("cuda", "hip")}
@@ -277,19 +240,17 @@ def check(modules: Iterable[ModuleType], cases: Iterable, budgets: dict[str, Any
     cases_of = {f"{row.kernel} {row.case.split()[0]}" for row in rows}
     wrong = [f"{name}: no case launches it" for name in sorted(there - launched)]
     wrong += [f"{name}: has no budget" for name in sorted(there | launched) if name not in budgets]
-    unknown = sorted({*budgets} - there - launched - cases_of)
+    known = there | launched
+    unknown = sorted(name for name in {*budgets} - known - cases_of if not one_op or name.split()[0] in known)
     wrong += [f"{name}: has a budget, and is no kernel or case" for name in unknown]
     wrong += [f"{row}: {row.error}" for row in rows if row.error]
-    held: dict[str, list[Row]] = {}  # the rows of each budget
-    for row in rows:
-        if not row.error:
-            special = f"{row.kernel} {row.case.split()[0]}"
-            held.setdefault(special if special in budgets else row.kernel, []).append(row)
     reports = []
-    for name, those in held.items():
+    for name, those in budgets_of([row for row in rows if not row.error], budgets).items():
         broken = [line for row in those if name in budgets for line in excesses(row, budgets[name])]
-        reports += [f"reached: {json.dumps(name)}: {json.dumps(reached(those))}"] if broken else []
         wrong += broken
+        if broken or name not in budgets:
+            reports.append(as_written(name, reached(those)))
+    reports[:0] = [f"What Triton {triton.__version__} is just within:"] if reports else []
     print(*wrong, *reports, sep="\n", end="\n" if wrong else "")
     counts = f"{len(launched)} kernels in {len(rows)} rows for {len(TARGETS)} GPUs by Triton {triton.__version__}"
     verdict = f"{len(wrong)} failures" if wrong else "all within budget"
@@ -303,12 +264,18 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from aot_cases import CASES
 
-    stems = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    ops = {cases.__name__.removesuffix("_cases"): cases for cases in CASES}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--some", action="store_true", help="a few cases of each kernel, but for sm_90")
+    parser.add_argument("--op", choices=ops, help="the cases and kernels of one op")
+    options = parser.parse_args()
+    stems = [options.op] if options.op else sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
     sys.exit(
         check(
             [importlib.import_module(f"fused_dino.kernels.{stem}") for stem in stems],
-            [case for cases in CASES for case in cases()],
+            [case for op, cases in ops.items() if options.op in (None, op) for case in cases()],
             json.loads((ROOT / "tests/aot_budgets.json").read_text()),
-            some=sys.argv[1:] == ["--some"],
+            some=options.some,
+            one_op=options.op is not None,
         )
     )

@@ -18,7 +18,7 @@ WORLDS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
 class Cost(NamedTuple):
-    """Of one rank, forward and backward: bytes that it receives, and operations in matrix products."""
+    """Bytes that one rank receives, and its operations in matrix products, forward and backward."""
 
     received: float
     operations: float

@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 EXTRA = 2  # bits below float32's last to which terms are cut
 TERMS = {"TF32": 8, "16 bits": 16}  # that one addition takes together with the accumulator
 TF32_BITS = np.uint32(0xFFFFE000)  # sign, exponent and ten bits: TF32
-FLOAT32_BITS = np.uint64(0xFFFFFFFFE0000000)  # of float64's bits: those that float32 has
+FLOAT32_BITS = np.uint64(0xFFFFFFFFE0000000)  # those of float64's bits that float32 has
 
 
 def cut_to_tf32(x: np.ndarray) -> np.ndarray:

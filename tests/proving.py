@@ -64,8 +64,9 @@ class Op:
     run(*inputs, backend, **options) -> a tensor.
     scales(*inputs, grad_output, **options) -> how large the terms are of which the value and the gradients of the
         inputs are made: the unit of their errors, which cancellation in the result does not shrink.
-    forward, backward: the dispatcher ops, each launched once; None where the op has no kernel.
-    forward_arguments(*inputs), backward_arguments(*inputs, *forward's results): for inputs of `shape`.
+    forward, backward: the `overload` of the dispatcher ops, each launched once; None where the op has no kernel.
+    forward_arguments(*inputs), backward_arguments(*inputs, *forward's results): what the two take for inputs of
+        `shape`, a NamedTuple as its fields.
     inputs: their names; all are of one shape.
     shape(rows, width): of inputs with so many examples, whose last dimension is so wide.
     rowwise: each row of [..., D] has a loss of its own: it takes a reduction and one weight a row.
@@ -81,8 +82,8 @@ class Op:
     scales: Callable[..., tuple[Tensor, ...]]
     forward: Any = None
     backward: Any = None
-    forward_arguments: Callable[..., tuple] = tuple
-    backward_arguments: Callable[..., tuple] = tuple
+    forward_arguments: Callable[..., tuple] = lambda *inputs: inputs
+    backward_arguments: Callable[..., tuple] = lambda *tensors: tensors
     inputs: tuple[str, ...] = ("student", "target")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, width: (rows, width)
     rowwise: bool = False

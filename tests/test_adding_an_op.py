@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from proving import Op
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```py\n# (\S+)\n(.*?)```", (ROOT / "docs/adding-an-op.md").read_text(), re.DOTALL)
+PAGE = (ROOT / "docs/adding-an-op.md").read_text()
+BLOCKS = re.findall(r"```py\n# (\S+)\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
 
 
 @pytest.fixture
@@ -36,9 +41,23 @@ def test_five_files():
     assert len({name for name, _ in BLOCKS}) == len(BLOCKS) == 5
 
 
+def test_its_commands_name_files_that_are_there():
+    named = re.findall(r"tests/\w+\.py", COMMANDS)
+    assert "tests/aot.py" in named
+    assert all((ROOT / name).exists() for name in named), named
+
+
+def test_a_row_need_not_say_that_a_kernel_takes_its_inputs():
+    row = Op("copy", run=torch.clone, cases=(), scales=torch.abs)
+    for inputs in ((1,), (1, 2)):
+        assert row.forward_arguments(*inputs) == row.backward_arguments(*inputs) == inputs
+
+
 def test_the_op_is_proven_like_every_other(tree):
+    """Some of the tests that the page's command for it runs."""
+    files = re.search(r"^\S+ (.*) -k smooth_l1$", COMMANDS, re.MULTILINE)[1].split()
     proofs = "accurate or mixed or derivatives or functional or autocast or aot_eager or no_rows or checkpointing"
-    chosen = ("tests/test_ops.py", "tests/test_backend.py", "-k", f"smooth_l1 and ({proofs} or cpu or kernel)")
+    chosen = (*files, "-k", f"smooth_l1 and ({proofs} or tangent or any_shape or cpu or kernel)")
     run = python(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen)
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 40, run.stdout

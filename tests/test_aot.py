@@ -1,5 +1,6 @@
 """The kernels are within their budgets on GPUs that are not here, and the check of it sees what it is there to see."""
 
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,14 @@ def test_products_run_in_matrix_instructions(checked, target, name):
             assert all({"HMMA", "HGMMA", "mfma"} & set(row) == {name} for row in rows), rows
 
 
+def test_one_op_is_checked_alone():
+    done = run(AOT, "--some", "--op", "standardize")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = {line.split()[0] for line in done.stdout.splitlines()[1:-1]}
+    assert {kernel.split("_")[0] for kernel in kernels} == {"standardize", "column"}
+    assert done.stdout.splitlines()[-1].startswith(f"{len(kernels)} kernels ")
+
+
 def test_the_interpreter_is_refused_in_one_line():
     done = run(AOT, TRITON_INTERPRET="1")
     assert done.returncode == 1
@@ -142,6 +151,16 @@ def toy(tmp_path_factory):
 def test_a_failure_is_named(toy, line):
     assert toy.returncode == 1, toy.stderr
     assert any(found.startswith(line) for found in toy.stdout.splitlines()), toy.stdout
+
+
+def test_a_kernel_without_a_budget_prints_one_to_copy(toy):
+    """As one does whose budget is broken; others do not."""
+    lines = toy.stdout.partition("is just within:\n")[2].splitlines()[:-1]
+    budgets = json.loads("{" + "\n".join(lines).rstrip(",") + "}")
+    assert {"copy_kernel", "dot_kernel bf16", "spilling_kernel", "chain_kernel"} <= {*budgets}
+    assert budgets["copy_kernel"].keys() == {"registers", "shared", "load", "store"}
+    assert budgets["copy_kernel"]["store"] == 4
+    assert "broken_kernel" not in budgets
 
 
 @pytest.mark.parametrize(("target", "name"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "mfma")])
@@ -195,6 +214,28 @@ def test_within_the_limits_nothing_is_wrong():
     assert list(aot.excesses(replace(ROW, f64=9), LIMITS | {"f64": 9})) == []
     counted = replace(ROW, instructions="40.0", wavefronts="95", conflicts="2", barriers="6")
     assert list(aot.excesses(counted, LIMITS)) == []
+
+
+def test_the_budgets_that_are_printed_hold_and_are_tight():
+    amd = replace(ROW, target="gfx942", registers=40, load=8, store=8, matrix="4 mfma")
+    fp64 = replace(ROW, case="fp64", registers=128, matrix="0", f64=9)
+    unaligned = replace(ROW, case="unaligned bf16", shared=0, load=2, f64=3)
+    rows = [ROW, replace(ROW, **{name: str(value) for name, value in COUNTS.items()}), amd, fp64, unaligned]
+    held = aot.budgets_of(rows, {})
+    assert {name: len(those) for name, those in held.items()} == {
+        "a_kernel": 3, "a_kernel fp64": 1, "a_kernel unaligned": 1,
+    }  # fmt: skip
+    written = "".join(aot.as_written(name, aot.reached(those)) for name, those in held.items())
+    budgets = json.loads("{" + written.rstrip(",") + "}")
+    assert not [line for name, those in held.items() for row in those for line in aot.excesses(row, budgets[name])]
+    assert budgets == {
+        "a_kernel": {
+            "registers": {"cuda": 64, "hip": 40}, "shared": 1024, "load": {"cuda": 16, "hip": 8},
+            "store": {"cuda": 16, "hip": 8}, **COUNTS,
+        },
+        "a_kernel fp64": {"registers": 128, "shared": 1024, "load": 16, "store": 16, "matrix": 0},
+        "a_kernel unaligned": {"registers": 64, "shared": 0, "load": 2, "store": 16, "f64": 3},
+    }  # fmt: skip
 
 
 def test_a_compiler_has_limits_of_its_own():

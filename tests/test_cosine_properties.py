@@ -53,7 +53,7 @@ def test_whitening_is_the_recipe(normalize, eps):
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("norm_eps", [1e-12, 3.0, 1e3])
 def test_norm_eps_is_the_smallest_norm_that_divides(norm_eps, whiten):
-    """In float64, norms of 2 to 4 lie on both sides of 3; gradients of both inputs."""
+    """The rows' norms are 2 to 4, on both sides of 3."""
     s, t = (x.requires_grad_() for x in pair(9, 8))
     s_unit, t_unit = (F.normalize(x, dim=-1, eps=norm_eps) for x in (s, t))
     out = FD.mse_loss(s, t, whiten=whiten, norm_eps=norm_eps)

@@ -64,7 +64,8 @@ def test_carries_its_weights_along_and_saves_none():
     assert not module.state_dict()
     twin = copy.deepcopy(module).half().double()
     assert torch.equal(twin(tokens((4, 4))), module(tokens((4, 4))))
-    assert module.to("meta").rows.device.type == "meta"
+    assert module.to_empty(device="cpu")(tokens((4, 4))).equal(twin(tokens((4, 4))))
+    assert module(tokens((4, 4)).to("meta")).device.type == "meta"
 
 
 def test_products_have_second_derivatives_and_vmap():

@@ -144,7 +144,7 @@ def test_autocast_changes_nothing(op, backend):
 
     expected = run(forward=False, backward=False)
     assert all(map(torch.equal, run(forward=True, backward=False), expected))
-    if backend != "reference":  # whose backward is torch's own: autocast does reach its matrix products
+    if backend != "reference":  # its backward is torch's own, whose matrix products autocast does reach
         assert all(map(torch.equal, run(forward=False, backward=True), expected))
         assert all(map(torch.equal, run(forward=True, backward=True), expected))
 

@@ -67,7 +67,7 @@ def test_any_size_mode_and_layout(backend, height, width, size, mode, dtype, lay
     interpolation, antialias = mode
     options = {"size": size, "interpolation": interpolation, "antialias": antialias}
     check_accuracy(PREPROCESS, (x,), backend, **options)
-    if clamp:  # whose gradient jumps where a pixel meets a bound: its own value alone
+    if clamp:  # the value alone: its gradient jumps where a pixel meets a bound
         assert_close(
             FD.preprocess(x, **options, clamp=True, backend=backend, input_range=(-0.5, 0.5)),
             FD.preprocess(x, **options, clamp=True, backend="reference", input_range=(-0.5, 0.5)),

@@ -74,8 +74,8 @@ def test_moves_and_casts_carry_the_teacher(teacher):
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: reload(m)],
-    ids=["deepcopy", "pickle", "torch.save"],
+    [lambda m: copy.deepcopy(m).double().float(), lambda m: pickle.loads(pickle.dumps(m)), lambda m: reload(m)],
+    ids=["deepcopy and a cast", "pickle", "torch.save"],
 )
 def test_copies_have_their_own_teacher(teacher, batch, text, duplicate):
     model = Model(teacher)

@@ -70,7 +70,7 @@ def one_rank():
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
 @pytest.mark.parametrize("route", ["auto", "gram", "covariance"])
 def test_a_group_of_one_rank_is_no_group(shape, route, one_rank, monkeypatch):
-    """To the last bit, on every backend, with second derivatives, and nothing is communicated."""
+    """Every bit is the same on every backend, second derivatives work, and nothing is communicated."""
     monkeypatch.setattr(distributed, "all_reduce", None)
     monkeypatch.setattr(distributed, "all_gather", None)
     y, g = (x.requires_grad_() for x in pair(*shape))
@@ -345,7 +345,11 @@ def test_a_weight_of_zero_leaves_its_term_out(zero, shape):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("student", {"student": torch.ones(2, 4, 8), "target": torch.ones(2, 4, 8)}),
+        ("student", {"student": torch.ones(2, 2, 4, 8), "target": torch.ones(2, 2, 4, 8)}),
+        ("student", {"student": torch.ones(2, 0, 8), "target": torch.ones(2, 0, 8)}),
+        ("target", {"target": None, "both": True}),
+        ("both", {"both": 1}),
+        ("per", {"per": "token"}),
         ("student", {"student": torch.ones(8), "target": torch.ones(8)}),
         ("student", {"student": torch.ones(4, 8).long()}),
         ("target", {"target": torch.ones(4, 7)}),

@@ -36,8 +36,8 @@ def test_is_lightlys_terms():
         assert_close(out.covariance, lightly.covariance_loss(y), rtol=1e-12, atol=0)
 
 
-def two_sided(y, g, halve):
-    """The loss of facebookresearch/vicreg, main_vicreg.py (halve), and of solo-learn, losses/vicreg.py (not)."""
+def two_sided(y, g, var_weight):
+    """Return the loss of main_vicreg.py in facebookresearch/vicreg, and of losses/vicreg.py in solo-learn."""
 
     def variance(x):
         return torch.relu(1 - (x.var(0) + 1e-4).sqrt()).mean()
@@ -46,26 +46,33 @@ def two_sided(y, g, halve):
         c = torch.cov(x.T)
         return (c - c.diag().diag()).square().sum() / x.shape[1]
 
-    var_loss = (variance(y) + variance(g)) * (0.5 if halve else 1)
-    return 25 * torch.nn.functional.mse_loss(y, g) + 25 * var_loss + covariance(y) + covariance(g)
+    terms = var_weight * (variance(y) + variance(g)) + covariance(y) + covariance(g)
+    return 25 * torch.nn.functional.mse_loss(y, g) + terms
+
+
+PUBLISHED = {
+    "seed": lambda y, g: recipe.vicreg(y, g)[0],
+    "vicreg": lambda y, g: two_sided(y, g, 12.5),
+    "lightly": lambda y, g: pytest.importorskip("lightly.loss.vicreg_loss").VICRegLoss()(y, g),
+    "solo": lambda y, g: two_sided(y, g, 25.0),
+}
 
 
 @pytest.mark.parametrize("shape", [(16, 6), (6, 16)])
-@pytest.mark.parametrize("name", ["seed", "vicreg", "lightly", "solo"])
-def test_presets(name, shape):
-    """The published gradient of the student, and the published loss less the frozen teacher's own two terms."""
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_gradient_of_the_student(name, shape):
     y, g = (0.5 * x for x in pair(*shape))
     y.requires_grad_()
-    if name == "lightly":
-        published = pytest.importorskip("lightly.loss.vicreg_loss").VICRegLoss()(y, g)
-    else:
-        published = recipe.vicreg(y, g)[0] if name == "seed" else two_sided(y, g, halve=name == "vicreg")
-    loss = VICRegLoss.preset(name)(y, g).loss
-    ours, theirs = (torch.autograd.grad(x, y)[0] for x in (loss, published))
-    assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
-    if name != "seed":
-        own = VICRegLoss.preset(name, inv_weight=0)(g, g).loss
-        assert_close(loss + own, published, rtol=1e-12, atol=0)
+    losses = VICRegLoss.preset(name)(y, g).loss, PUBLISHED[name](y, g)
+    assert_close(*(torch.autograd.grad(loss, y) for loss in losses), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(16, 6), (6, 16)])
+@pytest.mark.parametrize("name", ["vicreg", "lightly", "solo"])
+def test_published_losses_add_the_targets_own_terms(name, shape):
+    y, g = (0.5 * x for x in pair(*shape))
+    loss = VICRegLoss.preset(name)(y, g).loss + VICRegLoss.preset(name, inv_weight=0)(g, g).loss
+    assert_close(loss, PUBLISHED[name](y, g), rtol=1e-12, atol=0)
 
 
 def test_presets_are_overridden_and_their_names_checked():

@@ -22,7 +22,7 @@ SHAPES = [(16, 64), (64, 256), (255, 256)]
 
 
 def dominated(shape, factor, dtype, seed=0):
-    """Student and teacher, one column of the student's deviating `factor` times as much as the others."""
+    """Return a student, one column of which deviates `factor` times as much as the others, and a target."""
     generator = torch.Generator().manual_seed(seed)
     y, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     y[:, min(3, shape[1] - 1)] *= factor
@@ -30,7 +30,7 @@ def dominated(shape, factor, dtype, seed=0):
 
 
 def error_of_covariance(y, g):
-    """By rows, relative to float64."""
+    """Return the relative error of the covariance by rows against float64."""
     covariance = FD.vicreg_loss(y, g, route="gram").covariance.double()
     true = FD.vicreg_loss(y.double(), g.double(), backend="reference").covariance
     return ((covariance - true) / true).abs().item()
@@ -73,7 +73,7 @@ def test_the_variance_keeps_its_digits_beside_a_wide_product(shape, backend):
 
 @pytest.fixture
 def coarse_products():
-    """As TF32 is on a GPU: bfloat16 on processors that have matrix instructions for it."""
+    """Let products be coarse, as TF32 is on a GPU: bfloat16 where a processor has matrix instructions for it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     yield
@@ -150,6 +150,6 @@ assert precision() == "tf32", "the setting of all backends"
 
 
 def test_either_way_of_allowing_tf32_is_followed():
-    """In a process of its own: torch keeps no way back to a state in which nothing was set."""
-    made = subprocess.run([sys.executable, "-c", SETTINGS], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    """The settings need a process of their own: torch has no way back to a state in which nothing was set."""
+    done = subprocess.run([sys.executable, "-c", SETTINGS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

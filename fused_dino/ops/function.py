@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .plain import is_plain
+from .plain import forward_mode, is_plain
 
 
 def batch_by_batch(apply: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple:
@@ -42,8 +43,8 @@ def make_function(
         forward: (*tensors, options, backend) -> the results.
         backward: (ctx, saved tensors, gradients of the first `outputs` results, which of the first `inputs` tensors
             need one) -> their gradients; ctx has `options` and `backend`. None: the formula's.
-        formula: (*tensors, options) -> the first `outputs` results by formulas of torch's own. It serves where the
-            gradient itself is differentiated or batched.
+        formula: (*tensors, options) -> the first `outputs` results by formulas of torch's own. It serves in forward
+            mode, and where the gradient itself is differentiated or batched.
         inputs: How many of the tensors get a gradient, from the first one on.
         outputs: How many of the results have one. The others are for the op itself.
         saved: The first result that the backward needs. It gets all tensors as well.
@@ -52,9 +53,9 @@ def make_function(
         vmap: torch's rule, with the Function's apply before its arguments. None refuses.
     """
 
-    def setup_context(ctx: Any, given: tuple, made: Any) -> None:
-        *tensors, ctx.options, ctx.backend = given
-        results = made if isinstance(made, tuple) else (made,)
+    def setup_context(ctx: Any, arguments: tuple, out: Any) -> None:
+        *tensors, ctx.options, ctx.backend = arguments
+        results = out if isinstance(out, tuple) else (out,)
         ctx.meta = None
         if linear is not None and linear(ctx.options):
             ctx.meta = [(x.shape, x.dtype) for x in tensors[:inputs]]
@@ -73,43 +74,77 @@ def make_function(
         if ctx.meta is not None:
             tensors = (*(first.new_empty((), dtype=t).expand(shape) for shape, t in ctx.meta), *tensors[inputs:])
         needs_grad = ctx.needs_input_grad[:inputs]
-        by_formula = backward is None or (torch.is_grad_enabled() and not twice) or is_batched(first)
+        differentiable = (torch.is_grad_enabled() and not twice) or forward_mode()
+        by_formula = backward is None or differentiable or is_batched(first)
         if by_formula and formula is not None:
             others = tensors[inputs : arguments - 2]
-            made = gradient_of(lambda *x: formula(*x, *others, ctx.options), tensors[:inputs], grads)
+            input_grads = gradient_of(lambda *x: formula(*x, *others, ctx.options), tensors[:inputs], grads)
         else:
             assert backward is not None
-            made = backward(ctx, tensors, grads, needs_grad)
-        wanted = (g if needed else None for g, needed in zip(made, needs_grad, strict=True))
-        return (*wanted, *((None,) * (arguments - inputs)))
+            input_grads = backward(ctx, tensors, grads, needs_grad)
+        needed = (g if needs else None for g, needs in zip(input_grads, needs_grad, strict=True))
+        return (*needed, *((None,) * (arguments - inputs)))
 
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # torch binds every call by it
     rules: dict[str, Any] = {"forward": forward, "setup_context": setup_context, "backward": differentiate}
     function: Any = type(name, (torch.autograd.Function,), {rule: staticmethod(f) for rule, f in rules.items()})
     if vmap is not None:
-        function.vmap = staticmethod(lambda *given: vmap(function.apply, *given))
+        function.vmap = staticmethod(lambda *arguments: vmap(apply, *arguments))
+
+    def setup_jvp(ctx: Any, arguments: tuple, out: Any) -> None:
+        setup_context(ctx, arguments, out)
+        ctx.save_for_forward(*arguments[:-2])
+        ctx.others = len(out) - outputs if isinstance(out, tuple) else 0
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if formula is None or any(x is not None for x in tangents[inputs:]):
+            raise NotImplementedError(f"{name} has no forward mode for these inputs; backend='reference' has")
+        primals = [x if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
+        others = primals[inputs:]
+        moved = tangents_of(lambda *x: formula(*x, *others, ctx.options), primals[:inputs], tangents[:inputs])
+        return (*(moved if isinstance(moved, tuple) else (moved,)), *((None,) * ctx.others))
+
+    # A class of its own: Dynamo takes no Function with a jvp.
+    rules = {"setup_context": setup_jvp, "jvp": jvp}
+    function_in_forward_mode: Any = type(name, (function,), {rule: staticmethod(f) for rule, f in rules.items()})
 
     def forward_at_once(ctx: Any, *args: Any) -> Any:
         out = forward(*args)
         setup_context(ctx, args, out)
         return out
 
-    # Without a setup_context of its own, for whose sake torch binds the arguments of every call.
+    # It has no setup_context of its own, for whose sake torch binds the arguments of every call.
     rules = {"forward": forward_at_once, "backward": differentiate}
     plain: Any = type(name, (torch.autograd.Function,), {rule: staticmethod(f) for rule, f in rules.items()})
 
     def apply(*args: Any) -> Any:
-        return (plain if is_plain(args) else function).apply(*args)
+        if is_plain(args):
+            return plain.apply(*args)
+        has_tangents = forward_mode() and not torch.compiler.is_compiling()
+        return (function_in_forward_mode if has_tangents else function).apply(*args)
 
     return apply
 
 
 def gradient_of(formula: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple:
     """The gradients of the inputs, of one result or several."""
-    made, vjp = torch.func.vjp(formula, *inputs)[:2]
-    if isinstance(made, Tensor):
+    out, vjp = torch.func.vjp(formula, *inputs)[:2]
+    if isinstance(out, Tensor):
         return vjp(grads[0])
-    return vjp(tuple(torch.zeros_like(x) if g is None else g for x, g in zip(made, grads, strict=True)))
+    return vjp(tuple(torch.zeros_like(x) if g is None else g for x, g in zip(out, grads, strict=True)))
+
+
+def tangents_of(formula: Callable[..., Any], inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Any:
+    """Derive the gradient by what it multiplies: the transpose of a transpose, where forward mode does not nest."""
+    moving = [i for i, x in enumerate(tangents) if x is not None]
+
+    def of_moving(*values: Tensor) -> Any:
+        replaced = dict(zip(moving, values, strict=True))
+        return formula(*(replaced.get(i, x) for i, x in enumerate(inputs)))
+
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # a tangent may have one, too
+        out, vjp = torch.func.vjp(of_moving, *(inputs[i] for i in moving))[:2]
+        return torch.func.vjp(vjp, out)[1](tuple(tangents[i] for i in moving))[0]
 
 
 def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tuple[Any, ...]:

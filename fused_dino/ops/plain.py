@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 KEPT: dict[tuple, Kept] = {}
@@ -31,9 +32,17 @@ class Kept(NamedTuple):
     owners: tuple  # the kernel and the driver, whose ids are in the key
 
 
+def forward_mode() -> bool:
+    """Whether tensors may have tangents: under torch.func.jvp, and in a dual_level."""
+    return forward_ad._current_level >= 0
+
+
+forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a graph is guarded by the level as it is
+
+
 def watched() -> bool:
-    """Whether a transform, dispatch mode or function mode is active."""
-    return transforms_active() or dispatch_modes() > 0 or function_modes() > 0
+    """Whether a transform, dispatch mode, function mode or forward mode is active."""
+    return transforms_active() or dispatch_modes() > 0 or function_modes() > 0 or forward_mode()
 
 
 def is_plain(args: tuple) -> bool:

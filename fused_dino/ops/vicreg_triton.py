@@ -30,9 +30,9 @@ def kind(student: Tensor, dtype: torch.dtype) -> str:
 
 
 def precision() -> str:
-    """Of float32 products: three passes of TF32, or one where torch's own setting allows it; AMD multiplies float32.
+    """Return the precision of float32 products: TF32 in three passes, or in one if torch's setting allows it.
 
-    fp32_precision is read, which follows every way of setting it; allow_tf32 raises once fp32_precision was set.
+    AMD multiplies float32. fp32_precision follows every way of setting it; reading allow_tf32 raises once that was set.
     """
     if torch.version.hip:
         return "ieee"

@@ -16,6 +16,11 @@ def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(acc_dtype(*tensors)) for x in tensors)
 
 
+def scaled(value: Tensor, factor: float | Tensor) -> Tensor:
+    """Return value * factor. In torch's forward mode a number times a scalar tensor has a float64 tangent."""
+    return (value.unsqueeze(-1) * factor).squeeze(-1)
+
+
 def without_autocast(x: Tensor) -> torch.autocast | nullcontext:
     """Turn autocast off on the device of `x`: under it float32 matrices have a bfloat16 product."""
     # meta tensors have no autocast

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dtypes import upcast, without_autocast
+from .dtypes import scaled, upcast, without_autocast
 
 
 def vicreg_loss(
@@ -49,7 +49,7 @@ def vicreg_loss(
         off_diagonal = c - torch.diag(torch.diag(c))
         covariance = off_diagonal.square().sum() / covariance_divisor(d, cov_reduction)
 
-    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
+    loss = scaled(invariance, inv_weight) + scaled(variance, var_weight) + scaled(covariance, cov_weight)
     return loss, invariance, variance, covariance
 
 
