@@ -52,12 +52,12 @@ def standardize_statistics_kernel(
     before = 0
     for start in range(first, last, BLOCK_N):
         row = skip_rows(weight, (start + tl.arange(0, BLOCK_N)).to(tl.int64), last)  # int64: row * stride passes 2**31
-        live = (row < last)[:, None] & inside[None, :]
+        keep = (row < last).to(ACC)[:, None]  # a factor: as a mask it takes more registers
         y = load_rows(x, factors, stride, row, column, last, inside, ACC)
         here = tl.sum((row < last).to(tl.int32), 0)
         count = tl.maximum(here, 1).to(ACC)
-        near = pivot + tl.sum(tl.where(live, y - pivot[None, :], 0), 0) / count
-        away = tl.where(live, y - near[None, :], 0)
+        near = pivot + tl.sum(keep * (y - pivot[None, :]), 0) / count
+        away = keep * (y - near[None, :])
         rest = tl.sum(away, 0) / count  # what the rounding of a large mean has left
         step = (near.to(tl.float64) - pivot.to(tl.float64)) + rest.to(tl.float64) - mean
         part = here.to(tl.float64) / tl.maximum(before + here, 1).to(tl.float64)

@@ -151,9 +151,7 @@ def vicreg_cases() -> Iterator[Case]:
 
 
 def standardize_cases() -> Iterator[Case]:
-    def cases(
-        name: str, x: torch.Tensor, normalize: bool = True, weight: torch.Tensor | None = None
-    ) -> Iterator[Case]:
+    def cases(name: str, x: torch.Tensor, normalize: bool = True, weight: torch.Tensor | None = None) -> Iterator[Case]:
         rows = weight, None if weight is None else x.new_empty(2, dtype=torch.int64)
         how = standardize_triton.Standardization(normalize, 1e-5, 1e-12, cosine_triton.acc_dtype(x))
         out, *rest = standardize_triton.standardize_fwd_empty(x, *rows, how)
