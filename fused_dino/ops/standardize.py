@@ -40,7 +40,8 @@ def forward(
 def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_grad: tuple[bool]) -> tuple[Tensor]:
     """Return the gradient of x."""
     run = standardize_bwd if ctx.backend == "triton" else standardize_bwd_torch
-    return (run(*grads, *saved, ctx.options),)
+    (grad,), (x, weight, counts, out, factors, squares) = grads, saved
+    return (run(grad, x, weight, counts, out, factors, squares, ctx.options),)
 
 
 def formula(x: Tensor, weight: Tensor | None, counts: Tensor | None, options: Standardization) -> Tensor:

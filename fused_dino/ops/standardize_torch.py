@@ -40,9 +40,10 @@ def standardize_fwd_torch(
             (x,) = by_rows(lambda rows: unit(rows.to(dtype), norm_eps)[:1], (x.new_empty(x.shape, dtype=dtype),), x)
     left = None if weight is None else weight.unsqueeze(-1) != 0
     if left is None or counts is None:
-        (out, squares), count = centre(x, dtype), x.shape[0]
+        out, squares = centre(x, dtype)
     else:
-        (out, squares), count = centre_left(x, left, counts, dtype), counts[0]
+        out, squares = centre_left(x, left, counts, dtype)
+    count: int | Tensor = x.shape[0] if counts is None else counts[0]
     divisor = (squares / (count - 1)).sqrt() + eps
     for rows in passes(out):
         out[rows] /= divisor
@@ -58,7 +59,7 @@ def standardize_bwd_torch(
     """Return the gradient of x."""
     normalize, eps, norm_eps, _ = options
     left = None if weight is None else weight.unsqueeze(-1) != 0
-    count = x.shape[0] if counts is None else counts[0]
+    count: int | Tensor = x.shape[0] if counts is None else counts[0]
     mean, product = torch.zeros_like(squares), torch.zeros_like(squares)
     for rows in passes(grad):
         mean += grad[rows].sum(0)

@@ -58,8 +58,11 @@ def mse_loss(
     norm_eps: float,
 ) -> Tensor:
     """Return (s - t)^2 per element, reduced. First it divides rows by their norm and standardises columns, as asked."""
-    how = {"normalize": normalize, "norm_eps": norm_eps, "whiten_eps": eps if whiten else None}
-    s, t = (prepare(x, weight, **how) for x in upcast(student, target))
+    whiten_eps = eps if whiten else None
+    s, t = (
+        prepare(x, weight, normalize=normalize, norm_eps=norm_eps, whiten_eps=whiten_eps)
+        for x in upcast(student, target)
+    )
     return reduce((s - t).square(), None if weight is None else weight.unsqueeze(-1), reduction)
 
 
