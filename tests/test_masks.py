@@ -8,8 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from fused_dino.ops import standardize, standardize_triton
-from proving import DEVICE, IMPLEMENTATIONS, pair
+from proving import DEVICE, pair
 
 LOSSES = {
     "cosine": FD.cosine_loss,
@@ -295,19 +294,6 @@ def test_bits_repeat(loss, reduction):
     mask = torch.arange(100, device=DEVICE) % 5 > 1
     first, *others = (loss(student, target, weight=mask, reduction=reduction) for _ in range(3))
     assert all(torch.equal(first, x) for x in others)
-
-
-@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="kernels run in the interpreter or on a GPU")
-@pytest.mark.parametrize("normalize", [True, False])
-def test_opcheck_of_standardize_with_a_weight(normalize, backend):
-    """Every element of the results is written, too."""
-    x, weight = pair(5, 6)[0], mask_of(1.0, 0.0, 2.0, 1.0, 0.0).double()
-    counts = standardize.count_rows(weight)
-    how = (normalize, 1e-5, 1e-12, x.dtype)
-    torch.library.opcheck(standardize_triton.standardize_fwd.overload, (x, weight, counts, *how))
-    results = standardize_triton.standardize_fwd.overload(x, weight, counts, *how)
-    arguments = (torch.ones_like(x), x, weight, counts, *results, *how)
-    torch.library.opcheck(standardize_triton.standardize_bwd.overload, arguments)
 
 
 def test_no_value_is_read_on_the_host():
