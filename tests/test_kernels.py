@@ -6,6 +6,8 @@ Collected where a kernel runs: in the interpreter (TRITON_INTERPRET=1), or on a 
 import ctypes
 import itertools
 import operator
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,12 +22,12 @@ import fused_dino
 import proving
 from fused_dino import functional as FD
 from fused_dino.kernels import vicreg
-from fused_dino.ops import cosine_triton, tickets
+from fused_dino.ops import cosine_triton, standardize, tickets
 from fused_dino.ops.vicreg_plan import make_plan
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, grad_output_of, results
+from table import MSE, PREPROCESS, STANDARDIZE, VICREG
 from table import OPS as ALL
-from table import PREPROCESS, VICREG
 
 OPS = [op for op in ALL if op.forward is not None]
 
@@ -191,6 +193,28 @@ def test_opcheck(op, first, second):
         arguments = op.forward_arguments(*inputs)
         torch.library.opcheck(op.forward, arguments)
         torch.library.opcheck(op.backward, op.backward_arguments(*inputs, *outputs_of(op, inputs)))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_opcheck_of_standardize_with_a_weight(normalize):
+    """No element is left as memory was found."""
+    (x,) = STANDARDIZE.draw((5, 6))
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], device=DEVICE)
+    rows, how = (weight, standardize.count_rows(weight)), (normalize, 1e-5, 1e-12, x.dtype)
+    torch.library.opcheck(STANDARDIZE.forward, (x, *rows, *how))
+    first, second = (STANDARDIZE.forward(x, *rows, *how) for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+    torch.library.opcheck(STANDARDIZE.backward, (x, x, *rows, *first, *how))
+
+
+@interpreted_only
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_weight_is_read_within_its_bounds(side, monkeypatch):
+    whitened = replace(MSE, run=partial(FD.mse_loss, whiten=True))
+    weight = guarded(torch.arange(37) % 3.0, side)
+    inputs = tuple(guarded(x, side) for x in MSE.draw((37, 20)))
+    for op in (MSE, whitened):
+        assert survives(lambda op=op: results_between_pages(op, inputs, side, monkeypatch, weight=weight))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 4), (4, 3), (3, 1)])

@@ -38,6 +38,16 @@ MUTATIONS = {
         "s = load_row(s_row, start, WIDTH, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
+    "cosine: a row that is left out": (
+        "width = tl.where(left, WIDTH, 0)",
+        "width = WIDTH",
+        "test_masks.py::test_rows_left_out_do_not_count",
+    ),
+    "cosine: a gradient that is not finite": (
+        "factor = tl.where(left, factor, 0)",
+        "factor *= 1",
+        "test_masks.py::test_a_gradient_that_is_not_finite_where_a_row_is_left_out",
+    ),
     "cosine: a missing row": (
         "tl.store(loss + row, factor * distance)",
         "tl.store(loss + row, factor * distance, mask=row != 2)",
@@ -169,14 +179,29 @@ MUTATIONS = {
         "test_standardize.py::test_rows_about_the_smallest_norm",
     ),
     "standardize: a dtype": (
-        "unit = load_rows(x, factors, stride, row, column, rows, column < width, ACC)",
-        "unit = load_rows(x, factors, stride, row, column, rows, column < width, tl.bfloat16).to(ACC)",
+        "unit = load_rows(x, factors, stride, read, column, rows, column < width, ACC)",
+        "unit = load_rows(x, factors, stride, read, column, rows, column < width, tl.bfloat16).to(ACC)",
         "test_ops.py::test_is_as_accurate_as_eager -k standardize",
     ),
     "standardize: an offset of 32 bits": (
-        "row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)\n    if factors",
-        "row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)\n    if factors",
+        "    read = skip_rows(weight, row, rows)\n    if counts",
+        "    row = row.to(tl.int32)\n    read = skip_rows(weight, row, rows)\n    if counts",
         "test_kernels.py::test_offsets_past_two_to_the_31st -k standardize",
+    ),
+    "standardize: a row that is left out": (
+        "tl.load(weight + row, mask=row < last, other=0) != 0, row, last)",
+        "tl.load(weight + row, mask=row < last, other=0) == 0, row, last)",
+        "test_masks.py::test_statistics_count_each_row_once",
+    ),
+    "standardize: a mean of all rows": (
+        "rows = tl.load(counts)\n",
+        "",
+        "test_masks.py::test_rows_left_out_do_not_count -k whitened",
+    ),
+    "standardize: a first row that is left out": (
+        "first = tl.load(counts + 1)",
+        "first = tl.load(counts + 1) * 0",
+        "test_masks.py::test_rows_left_out_do_not_count -k whitened",
     ),
     "columns: a factor left out": (
         "pivot *= tl.load(factors)",
