@@ -148,6 +148,10 @@ def vicreg_cases() -> Iterator[Case]:
     yield from cases("unaligned bf16", bf16[:, 1:], bf16[:, 1:], (False,))
     many = torch.empty(4096, 256, dtype=torch.bfloat16)
     yield from cases("bf16", many, many, ())  # by columns, split
+    for shape in ((1024, 4096), (4096, 1024)):  # in the largest tiles, none of which has an end in it
+        for name in ("fp32", "bf16", "fp16"):
+            x = torch.empty(shape, dtype=DTYPES[name])
+            yield from cases(f"large {name}", x, x, (False,))
 
 
 def standardize_cases() -> Iterator[Case]:

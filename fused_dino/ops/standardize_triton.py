@@ -88,7 +88,7 @@ def launch_standardize_fwd(
                 x, factors, x.stride(0), rows, width, EPS=norm_eps, **options,
             )  # fmt: skip
         if weight is None or counts is None:
-            launch_statistics(x, None, scale, shift, squares)
+            launch_statistics(x, scale, shift, squares)
         else:
             launch_statistics_left(x, weight, counts, scale, shift, squares)
         launch(kernels.standardize_fwd_kernel, (tiles, cdiv(width, tile["BLOCK_D"])),
