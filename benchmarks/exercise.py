@@ -105,12 +105,14 @@ def vicreg(device: str) -> Iterator[Case]:
 
     yield case("by rows, split", (40, 600), F32)
     yield case("by columns, split, runs of rows merged", (1100, 40), BF16)
-    yield case("by rows, large means", (40, 300), F16, mean=100.0)
-    yield case("by columns, large means", (300, 40), BF16, mean=100.0)
+    yield case("by rows, large means", (40, 304), F16, mean=100.0)
+    yield case("by columns, large means", (300, 48), BF16, mean=100.0)
+    yield case("by rows, in whole tiles", (128, 256), BF16)
+    yield case("by columns, in whole tiles", (256, 128), F16)
     yield case("by rows, TF32, to both", (70, 80), F32, grads=2, tf32=True)
     yield case("by columns", (80, 70), F32)
-    yield case("by rows, to both", (20, 300), BF16, grads=2)
-    yield case("by columns", (300, 20), F16)
+    yield case("by rows, to both", (20, 304), BF16, grads=2)
+    yield case("by columns", (300, 32), F16)
     yield case("by rows, split", (20, 1200), F64)
     yield case("without a covariance", (20, 60), F32, cov_weight=0.0, grads=2)
 

@@ -42,7 +42,7 @@ class Prediction:
 
 MEMORY, TAIL = "memory", "memory, and a tail of the last programs"
 GATHER, RESCALED = "shared memory, from which the taps are gathered", "memory: the gradient is scaled once more"
-SERIAL, TILES = "six small kernels, one after the other", "tiles of 64 x 64: instructions"
+SERIAL, TILES = "five kernels, one after the other", "the matrix unit, and its instructions"
 PREDICTIONS = (
     Prediction("preprocess", "256 x 3 x 256 x 256 float32 size=224 out_dtype=bfloat16", FORWARD, "IEEE", MEMORY,
                (101, 71), share=(0.92, 0.91), eager=8, compile=1.5),
@@ -62,11 +62,11 @@ PREDICTIONS = (
                share=(0.94, 0.93), traffic=5 / 3),
     Prediction("cosine_loss", "256 x 1024 float32", BACKWARD, "IEEE", "host", (125, 125), "host", eager=2, compile=0.8),
     Prediction("cosine_loss", "256 x 1024 float32", BACKWARD, "IEEE", "launches", None, "graph", eager=8, compile=1.2),
-    Prediction("vicreg_loss", "256 x 1024 float32", BACKWARD, "IEEE", SERIAL, (35, 34), "graph", eager=12, compile=5),
-    Prediction("vicreg_loss", "256 x 8192 float32", BACKWARD, "TF32", SERIAL, (58, 55),
+    Prediction("vicreg_loss", "256 x 1024 float32", BACKWARD, "IEEE", SERIAL, (18, 18), "graph", eager=12, compile=5),
+    Prediction("vicreg_loss", "256 x 8192 float32", BACKWARD, "TF32", SERIAL, (28, 28),
                most_us=20, eager=80, compile=60),
-    Prediction("vicreg_loss", "1024 x 4096 bfloat16", BACKWARD, "bf16", TILES, (132, 130),
+    Prediction("vicreg_loss", "1024 x 4096 bfloat16", BACKWARD, "bf16", TILES, (60, 60),
                share=(0.4, 0.4), eager=20, compile=8),
-    Prediction("vicreg_loss", "4096 x 1024 float32", BACKWARD, "TF32", TILES, (121, 120),
+    Prediction("vicreg_loss", "4096 x 1024 float32", BACKWARD, "TF32", TILES, (65, 65),
                share=(0.55, 0.55), eager=2.3, compile=1.5),
 )  # fmt: skip

@@ -150,7 +150,8 @@ def cosine_loss(
         student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
         target (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
-            the sum of the weights, and is 0 where that is 0. A weight that requires a gradient is refused.
+            the sum of the weights, and is 0 where that is 0. A row of weight 0 is left out, whatever it holds: NaN and
+            infinity reach neither value nor gradient. A weight that requires a gradient is refused.
         scale (float or Tensor, optional): Factor of the loss: a number, or a scalar tensor on the same device without a
             gradient. Faster than multiplying the result: it is folded into the gradient that the forward computes.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. A mean over no rows is NaN, as in torch. Default:
@@ -207,7 +208,9 @@ def mse_loss(
         whiten (bool): Standardises each column over all rows next: ``(x - mean) / (std + eps)`` with the unbiased
             deviation. It does not decorrelate columns. Needs two rows. Default: ``False``.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
-            the sum of the weights times D, and is 0 where that is 0. A weight that requires a gradient is refused.
+            the sum of the weights times D, and is 0 where that is 0. A row of weight 0 is left out, whatever it holds.
+            ``whiten`` takes the statistics of the rows whose weight is not 0, each counted once; fewer than two give
+            NaN. A weight that requires a gradient is refused.
         scale (float or Tensor, optional): Factor of the loss, as in ``cosine_loss``.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.mse_loss``. A mean over no rows is NaN. Default:
             ``"mean"``.

@@ -34,8 +34,8 @@ def move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 def apply_to_teacher(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """Apply `fn` to a hidden teacher, or move its values alone where `fn` would lose them."""
-    kept, device = keeps_values(fn)
-    if kept:
+    keeps, device = keeps_values(fn)
+    if keeps:
         teacher._apply(lambda x: x if x.is_meta else fn(x))
     elif device.type == "meta":
         teacher.to(device)

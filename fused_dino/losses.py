@@ -74,7 +74,7 @@ class CosineLoss(Loss):
 
     Shape:
         - student, target: :math:`(..., D)`
-        - weight, of a call: broadcastable to :math:`(...)`
+        - weight, of a call: broadcastable to :math:`(...)`; a row of weight 0 is left out, whatever it holds
         - Output: as the function's
 
     Raises:
@@ -119,7 +119,7 @@ class MSELoss(Loss):
 
     Shape:
         - student, target: :math:`(..., D)`
-        - weight, of a call: broadcastable to :math:`(...)`
+        - weight, of a call: broadcastable to :math:`(...)`; a row of weight 0 is left out, whatever it holds
         - Output: as the function's
 
     Raises:

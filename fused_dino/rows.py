@@ -32,7 +32,9 @@ def rows_loss(
     check_matching(student, target)
     if options.get("whiten") and math.prod(student.shape[:-1]) < 2:
         raise ValueError(f"whiten needs at least two rows, got student of shape {list(student.shape)}")
-    options["weight"] = check_weight(weight, student)
+    weight = check_weight(weight, student)
+    # Cast here: what becomes 0 in the dtype of the arithmetic leaves its row out, on every backend.
+    options["weight"] = None if weight is None else weight.to(acc_dtype(student, target))
     options["reduction"] = check_choice("reduction", reduction, REDUCTIONS)
     if scale is not None:
         scale = check_scalar("scale", scale, student.device)

@@ -29,30 +29,24 @@ def load_pivot(x, factors, column, inside, ACC: tl.constexpr):
 
 
 @triton.jit
-def column_statistics_kernel(
-    x, other,  # [N, D], last dimension contiguous; other None without the errors
-    factors,  # [N], of the rows of x; None is 1
-    means, squares,  # [SPLITS, D]: of these rows, measured from the first row of all; about their own mean
-    errors,  # [SPLITS, D]: sums of (x - other)^2
-    stride_x, stride_other, rows, width, rows_a_split,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+def run_statistics(
+    x, other, factors, column, inside, first, last, stride_x, stride_other, BLOCK_N: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    # One program owns BLOCK_D columns of one run of rows, and merges its blocks' means and squares (Chan et al.): the
-    # sum of squares less the squared sum would cancel. It takes the first block's mean off before, so that neither a
-    # large mean nor a first row far from it swamps what is summed.
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1).to(tl.int64)
-    inside = column < width
-    first = tl.program_id(1) * rows_a_split
-    last = tl.minimum(first + rows_a_split, rows)
+    """Reduces one run of rows of some columns.
+
+    Returns their means, measured from the first row of all, in float64; the sums of squares about those means; and the
+    sums of (x - other)^2. It merges the means and squares of its blocks (Chan et al.): the sum of squares less the
+    squared sum would cancel. It subtracts the first block's mean before, so that neither a large mean nor a first row
+    far from it swamps what is summed.
+    """
     pivot = load_pivot(x, factors, column, inside, ACC)
     row = (first + tl.arange(0, BLOCK_N)).to(tl.int64)  # int64: row * stride passes 2**31
     live = (row < last)[:, None] & inside[None, :]
     y = load_rows(x, factors, stride_x, row, column, last, inside, ACC)
     near = pivot + tl.sum(tl.where(live, y - pivot[None, :], 0), 0) / tl.minimum(last - first, BLOCK_N).to(ACC)
-    mean = tl.zeros((BLOCK_D,), ACC)
-    square = tl.zeros((BLOCK_D,), ACC)
-    error = tl.zeros((BLOCK_D,), ACC)
+    mean = tl.zeros_like(near)
+    square = tl.zeros_like(near)
+    error = tl.zeros_like(near)
     for start in range(first, last, BLOCK_N):
         row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         live = (row < last)[:, None] & inside[None, :]
@@ -69,32 +63,55 @@ def column_statistics_kernel(
         if other is not None:
             g = load_rows(other, None, stride_other, row, column, last, inside, ACC)
             error += tl.sum((y - g) * (y - g), 0)
-    shift = mean.to(tl.float64) + (near.to(tl.float64) - pivot.to(tl.float64))
-    tl.store(means + split * width + column, shift, mask=inside)
-    tl.store(squares + split * width + column, square, mask=inside)
-    if other is not None:
-        tl.store(errors + split * width + column, error, mask=inside)
+    return mean.to(tl.float64) + (near.to(tl.float64) - pivot.to(tl.float64)), square, error
 
 
 @triton.jit
-def column_merge_kernel(
-    means, squares,  # [splits, D]
-    shift, total,  # [D]
-    rows, width, rows_a_split, splits,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+def merge_runs(means, squares, column, inside, rows, width, rows_a_run, runs, RUNS: tl.constexpr):
+    """Merges the runs of rows of some columns, all at once: in float64, since they are few."""
+    run = tl.arange(0, RUNS)
+    live = (run < runs)[:, None] & inside[None, :]
+    at = run[:, None] * width + column[None, :]
+    here = tl.maximum(tl.minimum(rows - run * rows_a_run, rows_a_run), 0).to(tl.float64)[:, None]
+    part = tl.load(means + at, mask=live, other=0).to(tl.float64)
+    mean = tl.sum(part * here, 0) / tl.cast(rows, tl.float64)
+    # An overflowing square times 0 rows would be NaN.
+    away = tl.where(live, part - mean[None, :], 0)
+    square = tl.load(squares + at, mask=live, other=0).to(tl.float64) + away * (away * here)
+    return mean, tl.sum(square, 0)
+
+
+@triton.jit
+def is_last(ticket):
+    """Whether all other programs of the launch have come here before; what they have stored can then be loaded."""
+    tl.debug_barrier()  # the atomic operation is one thread's, and releases what all have stored
+    return tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) * tl.num_programs(1) - 1
+
+
+@triton.jit
+def column_statistics_kernel(
+    x, factors,  # [N, D], last dimension contiguous; [N], of its rows; None is 1
+    means, parts,  # [RUNS, D]: see run_statistics
+    ticket,  # a zero, which is left zero
+    shift, squares,  # [D]: the means, measured from the first row; the sums of squares about them
+    stride, rows, width, rows_a_run, runs,
+    RUNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK columns, and merges the runs of rows in their order: in float64, since they are few.
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # One program owns BLOCK_D columns of one run of rows. The one that finishes last merges the runs.
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < width
-    mean = tl.zeros((BLOCK,), tl.float64)
-    square = tl.zeros((BLOCK,), tl.float64)
-    for split in range(splits):
-        at = tl.cast(split, tl.int64) * width + column
-        before = tl.cast(split * rows_a_split, tl.float64)
-        here = tl.cast(tl.minimum(rows - split * rows_a_split, rows_a_split), tl.float64)
-        step = tl.load(means + at, mask=inside, other=0).to(tl.float64) - mean
-        mean += step * (here / (before + here))
-        part = tl.load(squares + at, mask=inside, other=0).to(tl.float64)
-        square += part + step * (step * (before * here / (before + here)))
-    tl.store(shift + column, mean, mask=inside)
-    tl.store(total + column, square.to(ACC), mask=inside)
+    first = tl.program_id(1) * rows_a_run
+    last = tl.minimum(first + rows_a_run, rows)
+    run_mean, run_square, _ = run_statistics(x, None, factors, column, inside, first, last, stride, 0, BLOCK_N, ACC)
+    at = tl.program_id(1).to(tl.int64) * width + column
+    tl.store(means + at, run_mean, mask=inside)
+    tl.store(parts + at, run_square, mask=inside)
+    if is_last(ticket):
+        tl.store(ticket, 0)
+        LANES: tl.constexpr = 2048 // RUNS
+        for start in range(0, width, LANES):
+            each = start + tl.arange(0, LANES)
+            there = each < width
+            mean, square = merge_runs(means, parts, each, there, rows, width, rows_a_run, runs, RUNS)
+            tl.store(shift + each, mean, mask=there)
+            tl.store(squares + each, square.to(ACC), mask=there)

@@ -13,11 +13,11 @@ def inverse(norm, eps):
 
 
 @triton.jit
-def load_row(row, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Load a block of a row and upcast it at once."""
+def load_row(row, start, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Load a block of a row and upcast it at once. A row of width 0 is not read, and is 0."""
     # Half precision must not reach the products, and the interpreter computes wrongly in bf16.
     column = start + tl.arange(0, BLOCK)
-    return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)
+    return tl.load(row + column, mask=column < width, other=0).to(ACC)
 
 
 @triton.jit
@@ -57,8 +57,12 @@ def cosine_rows_kernel(
         s_row = student + row * stride_student
         t_row = target + row * stride_target
         row_weight = tl.full((), 1, ACC)
+        left = tl.full((), 1, tl.int1)
+        width = WIDTH
         if weight is not None:
             row_weight = tl.load(weight + row * stride_weight).to(ACC)
+            left = row_weight != 0
+            width = tl.where(left, WIDTH, 0)  # a row that is left out is not read: 0 * NaN is NaN
         factor = loss_scale * row_weight / count
 
         s_inverse = tl.full((), 1, ACC)
@@ -69,14 +73,14 @@ def cosine_rows_kernel(
             ss = tl.zeros((BLOCK,), ACC)
             tt = tl.zeros((BLOCK,), ACC)
             for start in range(0, WIDTH, BLOCK):
-                s = load_row(s_row, start, WIDTH, BLOCK, ACC)
-                t = load_row(t_row, start, WIDTH, BLOCK, ACC)
+                s = load_row(s_row, start, width, BLOCK, ACC)
+                t = load_row(t_row, start, width, BLOCK, ACC)
                 ss += s * s
                 tt += t * t
             s_norm = tl.sqrt(tl.sum(ss, 0))
             t_norm = tl.sqrt(tl.sum(tt, 0))
-            s_inverse = inverse(s_norm, eps)
-            t_inverse = inverse(t_norm, eps)
+            s_inverse = tl.where(left, inverse(s_norm, eps), 0)
+            t_inverse = tl.where(left, inverse(t_norm, eps), 0)
             s_clamped = s_norm < eps
             t_clamped = t_norm < eps
 
@@ -84,14 +88,14 @@ def cosine_rows_kernel(
         tu = tl.zeros((BLOCK,), ACC)
         dd = tl.zeros((BLOCK,), ACC)
         for start in range(0, WIDTH, BLOCK):
-            s = load_row(s_row, start, WIDTH, BLOCK, ACC) * s_inverse
-            t = load_row(t_row, start, WIDTH, BLOCK, ACC) * t_inverse
+            s = load_row(s_row, start, width, BLOCK, ACC) * s_inverse
+            t = load_row(t_row, start, width, BLOCK, ACC) * t_inverse
             if ELEMENTS:
                 if loss is not None:
                     store_row(loss + row * WIDTH, start, factor * (s - t) * (s - t), WIDTH, BLOCK)
                 if GRADIENT:
                     u = gradient_of_elements(
-                        grad_output + row * stride_grad_row, stride_grad_column, start, s, t, WIDTH
+                        grad_output + row * stride_grad_row, stride_grad_column, start, width, s, t
                     )
                     st += s * u
                     tu += t * u
@@ -116,6 +120,7 @@ def cosine_rows_kernel(
             else:
                 if grad_output is not None:
                     factor *= tl.load(grad_output + row * stride_grad_row).to(ACC)
+                factor = tl.where(left, factor, 0)  # whatever grad_output is
                 if KIND == "cosine":
                     s_projection = tl.where(s_clamped, 0, cos)
                     t_projection = tl.where(t_clamped, 0, cos)
@@ -126,11 +131,11 @@ def cosine_rows_kernel(
             s_factor = factor * s_inverse
             t_factor = factor * t_inverse
             for start in range(0, WIDTH, BLOCK):
-                s = load_row(s_row, start, WIDTH, BLOCK, ACC) * s_inverse
-                t = load_row(t_row, start, WIDTH, BLOCK, ACC) * t_inverse
+                s = load_row(s_row, start, width, BLOCK, ACC) * s_inverse
+                t = load_row(t_row, start, width, BLOCK, ACC) * t_inverse
                 if ELEMENTS:
                     u = gradient_of_elements(
-                        grad_output + row * stride_grad_row, stride_grad_column, start, s, t, WIDTH
+                        grad_output + row * stride_grad_row, stride_grad_column, start, width, s, t
                     )
                     s_grad = u - s_projection * s
                     t_grad = t_projection * t - u
@@ -158,10 +163,10 @@ def cosine_rows_kernel(
 
 
 @triton.jit
-def gradient_of_elements(row, stride, start, s, t, WIDTH: tl.constexpr):
+def gradient_of_elements(row, stride, start, width, s, t):
     """Return the gradient of (s - t)^2 with respect to s, for a row of grad_output of any stride."""
     column = start + tl.arange(0, s.shape[0])
-    grad = tl.load(row + column.to(tl.int64) * stride, mask=column < WIDTH, other=0).to(s.dtype)
+    grad = tl.load(row + column.to(tl.int64) * stride, mask=column < width, other=0).to(s.dtype)
     return 2 * grad * (s - t)
 
 

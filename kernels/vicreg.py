@@ -1,48 +1,50 @@
-"""VICReg's terms, and the gradient as one more product. See ops/vicreg.py."""
+"""VICReg's reading passes: statistics of the columns, and the planes that are multiplied. See ops/vicreg.py."""
 
 import triton
 import triton.language as tl
 
-from .columns import deviation
-from .store import store
-from .vicreg_product import add_product, in_product, load_centred, mean_of
+from .columns import deviation, is_last, merge_runs, run_statistics
+
+LARGE_MEANS = tl.constexpr(1.0)  # squared, by the variance: beyond it a mean is subtracted before the product
+DOMINANCE = tl.constexpr(4.0)
+BLOCK = tl.constexpr(128)  # columns of a plane that lie together
 
 
 @triton.jit
-def find_largest(squares, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """The column that deviates most, the first of several; NaN is never it."""
-    lane = tl.arange(0, BLOCK)
-    most = tl.full((BLOCK,), -1, ACC)
-    at = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, width, BLOCK):
-        square = tl.load(squares + start + lane, mask=start + lane < width, other=-1)
-        larger = square > most
-        most = tl.where(larger, square, most)
-        at = tl.where(larger, start + lane, at)
-    return tl.min(tl.where(most == tl.max(most, 0), at, width), 0)
+def mean_of(student, shift, column, live, ACC: tl.constexpr):
+    """Returns the columns' means: the first row plus their distance from it."""
+    pivot = tl.load(student + column, mask=live, other=0).to(ACC)
+    return pivot + tl.load(shift + column, mask=live, other=0).to(ACC)
 
 
 @triton.jit
-def vicreg_cross_kernel(
-    student,  # [N, D], last dimension contiguous
-    shift, squares,  # [D]
-    largest, cross,  # [], [D]
-    stride, rows, width, dof,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    # One program owns BLOCK_D columns: their covariances with the largest, which has none with itself here.
-    p = find_largest(squares, width, 1024, ACC)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (column < width) & (column != p)
-    total = tl.zeros((BLOCK_D,), ACC)
-    for start in range(0, rows, BLOCK_N):
-        row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)  # int64: row * stride passes 2**31
-        live = (row < rows)[:, None] & inside[None, :]
-        x = load_centred(student, shift, stride, row[:, None], column[None, :], live, ACC)
-        total += tl.sum(x * load_centred(student, shift, stride, row, p + 0 * row, row < rows, ACC)[:, None], 0)
-    tl.store(cross + column, total / tl.cast(dof, ACC), mask=column < width)
-    if tl.program_id(0) == 0:
-        tl.store(largest, p)
+def load_centred(student, shift, stride, row, column, live, ACC: tl.constexpr):
+    """Loads y - mean. The first row is subtracted before the shift: a large mean, rounded, would swamp deviations."""
+    y = tl.load(student + row * stride + column, mask=live, other=0).to(ACC)
+    pivot = tl.load(student + column, mask=live, other=0).to(ACC)
+    return tl.where(live, y - pivot - tl.load(shift + column, mask=live, other=0), 0)
+
+
+@triton.jit
+def place_of(column, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """Returns where a tile of columns begins in a row of planes, of which 128 columns of each follow one another."""
+    column = tl.cast(column, tl.int32)
+    if PLANES == 1:
+        place = column
+    elif WIDTH == BLOCK:
+        place = column * PLANES
+    else:
+        place = column // BLOCK * (BLOCK * PLANES) + column % BLOCK
+    return tl.multiple_of(place, WIDTH)
+
+
+@triton.jit
+def store_planes(out, value, mask, PLANES: tl.constexpr):
+    """Stores a tile of float32 as a sum of tiles of 16 bits, each the rounded rest of those before."""
+    for i in tl.static_range(PLANES):
+        part = value.to(out.dtype.element_ty)
+        tl.store(out + i * BLOCK, part, mask=mask)
+        value -= part.to(tl.float32)
 
 
 @triton.jit
@@ -56,45 +58,13 @@ def weight_of(weights, index: tl.constexpr, number, ACC: tl.constexpr):
 
 
 @triton.jit
-def vicreg_terms_kernel(
-    errors,  # [splits * D] or None
-    squares,  # [D]
-    largest, cross,  # [], [D] (GRAM), or None
-    sums,  # [tiles * tiles] or None
-    weights,  # [3] or None
-    loss, invariance, variance, covariance,  # []
-    rows, width, over, dof, divisor, errors_count, sums_count, inv_weight, var_weight, cov_weight,
-    GAMMA: tl.constexpr, EPS: tl.constexpr, VARIANCE: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+def store_terms(
+    inv, var, cov, weights, loss, invariance, variance, covariance, inv_weight, var_weight, cov_weight,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program makes the loss and its terms of what the others summed: in float64, since the difference of the
-    # product's squares and the columns' cancels, and few numbers are left.
-    lane = tl.arange(0, BLOCK)
-    error = tl.zeros((BLOCK,), tl.float64)
-    if errors is not None:
-        for start in range(0, errors_count, BLOCK):
-            error += tl.load(errors + start + lane, mask=start + lane < errors_count, other=0).to(tl.float64)
-    inv = (tl.sum(error, 0) / tl.cast(rows, tl.float64) / width).to(ACC)
-    hinge = tl.zeros((BLOCK,), tl.float64)
-    total = tl.zeros((BLOCK,), tl.float64)
-    gamma = tl.full((), GAMMA, ACC)
-    for start in range(0, width, BLOCK):
-        live = start + lane < width
-        square = tl.load(squares + start + lane, mask=live, other=0)
-        sigma = deviation(square, over, EPS, ACC)
-        # sigma >= gamma, and not the maximum of 0: a NaN must stay one.
-        hinge += tl.where(live, tl.where(sigma >= gamma, 0, gamma - sigma), 0).to(tl.float64)
-        if largest is not None:
-            own = tl.where(in_product(start + lane, largest), square / tl.cast(dof, ACC), 0).to(tl.float64)
-            covariances = tl.load(cross + start + lane, mask=live, other=0).to(tl.float64)
-            total += 2 * covariances * covariances - own * own
-    if sums is not None:
-        for start in range(0, sums_count, BLOCK):
-            total += tl.load(sums + start + lane, mask=start + lane < sums_count, other=0)
-    var = tl.cast(0, ACC)
-    if VARIANCE:
-        var = (tl.sum(hinge, 0) / width).to(ACC)
-    cov = (tl.sum(total, 0) / tl.cast(divisor, tl.float64)).to(ACC)
+    inv = inv.to(ACC)
+    var = var.to(ACC)
+    cov = cov.to(ACC)
     tl.store(invariance, inv)
     tl.store(variance, var)
     tl.store(covariance, cov)
@@ -103,112 +73,142 @@ def vicreg_terms_kernel(
 
 
 @triton.jit
-def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexpr):
-    """The gradient of a term."""
-    return tl.load(grad_output).to(ACC) * weight_of(weights, index, number, ACC)
+def power_of_two(x):
+    """Returns the largest power of two that is at most x > 0."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def as_multiplied(x, ROUND: tl.constexpr, PRECISION: tl.constexpr):
-    """Rounds x to what the matrix unit reads: TF32 is float32 whose last 13 bits the unit ignores.
-
-    A sum of x that corrects the product must be a sum of the same numbers.
-    """
-    x = x.to(ROUND)
-    if tl.float32 == ROUND and PRECISION == "tf32":
-        bits = x.to(tl.int32, bitcast=True)
-        # A carry out of the mantissa is right, and makes infinity of the largest numbers. NaN must stay NaN.
-        x = tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
-    return x
-
-
-@triton.jit
-def vicreg_bwd_kernel(
-    student, target,  # [N, D], last dimension contiguous
+def vicreg_statistics_kernel(
+    student, target,  # [N, D], last dimension contiguous; target None without the invariance
+    means, parts, errors,  # [RUNS, D], [RUNS, D], [programs]: see run_statistics
+    ticket,  # a zero, which is left zero
     shift, squares,  # [D]
-    product,  # [N, N] or [D, D]
-    largest, cross,  # [], [D] (GRAM)
-    grad_output, weights,  # [], [3] or None
-    grad_student, grad_target,  # [N, D] contiguous; None where it is not wanted
-    stride_student, stride_target, rows, width, over, dof, divisor, inv_weight, var_weight, cov_weight,
-    INVARIANCE: tl.constexpr, VARIANCE: tl.constexpr, COVARIANCE: tl.constexpr,
-    GAMMA: tl.constexpr, EPS: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr,
-    OPERAND: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    facts,  # [4] float64: invariance, variance, |mean|^2, what the product is multiplied by where it is stored
+    largest,  # []: the column that deviates most; -1 where rows of 16 bits can be multiplied as they are
+    weights, loss, invariance, variance, covariance,  # see vicreg_finish_kernel; None where it stores the terms
+    stride_student, stride_target, rows, width, rows_a_run, runs, over, inv_weight, var_weight, cov_weight,
+    GAMMA: tl.constexpr, EPS: tl.constexpr, VARIANCE: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr,
+    RUNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns one tile of the gradients, whose elementwise terms are the epilogue of the product.
-    # RAW, for 16 bits: the product meets y as it is, and what the means have brought in comes off after it. ROUND is
-    # what the other operand is rounded to; OPERAND differs from it in the interpreter, whose bfloat16 dot is wrong.
-    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    # One program owns BLOCK_D columns of one run of rows. The one that finishes last merges the runs, and finds what
+    # all columns together decide.
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < width
-    live = (row < rows)[:, None] & inside[None, :]
-    n = tl.cast(rows, ACC)
-    one = tl.where(rows > 0, 1.0, 0.0)
-    grad = tl.zeros((TILE, TILE), ACC)
-    coefficient = tl.zeros((TILE,), ACC)
-    if COVARIANCE:
-        outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * tl.cast(dof, ACC))
-        if GRAM:
-            row_sums = tl.zeros((TILE,), ACC)  # of the product
-            for start in range(0, rows, BLOCK_K):
-                k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-                live_p = (row < rows)[:, None] & (k < rows)[None, :]
-                live_y = (k < rows)[:, None] & inside[None, :]
-                whole = tl.load(product + row[:, None] * rows + k[None, :], mask=live_p, other=0)
-                p = as_multiplied(whole, ROUND, PRECISION).to(OPERAND)
-                rest = None
-                if RAW:
-                    y = tl.load(student + k[:, None] * stride_student + column[None, :], mask=live_y, other=0)
-                    row_sums += tl.sum(p.to(ACC), 1)
-                    if tl.bfloat16 == ROUND:
-                        # The rest goes into a second product: the columns' own squares are subtracted below.
-                        rest = (whole - p.to(ACC)).to(ROUND).to(OPERAND)
-                        row_sums += tl.sum(rest.to(ACC), 1)
-                else:
-                    y = load_centred(student, shift, stride_student, k[:, None], column[None, :], live_y, ACC)
-                grad = add_product(grad, p, y.to(OPERAND), one, PRECISION, ACC, rest)
+    first = tl.program_id(1) * rows_a_run
+    last = tl.minimum(first + rows_a_run, rows)
+    mean, square, error = run_statistics(
+        student, target, None, column, inside, first, last, stride_student, stride_target, BLOCK_N, ACC
+    )
+    at = tl.program_id(1) * width + column
+    tl.store(means + at, mean, mask=inside)
+    tl.store(parts + at, square, mask=inside)
+    if target is not None:
+        tl.store(errors + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(error.to(tl.float64), 0))
+    if is_last(ticket):
+        tl.store(ticket, 0)
+        LANES: tl.constexpr = 1024 // RUNS  # more would spill
+        n = tl.cast(rows, tl.float64)
+        gamma = tl.full((), GAMMA, ACC)
+        hinge = tl.zeros((LANES,), tl.float64)
+        total = tl.zeros((LANES,), tl.float64)
+        fourth = tl.zeros((LANES,), tl.float64)
+        mean_square = tl.zeros((LANES,), tl.float64)
+        excess = tl.full((LANES,), -1, tl.float64)
+        most = tl.full((LANES,), -1, ACC)
+        which = tl.zeros((LANES,), tl.int32)
+        for start in range(0, width, LANES):
+            each = start + tl.arange(0, LANES)
+            there = each < width
+            centre, merged = merge_runs(means, parts, each, there, rows, width, rows_a_run, runs, RUNS)
+            whole = merged.to(ACC)
+            tl.store(shift + each, centre.to(ACC), mask=there)
+            tl.store(squares + each, whole, mask=there)
+            sigma = deviation(whole, over, EPS, ACC)
+            # sigma >= gamma, and not the maximum of 0: a NaN must stay one.
+            hinge += tl.where(there, tl.where(sigma >= gamma, 0, gamma - sigma), 0).to(tl.float64)
+            # The first of several, and never a NaN.
+            larger = there & (whole > most)
+            most = tl.where(larger, whole, most)
+            which = tl.where(larger, each, which)
             if RAW:
-                grad -= row_sums[:, None] * mean_of(student, shift, column, inside, ACC)[None, :]
-        else:
-            mean_dots = tl.zeros((TILE,), ACC)  # <mean, column> of the product
-            for start in range(0, width, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                live_y = (row < rows)[:, None] & (k < width)[None, :]
-                live_p = (k < width)[:, None] & inside[None, :]
-                at = k.to(tl.int64)[:, None] * width + column[None, :]
-                p = as_multiplied(tl.load(product + at, mask=live_p, other=0), ROUND, PRECISION).to(OPERAND)
-                if RAW:
-                    y = tl.load(student + row[:, None] * stride_student + k[None, :], mask=live_y, other=0)
-                    mean_dots += tl.sum(p.to(ACC) * mean_of(student, shift, k, k < width, ACC)[:, None], 0)
+                centre += tl.load(student + each, mask=there, other=0).to(tl.float64)
+                if GRAM:
+                    mean_square += centre * centre
+                    total += merged
+                    fourth += merged * merged
                 else:
-                    y = load_centred(student, shift, stride_student, row[:, None], k[None, :], live_y, ACC)
-                grad = add_product(grad, y.to(OPERAND), p, one, PRECISION, ACC)
-            if RAW:
-                grad -= mean_dots[None, :]
-        square = tl.load(squares + column, mask=inside, other=1)
+                    excess = tl.maximum(excess, centre * centre - merged * LARGE_MEANS / n)
+        deviates = tl.max(most, 0)
+        p = tl.min(tl.where(most == deviates, which, width - 1), 0)
+        scale = tl.full((), 1, tl.float32)
+        squared = tl.zeros((), tl.float64)
+        if RAW:
+            if GRAM:
+                # The columns' own squares are subtracted from the product's. That cancels where a column dominates,
+                # which only planes leave out.
+                trace = tl.sum(total, 0)
+                squared = tl.sum(mean_square, 0)
+                fits = squared <= trace * LARGE_MEANS / n
+                fits &= n * tl.sum(fourth, 0) <= trace * trace * DOMINANCE
+            else:
+                trace = deviates.to(tl.float64)
+                fits = tl.max(excess, 0) <= 0
+            fits &= trace < float("inf")
+            p = tl.where(fits, -1, p)
+            if student.dtype.element_ty == tl.float16:  # no element of the product is larger than this bound
+                bound = (trace / n).to(tl.float32)
+                scale = tl.where(fits & (bound > 0), 8192 / power_of_two(bound), 1)
+        inv = tl.zeros((), tl.float64)
+        if target is not None:
+            wrong = tl.zeros((LANES,), tl.float64)
+            count = tl.num_programs(0) * tl.num_programs(1)
+            for start in range(0, count, LANES):
+                lane = start + tl.arange(0, LANES)
+                wrong += tl.load(errors + lane, mask=lane < count, other=0)
+            inv = tl.sum(wrong, 0) / n / width
+        var = tl.zeros((), tl.float64)
+        if VARIANCE:
+            var = tl.sum(hinge, 0) / width
+        tl.store(largest, p)
+        tl.store(facts, inv)
+        tl.store(facts + 1, var)
+        tl.store(facts + 2, squared)
+        tl.store(facts + 3, scale.to(tl.float64))
+        if loss is not None:
+            store_terms(
+                inv, var, tl.zeros((), tl.float64), weights, loss, invariance, variance, covariance,
+                inv_weight, var_weight, cov_weight, ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def vicreg_planes_kernel(
+    student, shift, largest,  # [N, D], last dimension contiguous; [D]; []
+    planes,  # [padded N, PLANES * padded D]: xc as a sum of bfloat16 numbers, or None; 0 in the largest column (GRAM)
+    cross,  # [RUNS, D]: sums over runs of rows of x_p x_j / dof (GRAM)
+    stride, stride_planes, rows, width, padded_rows, rows_a_run, dof,
+    GRAM: tl.constexpr, PLANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_D columns of one run of rows.
+    p = tl.load(largest)
+    if p >= 0:
+        column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = column < width
+        first = tl.program_id(1) * rows_a_run
+        last = tl.minimum(first + rows_a_run, rows)
+        end = tl.where(tl.program_id(1) == tl.num_programs(1) - 1, padded_rows, last)  # zeros to multiply
+        total = tl.zeros((BLOCK_D,), ACC)
+        for start in range(first, end, BLOCK_N):
+            row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)  # int64: row * stride passes 2**31
+            live = (row < last)[:, None] & inside[None, :]
+            x = load_centred(student, shift, stride, row[:, None], column[None, :], live, ACC)
+            if GRAM:
+                x_p = load_centred(student, shift, stride, row, p + 0 * row, row < last, ACC)
+                x = tl.where((column == p)[None, :], 0, x)
+                total += tl.sum(x * x_p[:, None], 0)
+            if planes is not None:
+                at = place_of(tl.program_id(0) * BLOCK_D, BLOCK_D, PLANES) + tl.arange(0, BLOCK_D)
+                store_planes(planes + row[:, None] * stride_planes + at[None, :], x, True, PLANES)
         if GRAM:
-            coefficient -= tl.where(in_product(column, largest), outer * square / tl.cast(dof, ACC), 0)
-        # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
-        grad = tl.where((square == 0)[None, :], 0, grad * outer)
-        if GRAM:
-            p = tl.load(largest) + 0 * row
-            largest_column = load_centred(student, shift, stride_student, row, p, row < rows, ACC)
-            grad += largest_column[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
-    if VARIANCE:
-        sigma = deviation(tl.load(squares + column, mask=inside, other=1), over, EPS, ACC)
-        pull = term_grad(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
-        coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
-    if VARIANCE or COVARIANCE:
-        grad += coefficient[None, :] * load_centred(
-            student, shift, stride_student, row[:, None], column[None, :], live, ACC
-        )
-    if INVARIANCE:
-        y = tl.load(student + row[:, None] * stride_student + column[None, :], mask=live, other=0).to(ACC)
-        g = tl.load(target + row[:, None] * stride_target + column[None, :], mask=live, other=0).to(ACC)
-        toward_target = 2 * term_grad(grad_output, weights, 0, inv_weight, ACC) / (n * tl.cast(width, ACC)) * (y - g)
-        grad += toward_target
-        if grad_target is not None:
-            store(grad_target + row[:, None] * width + column[None, :], -toward_target, live)
-    if grad_student is not None:
-        store(grad_student + row[:, None] * width + column[None, :], grad, live)
+            tl.store(cross + tl.program_id(1) * width + column, total / tl.cast(dof, ACC), mask=inside)

@@ -1,260 +1,282 @@
-"""VICReg's symmetric product by tiles, of rows or of columns. See ops/vicreg.py."""
+"""VICReg's symmetric product: of rows or of columns, by tiles from the diagonal on. See ops/vicreg.py."""
 
 import triton
 import triton.language as tl
 
-NARROW = tl.constexpr(16)  # of a step that is loaded element by element: the least that a matrix instruction takes
+from .columns import is_last
+from .vicreg import BLOCK, load_centred, mean_of, place_of, store_planes, store_terms
 
 
 @triton.jit
-def mean_of(student, shift, column, live, ACC: tl.constexpr):
-    """The columns' means: the first row plus their distance from it."""
-    pivot = tl.load(student + column, mask=live, other=0).to(ACC)
-    return pivot + tl.load(shift + column, mask=live, other=0)
+def pair_of(t, tiles):
+    """Finds (i, j), i <= j, of the t-th tile of an upper triangle: no program is launched for the lower one."""
+    i = 0
+    left = t
+    row = tiles
+    while left >= row:
+        left -= row
+        row -= 1
+        i += 1
+    return i, i + left
 
 
 @triton.jit
-def load_centred(student, shift, stride, row, column, live, ACC: tl.constexpr):
-    """y - mean. The first row goes off before the shift: a large mean, rounded, would swamp small deviations."""
-    y = tl.load(student + row * stride + column, mask=live, other=0).to(ACC)
-    pivot = tl.load(student + column, mask=live, other=0).to(ACC)
-    return tl.where(live, y - pivot - tl.load(shift + column, mask=live, other=0), 0)
-
-
-@triton.jit
-def in_product(column, largest):
-    """Whether a column is in the product: by rows the largest is not, and by columns there is none (None)."""
-    if largest is None:
-        return column >= 0
+def load_operand(x, mask, OPERAND: tl.constexpr):
+    if mask is None:
+        return tl.load(x).to(OPERAND)
     else:
-        return column != tl.load(largest)
+        return tl.load(x, mask=mask, other=0).to(OPERAND)
 
 
 @triton.jit
-def means_are_large(student, shift, squares, largest, rows, width, GRAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether taking the means off after the product cancels: by rows those of its columns, by columns any one."""
-    excess = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        live = (column < width) & in_product(column, largest)
-        mean = mean_of(student, shift, column, live, tl.float32)
-        variance = tl.load(squares + column, mask=live, other=0) / rows
-        if GRAM:
-            excess += mean * mean - variance
-        else:
-            excess += tl.where(mean * mean > variance, 1.0, 0.0)
-    return tl.sum(excess, 0) > 0
+def multiply(a, live_a, b, live_b, OPERAND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """Multiplies two sums of A and B planes, smallest products first; leaves out those below the last plane.
 
-
-@triton.jit
-def finish_tile(
-    acc, product, sums, i, j, row, column, size, dof, GRAM: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Stores a tile of the product over N - 1 and its mirror image, and the sum of their squares."""
-    live = (row < size)[:, None] & (column < size)[None, :]
-    value = tl.where(live, acc / tl.cast(dof, ACC), 0)
-    if not GRAM:  # the diagonal is no part of the covariance
-        value = tl.where(row[:, None] == column[None, :], 0, value)
-    at = row.to(tl.int64)[:, None] * size + column[None, :]
-    tl.store(product + at, value, mask=live)
-    mirror = column.to(tl.int64)[:, None] * size + row[None, :]
-    tl.store(product + mirror, tl.trans(value), mask=tl.trans(live) & (i != j))
-    # In float64 as soon as they are few: the columns' own squares are subtracted from their sum.
-    square = tl.sum(tl.sum(value * value, 1).to(tl.float64), 0)
-    tl.store(sums + i * tl.num_programs(1) + j, tl.where(i == j, square, 2 * square))
-
-
-@triton.jit
-def block_of(largest, first, last, BLOCK_K: tl.constexpr):
-    """The block (start, end) of columns that has the largest; an empty one where [first, last) has it not."""
-    p = tl.load(largest)
-    start = p - (p - first) % BLOCK_K
-    there = (p >= first) & (p < last)
-    return tl.where(there, start, last), tl.where(there, tl.minimum(start + BLOCK_K, last), last)
-
-
-@triton.jit
-def add_product(acc, a, b, one, PRECISION: tl.constexpr, ACC: tl.constexpr, less=None):
-    """acc + a b, added in registers: a matrix unit that is not IEEE's cuts its sums toward zero, which a chain adds up.
-
-    one: 1, which the compiler does not know, or it would add within the unit after all. less: what a, rounded, lacks.
+    It starts from 0: the matrix unit cuts each sum toward 0, and a chain of cuts over the whole depth is a bias.
     """
-    IEEE: tl.constexpr = PRECISION == "ieee"
-    begin = acc if IEEE else None
-    if less is not None:
-        begin = tl.dot(less, b, begin, input_precision=PRECISION, out_dtype=ACC)
-    product = tl.dot(a, b, begin, input_precision=PRECISION, out_dtype=ACC)
-    return product if IEEE else acc + product * one
+    acc = None
+    a0 = load_operand(a, live_a, OPERAND)
+    b0 = load_operand(b, live_b, OPERAND)
+    if A > 1:
+        a1 = load_operand(a + BLOCK, live_a, OPERAND)
+    if B > 1:
+        b1 = load_operand(b + BLOCK, live_b, OPERAND)
+    if A > 2:
+        acc = tl.dot(load_operand(a + 2 * BLOCK, live_a, OPERAND), b0, acc)
+    if B > 2:
+        acc = tl.dot(a0, load_operand(b + 2 * BLOCK, live_b, OPERAND), acc)
+        acc = tl.dot(a1, b1, acc)
+    if A > 1:
+        acc = tl.dot(a1, b0, acc)
+    if B > 1:
+        acc = tl.dot(a0, b1, acc)
+    return tl.dot(a0, b0, acc)
 
 
 @triton.jit
-def centred_step(
-    acc, one, student, shift, largest, stride, left, right, size, start, last,
-    GRAM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+def product_of_planes(
+    x, stride, i, j, size, first, last, one,
+    GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PLANES: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + what BLOCK_K columns or rows have of a tile of xc xc^T or xc^T xc, but for the column `largest`."""
-    k = start + tl.arange(0, BLOCK_K)
-    live_b = (k < last)[:, None] & (right < size)[None, :]
-    live_a = (left < size)[:, None] & (k < last)[None, :]
-    if largest is not None:
-        live_a &= (k != tl.load(largest))[None, :]
+    """Computes a tile of x x^T (GRAM) or x^T x from `first` to `last` of its depth. WHOLE: no tile has an end in it."""
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    side = tl.arange(0, TILE)
+    lane = tl.arange(0, BLOCK_K)
+    left = i * TILE + side
+    right = j * TILE + side
     if GRAM:
-        a = load_centred(student, shift, stride, left.to(tl.int64)[:, None], k[None, :], live_a, ACC)
-        b = load_centred(student, shift, stride, right.to(tl.int64)[None, :], k[:, None], live_b, ACC)
+        if not WHOLE:  # rows past the last are read as the last: their products are masked where they are used
+            left = tl.minimum(left, size - 1)
+            right = tl.minimum(right, size - 1)
+        a = left.to(tl.int64)[:, None] * stride
+        b = right.to(tl.int64)[None, :] * stride
     else:
-        row = k.to(tl.int64)
-        a = load_centred(student, shift, stride, row[None, :], left[:, None], live_a, ACC)
-        b = load_centred(student, shift, stride, row[:, None], right[None, :], live_b, ACC)
-    return add_product(acc, a, b, one, PRECISION, ACC)
-
-
-@triton.jit
-def centred_product(
-    one, student, shift, largest, stride, left, right, size, first, last,
-    GRAM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A tile of xc xc^T or xc^T xc, of rows that lose their means before they meet."""
-    acc = tl.zeros((left.shape[0], right.shape[0]), ACC)
-    skipped = last
-    if GRAM:  # the block with the largest column comes last: a mask in every step would leave no vector loads
-        skipped, end = block_of(largest, first, last, BLOCK_K)
-    for start in range(first, tl.where(skipped < last, last - BLOCK_K, last), BLOCK_K):
-        start += tl.where(start >= skipped, BLOCK_K, 0)
-        acc = centred_step(
-            acc, one, student, shift, None, stride, left, right, size, start, last, GRAM, PRECISION, BLOCK_K, ACC
-        )
-    if GRAM:
-        for start in range(skipped, end, NARROW):
-            acc = centred_step(
-                acc, one, student, shift, largest, stride, left, right, size, start, last, GRAM, PRECISION, NARROW, ACC
-            )
+        a = lane.to(tl.int64)[None, :] * stride + (place_of(i * TILE, TILE, PLANES) + side)[:, None]
+        b = lane.to(tl.int64)[:, None] * stride + (place_of(j * TILE, TILE, PLANES) + side)[None, :]
+    for start in range(first, last, BLOCK_K):
+        live_a = None
+        live_b = None
+        if not WHOLE:
+            live_a = (lane < last - start)[None, :]
+            live_b = (lane < last - start)[:, None]
+            if not GRAM:
+                live_a &= (left < size)[:, None]
+                live_b &= (right < size)[None, :]
+        # In this form the compiler needs fewest instructions for the addresses.
+        if GRAM:
+            k = place_of(start, BLOCK_K, PLANES) + lane
+            at_a = a + k[None, :]
+            at_b = b + k[:, None]
+        else:
+            step = tl.cast(start, tl.int64) * stride
+            at_a = a + step
+            at_b = b + step
+        # Without the factor, 1 at run time, the compiler would add within the matrix unit after all.
+        acc += multiply(x + at_a, live_a, x + at_b, live_b, OPERAND, PLANES, PLANES) * one
     return acc
 
 
 @triton.jit
-def raw_step(
-    acc, dot_a, dot_b, mean_square, one, student, shift, largest, stride, left, right, size, start, last,
-    GRAM: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+def product_of_centred(
+    student, shift, largest, stride, left, right, size, first, last, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """The same of rows of 16 bits as they are; dot_a, dot_b: <y, mean> of both sides."""
-    k = start + tl.arange(0, BLOCK_K)
-    live = k < last
-    if largest is not None:
-        live &= k != tl.load(largest)
-    live_a = (left < size)[:, None] & live[None, :]
-    live_b = live[:, None] & (right < size)[None, :]
-    if GRAM:
-        a = tl.load(student + left.to(tl.int64)[:, None] * stride + k[None, :], mask=live_a, other=0)
-        b = tl.load(student + right.to(tl.int64)[None, :] * stride + k[:, None], mask=live_b, other=0)
-        mean = mean_of(student, shift, k, live, tl.float32)
-        dot_a += tl.sum(a.to(tl.float32) * mean[None, :], 1)
-        dot_b += tl.sum(b.to(tl.float32) * mean[:, None], 0)
-        mean_square += mean * mean
-    else:
-        row = k.to(tl.int64)
-        a = tl.load(student + row[None, :] * stride + left[:, None], mask=live_a, other=0)
-        b = tl.load(student + row[:, None] * stride + right[None, :], mask=live_b, other=0)
-    acc = add_product(acc, a.to(OPERAND), b.to(OPERAND), one, PRECISION, tl.float32)
-    return acc, dot_a, dot_b, mean_square
-
-
-@triton.jit
-def raw_product(
-    one, student, shift, largest, stride, left, right, size, first, last,
-    GRAM: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The same of rows of 16 bits as they are, whose products float32 holds exactly; the means come off after it."""
-    acc = tl.zeros((left.shape[0], right.shape[0]), tl.float32)
-    dot_a = tl.zeros((left.shape[0],), tl.float32)
-    dot_b = tl.zeros((right.shape[0],), tl.float32)
-    mean_square = tl.zeros((BLOCK_K,), tl.float32)
-    skipped = last
-    if GRAM:
-        skipped, end = block_of(largest, first, last, BLOCK_K)
-    for start in range(first, tl.where(skipped < last, last - BLOCK_K, last), BLOCK_K):
-        start += tl.where(start >= skipped, BLOCK_K, 0)
-        acc, dot_a, dot_b, mean_square = raw_step(
-            acc, dot_a, dot_b, mean_square, one, student, shift, None, stride, left, right, size, start, last,
-            GRAM, OPERAND, PRECISION, BLOCK_K,
-        )  # fmt: skip
-    if GRAM:
-        narrow = tl.zeros((NARROW,), tl.float32)
-        for start in range(skipped, end, NARROW):
-            acc, dot_a, dot_b, narrow = raw_step(
-                acc, dot_a, dot_b, narrow, one, student, shift, largest, stride, left, right, size, start, last,
-                GRAM, OPERAND, PRECISION, NARROW,
-            )  # fmt: skip
-        return acc - dot_a[:, None] - dot_b[None, :] + (tl.sum(mean_square, 0) + tl.sum(narrow, 0))
-    else:
-        mean_a = mean_of(student, shift, left, left < size, tl.float32)
-        mean_b = mean_of(student, shift, right, right < size, tl.float32)
-        return acc - mean_a[:, None] * mean_b[None, :] * (last - first).to(tl.float32)
+    """Computes the same in float64, of rows that are centred as they are loaded."""
+    acc = tl.zeros((left.shape[0], right.shape[0]), tl.float64)
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live_a = (left < size)[:, None] & (k < last)[None, :]
+        live_b = (k < last)[:, None] & (right < size)[None, :]
+        if GRAM:
+            live_a &= (k != tl.load(largest))[None, :]
+            a = load_centred(student, shift, stride, left.to(tl.int64)[:, None], k[None, :], live_a, tl.float64)
+            b = load_centred(student, shift, stride, right.to(tl.int64)[None, :], k[:, None], live_b, tl.float64)
+        else:
+            row = k.to(tl.int64)
+            a = load_centred(student, shift, stride, row[None, :], left[:, None], live_a, tl.float64)
+            b = load_centred(student, shift, stride, row[:, None], right[None, :], live_b, tl.float64)
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
+    return acc
 
 
 @triton.jit
 def vicreg_product_kernel(
-    student,  # [N, D], last dimension contiguous
-    shift, squares,  # [D]
-    largest,  # [], the column that is left out (GRAM), or None
-    product,  # [size, size], or [SPLITS, size, size], of which only the tiles from the diagonal on are written
-    sums,  # [tiles, tiles], float64
-    stride, rows, width, size, depth, depth_a_split, dof,
-    GRAM: tl.constexpr, SPLIT: tl.constexpr, RAW: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    student, shift, largest,  # [N, D], last dimension contiguous; [D]; []: see vicreg_statistics_kernel
+    planes,  # [padded N, PLANES * padded D]: see vicreg_planes_kernel; None for float64
+    parts,  # [SPLITS, size, size]: tiles from the diagonal on
+    row_sums,  # [SPLITS, tiles, size], of the product of rows as they are; None where the columns' means suffice
+    stride, stride_planes, size, depth, depth_a_split, tiles,
+    GRAM: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr, PLANES: tl.constexpr,
+    OPERAND: tl.constexpr, PLANE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, PLANES_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns one tile of xc xc^T (GRAM) or xc^T xc, and one split of the columns or rows that it sums over.
-    # RAW, for 16 bits: the means come off after the product, unless they are so large that this would cancel.
-    i = tl.program_id(0)
-    j = tl.program_id(1)
-    if i > j:
-        if not SPLIT:
-            tl.store(sums + i * tl.num_programs(1) + j, 0.0)
-        return
+    # RAW, of 16 bits: rows are multiplied as they are, whose products float32 holds exactly, and the means come off in
+    # vicreg_finish_kernel; planes take their place where that would cancel.
+    i, j = pair_of(tl.program_id(0), tiles)
+    split = tl.program_id(1)
     left = i * TILE + tl.arange(0, TILE)
     right = j * TILE + tl.arange(0, TILE)
-    first = tl.program_id(2) * depth_a_split
+    first = split * depth_a_split
     last = tl.minimum(first + depth_a_split, depth)
     one = tl.where(depth > 0, 1.0, 0.0)
-    if RAW:
-        if means_are_large(student, shift, squares, largest, rows, width, GRAM, 1024):
-            acc = centred_product(
-                one, student, shift, largest, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K // 2, ACC
+    live = (left < size)[:, None] & (right < size)[None, :]
+    if planes is None:
+        acc = product_of_centred(student, shift, largest, stride, left, right, size, first, last, GRAM, BLOCK_K)
+    elif RAW:
+        if tl.load(largest) < 0:
+            acc = product_of_planes(
+                student, stride, i, j, size, first, last, one, GRAM, WHOLE, OPERAND, 1, TILE, BLOCK_K
             )
+            if GRAM:
+                at = (split * tiles + j) * size + left
+                tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 1), mask=left < size)
+                if i != j:
+                    at = (split * tiles + i) * size + right
+                    tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 0), mask=right < size)
         else:
-            acc = raw_product(
-                one, student, shift, largest, stride, left, right, size, first, last, GRAM, OPERAND, PRECISION, BLOCK_K
+            acc = product_of_planes(
+                planes, stride_planes, i, j, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
             )
     else:
-        acc = centred_product(
-            one, student, shift, largest, stride, left, right, size, first, last, GRAM, PRECISION, BLOCK_K, ACC
+        acc = product_of_planes(
+            planes, stride_planes, i, j, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
         )
-    if SPLIT:
-        live = (left < size)[:, None] & (right < size)[None, :]
-        at = (tl.program_id(2).to(tl.int64) * size + left.to(tl.int64)[:, None]) * size + right[None, :]
-        tl.store(product + at, acc, mask=live)
-    else:
-        finish_tile(acc, product, sums, i, j, left, right, size, dof, GRAM, ACC)
+    at = (split.to(tl.int64) * size + left.to(tl.int64)[:, None]) * size + right[None, :]
+    tl.store(parts + at, acc, mask=live)
 
 
 @triton.jit
-def vicreg_reduce_kernel(
-    parts,  # [splits, size, size]
-    product,  # [size, size]
-    sums,  # [tiles, tiles], float64
-    size, splits, dof,
-    GRAM: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+def add_rows(x, rows, stride, column, inside):
+    """Adds up the rows of x [rows, stride] in some columns, 16 at a time so that their loads are in flight together."""
+    total = tl.zeros((column.shape[0],), x.dtype.element_ty)
+    for start in range(0, rows, 16):
+        row = start + tl.arange(0, 16)
+        live = (row < rows)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(x + row[:, None] * stride + column[None, :], mask=live, other=0), 0)
+    return total
+
+
+@triton.jit
+def as_bfloat16(pointer):
+    """Reads the memory of a product as planes: it was made for float16, which multiplies rows as they are."""
+    return pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+
+
+@triton.jit
+def vicreg_finish_kernel(
+    parts, row_sums,  # see vicreg_product_kernel
+    student, shift, squares, facts, largest,  # [N, D], [D], [D], [4], []: see vicreg_statistics_kernel
+    crosses,  # [RUNS, D]: see vicreg_planes_kernel
+    product,  # [padded, PLANES * padded]: planes of the product over N - 1, times the scale of the facts
+    dots,  # [pieces of a row, size]: of the product and x_p (GRAM), or of it and the means for 16 bits; None
+    cross,  # [D] (GRAM)
+    sums, ticket,  # [programs], float64; a zero, which is left zero
+    weights,  # [3] or None
+    loss, invariance, variance, covariance,  # []
+    stride, stride_product, pieces, rows, width, size, splits, tiles, runs, dof, divisor,
+    inv_weight, var_weight, cov_weight,
+    GRAM: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns one tile, and adds up its splits in their order.
-    i = tl.program_id(0)
-    j = tl.program_id(1)
-    if i > j:
-        tl.store(sums + i * tl.num_programs(1) + j, 0.0)
-        return
-    row = i * TILE + tl.arange(0, TILE)
-    column = j * TILE + tl.arange(0, TILE)
+    # One program owns a piece of the product on or above the diagonal, and its mirror image: small ones, so that many
+    # loads are in flight. The one that finishes last makes the loss of what all have summed.
+    i, j = pair_of(tl.program_id(0), pieces)
+    row = i * PIECE + tl.arange(0, PIECE)
+    column = j * PIECE + tl.arange(0, PIECE)
     live = (row < size)[:, None] & (column < size)[None, :]
-    acc = tl.zeros((TILE, TILE), ACC)
-    for split in range(splits):
-        at = (tl.cast(split, tl.int64) * size + row.to(tl.int64)[:, None]) * size + column[None, :]
-        acc += tl.load(parts + at, mask=live, other=0)
-    finish_tile(acc, product, sums, i, j, row, column, size, dof, GRAM, ACC)
+    at = row.to(tl.int64)[:, None] * size + column[None, :]
+    acc = tl.zeros((PIECE, PIECE), ACC)
+    for start in range(0, splits, 4):
+        for step in tl.static_range(4):
+            split = start + step
+            part = parts + split.to(tl.int64) * size * size + at
+            acc += tl.load(part, mask=live & (split < splits), other=0)
+    p = tl.load(largest)
+    if RAW:
+        as_it_is = p < 0
+        if as_it_is:  # what the means have brought in
+            if GRAM:
+                a = add_rows(row_sums, splits * tiles, size, row, row < size) / rows
+                b = add_rows(row_sums, splits * tiles, size, column, column < size) / rows
+                acc -= a[:, None] + b[None, :] - tl.load(facts + 2).to(tl.float32)
+            else:
+                a = mean_of(student, shift, row, row < size, tl.float32)
+                b = mean_of(student, shift, column, column < size, tl.float32)
+                acc -= a[:, None] * b[None, :] * rows.to(tl.float32)
+    value = tl.where(live, acc / tl.cast(dof, ACC), 0)
+    if not GRAM:  # the diagonal is no part of the covariance
+        value = tl.where(row[:, None] == column[None, :], 0, value)
+    if GRAM:
+        q = tl.maximum(p, 0)
+        left = load_centred(student, shift, stride, row.to(tl.int64), q + 0 * row, row < size, ACC)
+        right = load_centred(student, shift, stride, column.to(tl.int64), q + 0 * column, column < size, ACC)
+    elif dots is not None:
+        left = mean_of(student, shift, row, row < size, ACC)
+        right = mean_of(student, shift, column, column < size, ACC)
+    if dots is not None:
+        tl.store(dots + i * size + column, tl.sum(value * left[:, None], 0), mask=column < size)
+        if i != j:
+            tl.store(dots + j * size + row, tl.sum(value * right[None, :], 1), mask=row < size)
+    side = tl.arange(0, PIECE)
+    at = row.to(tl.int64)[:, None] * stride_product + (place_of(j * PIECE, PIECE, PLANES) + side)[None, :]
+    mirror = column.to(tl.int64)[:, None] * stride_product + (place_of(i * PIECE, PIECE, PLANES) + side)[None, :]
+    off_diagonal = i != j
+    if tl.float64 == ACC:
+        tl.store(product + row.to(tl.int64)[:, None] * size + column[None, :], value, mask=live)
+        mirrored = tl.trans(live) & off_diagonal
+        tl.store(product + column.to(tl.int64)[:, None] * size + row[None, :], tl.trans(value), mask=mirrored)
+    elif product.dtype.element_ty == tl.float16:
+        if p < 0:
+            scaled = value * tl.load(facts + 3).to(tl.float32)
+            store_planes(product + at, scaled, True, PLANES)
+            store_planes(product + mirror, tl.trans(scaled), off_diagonal, PLANES)
+        else:
+            store_planes(as_bfloat16(product) + at, value, True, PLANES)
+            store_planes(as_bfloat16(product) + mirror, tl.trans(value), off_diagonal, PLANES)
+    else:
+        store_planes(product + at, value, True, PLANES)
+        store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)
+    # In float64 as soon as they are few: the columns' own squares are subtracted from their sum.
+    square = tl.sum(tl.sum(value * value, 1).to(tl.float64), 0)
+    tl.store(sums + tl.program_id(0), tl.where(i == j, square, 2 * square))
+    if is_last(ticket):
+        tl.store(ticket, 0)
+        LANES: tl.constexpr = 1024
+        lane = tl.arange(0, LANES)
+        total = tl.zeros((LANES,), tl.float64)
+        for start in range(0, tl.num_programs(0), LANES):
+            total += tl.load(sums + start + lane, mask=start + lane < tl.num_programs(0), other=0)
+        if GRAM:
+            for start in range(0, width, LANES):
+                each = start + lane
+                inside = each < width
+                shared = tl.zeros((LANES,), ACC)
+                for run in range(0, tl.where(p < 0, 0, runs)):
+                    shared += tl.load(crosses + run * width + each, mask=inside, other=0)
+                tl.store(cross + each, shared, mask=inside)
+                own = tl.load(squares + each, mask=inside & (each != p), other=0) / tl.cast(dof, ACC)
+                total += 2 * shared.to(tl.float64) * shared - own.to(tl.float64) * own
+        store_terms(
+            tl.load(facts), tl.load(facts + 1), tl.sum(total, 0) / tl.cast(divisor, tl.float64), weights,
+            loss, invariance, variance, covariance, inv_weight, var_weight, cov_weight, ACC,
+        )  # fmt: skip

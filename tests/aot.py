@@ -12,6 +12,9 @@ A kernel of another dtype than fp64 may have no `f64` instruction, unless its bu
 NVIDIA's GPUs may leave no sum in the matrix unit from one step to the next. A kernel without a budget, and a budget
 that is broken, print the lines of aot_budgets.json that this compiler's code is just within.
 
+VICReg's products may take at most so many instructions of a warp for 1,000 multiply-adds on sm_90, of rows as they are
+(`raw`) and of `planes`, where a budget says so.
+
 A case that says how many `values` one thread makes in a turn of its outermost loop, and how many `turns` that loop
 takes, is counted in the machine code of sm_90: at most so many `instructions` a value, and at most so many `wavefronts`
 of shared memory, `barriers`, and `conflicts` in the worst access to it, a turn.
@@ -41,7 +44,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import aot_shared
-from aot_code import chained, cuda_resources, dump, hip_resources, instructions
+from aot_code import chained, cuda_resources, dump, hip_resources, instructions, rates
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fused_dino.ops import vicreg_triton
 
 ROOT = Path(__file__).parent.parent
 # With the KiB of shared memory that a block can have there: past them a kernel compiles, and its launch fails.
@@ -53,6 +59,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
 COUNTED = ("instructions", "wavefronts", "conflicts", "barriers")  # where a case says how many values it has
+RATES = ("raw", "planes")
 REQUIRED = ("registers", "shared", "load", "store")  # of every budget
 LIMITS = dict.fromkeys(REQUIRED[:2], max) | dict.fromkeys(REQUIRED[2:], min) | dict.fromkeys(("f64", *COUNTED), max)
 WITH_OWN_BUDGET = ("fp64", "unaligned")  # first words of cases whose code is unlike the others'
@@ -78,6 +85,8 @@ class Row:
     wavefronts: str = "-"  # a turn, as barriers: see aot_shared.py
     conflicts: str = "-"
     barriers: str = "-"
+    raw: str = "-"  # instructions of a warp a 1,000 multiply-adds of VICReg's product, of rows as they are
+    planes: str = "-"  # the same of planes
     chained: int = 0  # products whose sums stay in the matrix unit from one step to the next
     error: str = ""  # why there is nothing to see
 
@@ -94,16 +103,19 @@ class Elsewhere:
         self.get_current_stream = lambda device: 0
 
 
-def launches(cases: Iterable, backend: str) -> list[dict[str, Any]]:
-    """Return what the cases launch where torch is built for a vendor's GPUs: a launcher may choose by it."""
-    seen = []
+def launches(cases: Iterable, target: str) -> list[dict[str, Any]]:
+    """Return what the cases launch on a GPU and where torch is built for its vendor: a launcher may choose by them."""
+    seen, gpu = [], TARGETS[target][0]
+    hip = gpu.backend == "hip"
+    limits = vicreg_triton.LIMITS.get(0 if hip else gpu.arch // 10, vicreg_triton.ELSEWHERE)
     for case in cases:
 
         def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, case: Any = case, **options: Any) -> None:
             seen.append({"kernel": kernel, "args": args, "options": options, "case": case})
 
-        vendor = mock.patch.object(torch.version, "hip", "any" if backend == "hip" else None)
-        with mock.patch.object(JITFunction, "run", record), vendor:
+        vendor = mock.patch.object(torch.version, "hip", "any" if hip else None)
+        chosen = mock.patch.object(vicreg_triton, "limits_of", return_value=limits)
+        with mock.patch.object(JITFunction, "run", record), vendor, chosen:
             case.launch()
     return seen
 
@@ -123,6 +135,8 @@ def compile_job(index: int) -> Row:
     load, store = (max((size for kind, size in moves if kind[0] == first), default=0) for first in "ls")
     row = replace(row, **used, shared=compiled.metadata.shared, load=load, store=store, matrix=dots)
     row = replace(row, chained=chained(compiled.asm["ttgir"]))
+    if "PLANES_K" in launch["options"] and target == "sm_90":
+        row = replace(row, **rates(launch["options"], dump(compiled.asm, "-sass")))
     if launch["case"].values and target == "sm_90":
         try:
             row = replace(row, **counts(launch, compiled))
@@ -172,6 +186,10 @@ def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
         found = getattr(row, name)
         if found != "-" and float(found) > budget.get(name, 0):
             yield f"{row}: {name} {found}, budget at most {budget.get(name, 0)}"
+    for name in RATES:
+        found = getattr(row, name)
+        if name in budget and found != "-" and float(found) > budget[name]:
+            yield f"{row}: {name} {found}, budget at most {budget[name]}"
     for name, limit in least.items():
         found = str(getattr(row, name)).split()[0]
         if found != "-" and int(found) < limit:
@@ -211,7 +229,7 @@ def as_written(name: str, budget: dict[str, Any]) -> str:
 
 def one_of_each(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first launch of each kernel, and of each dtype where it has matrix products."""
-    kinds = {(x["kernel"], "PRECISION" in x["options"] and x["case"].name.split()[0]): x for x in reversed(seen)}
+    kinds = {(x["kernel"], "OPERAND" in x["options"] and x["case"].name.split()[0]): x for x in reversed(seen)}
     return list(kinds.values())
 
 
@@ -224,13 +242,10 @@ def check(
     """
     start = time.perf_counter()
     cases = list(cases)
-    seen = {backend: launches(cases, backend) for backend in ("cuda", "hip")}
-    chosen = {backend: one_of_each(found) if some else found for backend, found in seen.items()}
-    JOBS[:] = [
-        (launch, target)
-        for target, (gpu, _) in TARGETS.items()
-        for launch in (seen if target == "sm_90" else chosen)[gpu.backend]
-    ]
+    JOBS[:] = []
+    for target in TARGETS:
+        seen = launches(cases, target)
+        JOBS.extend((launch, target) for launch in (one_of_each(seen) if some and target != "sm_90" else seen))
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("fork")) as pool:
         rows = sorted(pool.map(compile_job, range(len(JOBS))), key=lambda row: row.kernel)
     print(table([row for row in rows if not row.error]))

@@ -148,17 +148,25 @@ def vicreg_cases() -> Iterator[Case]:
     yield from cases("unaligned bf16", bf16[:, 1:], bf16[:, 1:], (False,))
     many = torch.empty(4096, 256, dtype=torch.bfloat16)
     yield from cases("bf16", many, many, ())  # by columns, split
+    for shape in ((1024, 4096), (4096, 1024)):  # in the largest tiles, none of which has an end in it
+        for name in ("fp32", "bf16", "fp16"):
+            x = torch.empty(shape, dtype=DTYPES[name])
+            yield from cases(f"large {name}", x, x, (False,))
 
 
 def standardize_cases() -> Iterator[Case]:
-    def cases(name: str, x: torch.Tensor, normalize: bool = True) -> Iterator[Case]:
+    def cases(name: str, x: torch.Tensor, normalize: bool = True, weight: torch.Tensor | None = None) -> Iterator[Case]:
+        rows = weight, None if weight is None else x.new_empty(2, dtype=torch.int64)
         how = standardize_triton.Standardization(normalize, 1e-5, 1e-12, cosine_triton.acc_dtype(x))
-        out, *rest = standardize_triton.standardize_fwd_empty(x, how)
-        yield Case(name, partial(standardize_triton.standardize_fwd.run, x, how))
-        yield Case(f"{name} backward", partial(standardize_triton.standardize_bwd.run, out, x, out, *rest, how))
+        out, *rest = standardize_triton.standardize_fwd_empty(x, *rows, how)
+        yield Case(name, partial(standardize_triton.standardize_fwd.run, x, *rows, how))
+        yield Case(f"{name} backward", partial(standardize_triton.standardize_bwd.run, out, x, *rows, out, *rest, how))
 
     for name, dtype in DTYPES.items():
-        yield from cases(name, torch.empty(1024, 1024, dtype=dtype))  # more than one run of rows
+        x = torch.empty(1024, 1024, dtype=dtype)  # more than one run of rows
+        yield from cases(name, x)
+        weighted = f"{name} weighted" if name == "fp64" else f"weighted {name}"
+        yield from cases(weighted, x, weight=torch.empty(1024, dtype=cosine_triton.acc_dtype(x)))
     bf16 = torch.empty(16, 1024, dtype=torch.bfloat16)
     yield from cases("bf16 as they are", bf16, False)
     yield from cases("unaligned bf16", bf16[:, 1:])

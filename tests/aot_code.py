@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -70,3 +71,35 @@ def chained(ttgir: str) -> int:
         converted = operation == "ttg.convert_layout"
         producers[name] = producers.get(re.findall(r"%\w+", operands)[0]) if converted else operation
     return count
+
+
+def loops_of(sass: str) -> Iterator[list[str]]:
+    """Yield the instructions of each loop."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    code = {at: text for at, text in lines if not text.startswith("NOP")}
+    for at, text in code.items():
+        for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text):
+            if int(to, 16) < at:
+                yield [each for here, each in code.items() if int(to, 16) <= here <= at]
+
+
+def rates(options: dict[str, Any], sass: str) -> dict[str, str]:
+    """Return the instructions of a warp for 1,000 multiply-adds of VICReg's product, by its launch's options.
+
+    `raw`: in the loop over rows as they are, BLOCK_K deep, once for each plane of what they are multiplied by.
+    `planes`: in the loop over planes, PLANES_K deep, two by two as far as they count.
+    """
+    planes = options["PLANES"]
+    if options["RAW"]:
+        planes = options.get("PRODUCT_PLANES", planes)
+    steps = {"planes": (options["PLANES_K"], planes * (planes + 1) // 2)}
+    if options["RAW"]:
+        steps["raw"] = (options["BLOCK_K"], options.get("PRODUCT_PLANES", 1))
+    found = {}
+    for loop in loops_of(sass):
+        matrix = sum("HGMMA" in text for text in loop)
+        for name, (depth, products) in steps.items():
+            if matrix == depth // 16 * products:
+                of_all = 1000 * len(loop) * options["num_warps"] / (options["TILE"] ** 2 * depth)
+                found[name] = f"{of_all:.3f}"
+    return found

@@ -213,5 +213,5 @@ class TestDoctor:
 
     def test_survives_a_backend_that_does_not_exist(self) -> None:
         run = python("-m", "fused_dino", "doctor", FUSED_DINO_BACKEND="fortran")
-        assert run.returncode == 0, run.stderr
+        assert run.returncode == 1, run.stderr
         assert "'fortran', which is no backend" in run.stdout

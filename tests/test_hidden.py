@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -170,6 +171,7 @@ def size(*modules):
     [
         copy.deepcopy,
         lambda dino: AveragedModel(nn.Sequential(dino)).module[0],
+        lambda dino: ModelEmaV3(dino).module,
         lambda dino: copy.deepcopy(copy.deepcopy(dino)),
         lambda dino: copy.deepcopy(dino).to("cpu", torch.float32),
     ],

@@ -6,11 +6,11 @@ Collected where a kernel runs: in the interpreter (TRITON_INTERPRET=1), or on a 
 import ctypes
 import itertools
 import operator
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
@@ -19,13 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_dino
 import proving
 from fused_dino import functional as FD
-from fused_dino.kernels import vicreg
-from fused_dino.ops import cosine_triton, tickets
+from fused_dino.ops import columns, cosine_triton, standardize, tickets, vicreg_triton
 from fused_dino.ops.vicreg_plan import make_plan
 from guard import guarded, survives
 from proving import DEVICE, DTYPES, INTERPRETED, grad_output_of, results
+from table import MSE, PREPROCESS, STANDARDIZE, VICREG
 from table import OPS as ALL
-from table import PREPROCESS, VICREG
 
 OPS = [op for op in ALL if op.forward is not None]
 
@@ -193,6 +192,28 @@ def test_opcheck(op, first, second):
         torch.library.opcheck(op.backward, op.backward_arguments(*inputs, *outputs_of(op, inputs)))
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_opcheck_of_standardize_with_a_weight(normalize):
+    """No element is left as memory was found."""
+    (x,) = STANDARDIZE.draw((5, 6))
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], device=DEVICE)
+    rows, how = (weight, standardize.count_rows(weight)), (normalize, 1e-5, 1e-12, x.dtype)
+    torch.library.opcheck(STANDARDIZE.forward, (x, *rows, *how))
+    first, second = (STANDARDIZE.forward(x, *rows, *how) for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+    torch.library.opcheck(STANDARDIZE.backward, (x, x, *rows, *first, *how))
+
+
+@interpreted_only
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_weight_is_read_within_its_bounds(side, monkeypatch):
+    whitened = replace(MSE, run=partial(FD.mse_loss, whiten=True))
+    weight = guarded(torch.arange(37) % 3.0, side)
+    inputs = tuple(guarded(x, side) for x in MSE.draw((37, 20)))
+    for op in (MSE, whitened):
+        assert survives(lambda op=op: results_between_pages(op, inputs, side, monkeypatch, weight=weight))
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 4), (4, 3), (3, 1)])
 @pytest.mark.parametrize("cov_weight", [0, 1])
 def test_opcheck_of_vicreg_where_little_is_computed(shape, cov_weight):
@@ -292,6 +313,22 @@ def test_vicreg_launches_its_two_kernels_alone(shape):
     assert launches.seen == ["fused_dino::vicreg_fwd", "fused_dino::vicreg_bwd"]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (600, 700), (700, 600)])
+def test_vicreg_takes_four_launches_forward_and_one_backward(shape, dtype, monkeypatch):
+    launched = []
+    for module in (vicreg_triton, columns):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    student, target = (x.requires_grad_(i == 0) for i, x in enumerate(VICREG.draw(shape, dtype)))
+    loss = FD.vicreg_loss(student, target, backend="triton").loss
+    names = ["statistics", "planes", "product", "finish"]
+    if dtype == torch.float64 and shape[0] > shape[1]:  # centred as it is loaded, and no column is left out
+        names.remove("planes")
+    assert launched == [f"vicreg_{name}_kernel" for name in names]
+    loss.backward()
+    assert launched[len(names) :] == ["vicreg_bwd_kernel"]
+
+
 def test_a_ticket_is_left_zero(monkeypatch):
     """A launch counts its programs with a ticket, and the next launch of the same slot starts from zero."""
     used = []
@@ -306,25 +343,6 @@ def test_a_ticket_is_left_zero(monkeypatch):
         FD.cosine_loss(*(torch.randn(rows, 3, device=DEVICE) for _ in range(2)), backend="triton")
     assert len(used) == 3
     assert all(x == 0 for x in used)
-
-
-@triton.jit
-def round_kernel(x, PRECISION: tl.constexpr):
-    at = x + tl.arange(0, 8)
-    tl.store(at, vicreg.as_multiplied(tl.load(at), tl.float32, PRECISION))
-
-
-@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
-def test_rounding_to_tf32_is_to_nearest_and_keeps_what_is_not_finite(precision):
-    """A NaN of a GPU has all the bits of its mantissa set: one more would carry into the sign."""
-    step, largest, nan = 2**-10, torch.finfo(torch.float32).max, float("nan")
-    values = [1 + step / 4, 1 + step / 2, 1 + 3 * step / 4, -1 - 3 * step / 4, largest, float("inf"), nan, -0.0]
-    rounded = [1, 1 + step, 1 + step, -1 - step, float("inf"), float("inf"), nan, -0.0]
-    x, expected = (torch.tensor(numbers, device=DEVICE) for numbers in (values, rounded))
-    x[6:7].view(torch.int32).fill_(0x7FFFFFFF)
-    before = x.clone()
-    round_kernel[(1,)](x, PRECISION=precision)
-    assert_close(x, expected if precision == "tf32" else before, rtol=0, atol=0, equal_nan=True)
 
 
 def layouts(x):

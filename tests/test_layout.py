@@ -54,7 +54,7 @@ ARROWS = {
         "validation",
     },
     "benchmarks": {"", "functional"},
-    "cli": {"", "registry", "supervision", "benchmarks"},
+    "cli": {"", "backend", "functional", "registry", "supervision", "benchmarks", "weights"},
     "integrations": {"", "supervision"},
     "__main__": {"cli"},
     "": {"functional", "backend", "losses", "preprocess", "projector", "supervision", "teacher"},

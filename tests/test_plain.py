@@ -25,7 +25,7 @@ def scale_kernel(x, count, factor, at, WIDTH: tl.constexpr, EPS: tl.constexpr):
 
 @pytest.fixture
 def driver(monkeypatch):
-    monkeypatch.setattr(plain, "KEPT", {})
+    monkeypatch.setattr(plain, "LAUNCHES", {})
     with host.stubbed_driver() as driver:
         yield driver
 
@@ -91,9 +91,9 @@ def variations():
 
 
 def test_the_launches_are_those_of_the_general_route(driver, looked_up):
-    """As kernels are kept, and again with all kept."""
+    """Launch once while the cache fills, and once from it."""
     general = {name: launches(driver, call, host.general_route) for name, call in variations()}
-    assert not plain.KEPT
+    assert not plain.LAUNCHES
     for expected_look_ups in (True, False):
         looked_up.clear()
         for name, call in variations():
@@ -159,16 +159,16 @@ class Mode(TorchDispatchMode):
 def test_nothing_is_kept_where_somebody_watches(where, driver):
     with where():
         call_scale()
-    assert not plain.KEPT
+    assert not plain.LAUNCHES
     call_scale()
-    assert len(plain.KEPT) == 1
+    assert len(plain.LAUNCHES) == 1
 
 
 def test_nothing_is_kept_while_a_graph_is_captured(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     call_scale()
-    assert not plain.KEPT
+    assert not plain.LAUNCHES
 
 
 class Own(torch.Tensor):

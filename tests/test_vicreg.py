@@ -297,7 +297,7 @@ def test_nothing_is_larger_than_the_student(shape, differentiate, backend, monke
 
 @pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
 def test_no_copy_of_the_student_waits_for_the_backward(shape, backend):
-    """The saved tensors are the inputs, the product, a few numbers a column, the largest column and the weights."""
+    """Of float64 the inputs, the product, a few numbers a column, the largest column and the weights are saved."""
     y, g = pair(*shape)
     y.requires_grad_()
     saved = []

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from fused_dino import functional as FD
 from fused_dino.ops import vicreg_triton
 from fused_dino.ops.dispatch import cdiv
-from fused_dino.ops.vicreg_triton import TILES, split
+from fused_dino.ops.vicreg_triton import FLOAT64, TILES, split
 from proving import DEVICE, DTYPES, check_accuracy
 from table import VICREG
 
@@ -119,7 +119,8 @@ def test_by_rows_two_that_dominate_and_have_nothing_in_common_cost_digits_as_the
 
 def test_the_splits_of_a_product_are_together_no_larger_than_the_student():
     most = 0
-    for tile, step, _ in TILES.values():
+    steps = itertools.product(TILES, (16, 32, 64, 128))
+    for tile, step in (*steps, (FLOAT64["TILE"], FLOAT64["BLOCK_K"])):
         for size, depth in itertools.product((1, 2, 7, 64, 100, 255, 1024), (1, 2, 63, 256, 4000, 100_000)):
             splits, depth_a_split = split(size, depth, cdiv(size, tile), step)
             assert splits == 1 or splits * size * size <= size * depth
@@ -130,22 +131,22 @@ def test_the_splits_of_a_product_are_together_no_larger_than_the_student():
 
 SETTINGS = """
 import torch
-from fused_dino.ops.vicreg_triton import precision
+from fused_dino.ops.vicreg_triton import planes_of_products
 
 torch.version.hip = None  # AMD multiplies float32 whatever is set
 matmul = torch.backends.cuda.matmul
-assert precision() == "tf32x3"
+assert planes_of_products() == 3
 for on in (True, False):
-    expected = "tf32" if on else "tf32x3"
+    expected = 2 if on else 3
     matmul.fp32_precision = "tf32" if on else "ieee"
-    assert precision() == expected, "fp32_precision"
+    assert planes_of_products() == expected, "fp32_precision"
     matmul.allow_tf32 = on
-    assert precision() == expected, "allow_tf32"
+    assert planes_of_products() == expected, "allow_tf32"
     torch.set_float32_matmul_precision("high" if on else "highest")
-    assert precision() == expected, "set_float32_matmul_precision"
+    assert planes_of_products() == expected, "set_float32_matmul_precision"
 matmul.fp32_precision = "none"
 torch.backends.fp32_precision = "tf32"
-assert precision() == "tf32", "the setting of all backends"
+assert planes_of_products() == 2, "the setting of all backends"
 """
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from .. import __version__
-from ..benchmarks.arguments import add_arguments
-from .errors import CommandError
+from .errors import CommandError, broken_link
 from .text import printable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full disk, a full share of it, a folder that is only read
@@ -33,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal, or a log, in an encoding that lacks a character
+    if broken := broken_link():
+        say(f"fused-dino: {broken}")
+        return 2
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     command = options.pop("command")
@@ -75,12 +77,19 @@ def make_parser() -> Parser:
     parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, time it, check it.")
     parser.add_argument("--version", action="version", version=f"fused-dino {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor}")
+    from ..benchmarks.arguments import add_arguments  # beyond a link, which main has checked
+
     add_demo(commands)
     text = "Time each op against eager PyTorch, torch.compile and its peers on this machine."
     bench = commands.add_parser("bench", help="time each op against the code that it replaces", description=text)
     add_arguments(bench)
     bench.set_defaults(command=run_bench)
-    doctor = commands.add_parser("doctor", help="print versions, devices and the implementation each op would run")
+    text = "Import what the library needs, run each op once against its reference, and say what is broken."
+    doctor = commands.add_parser(
+        "doctor", help="check the installation, and say what each op would run", description=text
+    )
+    doctor.add_argument("--json", action="store_true", dest="json_", help="print one JSON document")
+    doctor.add_argument("--online", action="store_true", help="also ask whether the places of the weights answer")
     doctor.set_defaults(command=run_doctor)
     return parser
 
@@ -121,10 +130,10 @@ def run_bench(**options: Any) -> int:
     return run(**options)
 
 
-def run_doctor() -> int:
+def run_doctor(**options: Any) -> int:
     from .doctor import run
 
-    return run()
+    return run(**options)
 
 
 def positive_int(text: str) -> int:

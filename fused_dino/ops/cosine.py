@@ -6,7 +6,8 @@ With s = student / max(|student|, eps), t likewise:
     mse      value = |s - t|^2      d value / d student = 2 (<s, t> s - t) / |student|
     raw      value = |s - t|^2 of the rows as they are, or as standardize.py makes them
 
-A clamped norm is a constant, and the gradient then loses its part along s.
+A clamped norm is a constant, and the gradient then loses its part along s. A row of weight 0 is left out, whatever it
+holds: its value and its gradients are 0.
 
 The forward writes the student's gradient for a grad_output of 1, with weight and scale in it, where
 `stores_gradient` says so. The first backward returns it, scaled in place. Later backwards compute it from the rows.
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.cosine import cosine_distance, prepare
+from ..reference.cosine import cosine_distance, leave_out, prepare
 from ..reference.dtypes import acc_dtype, upcast
 from .cosine_torch import cosine_rows_torch
 from .cosine_triton import RowOptions, cosine_rescale_, cosine_rows
 from .function import batched_rows, make_function
-from .standardize import Standardization, standardize
+from .standardize import Standardization, count_rows, standardize
 
 
 def forward(
@@ -58,9 +59,9 @@ def formula(
     """Return the loss by eager formulas, for higher derivatives."""
     kind, reduction = options.kind, options.reduction
     if kind == "cosine":
-        values = cosine_distance(student, target, options.eps)
+        values = cosine_distance(leave_out(student, weight), leave_out(target, weight), options.eps)
     else:
-        s, t = (prepare(x, normalize=kind == "mse", norm_eps=options.eps) for x in upcast(student, target))
+        s, t = (prepare(x, weight, normalize=kind == "mse", norm_eps=options.eps) for x in upcast(student, target))
         values = (s - t).square() if reduction == "elements" else (s - t).square().sum(-1)
     for factor in (weight if weight is None or values.ndim == 1 else weight.unsqueeze(-1), scale):
         values = values if factor is None else values * factor
@@ -127,7 +128,7 @@ def rows_loss(
     if reduction == "mean":
         divisor = (1 if kind == "cosine" else width) * (1 if weight is not None else student.shape[0])
     if weight is not None:
-        weight = weight.to(acc_dtype(student, target)).expand(leading).reshape(-1)
+        weight = weight.reshape(-1)
         if reduction == "mean":
             total = weight.sum()
             weight = weight / torch.where(total == 0, 1, total)
@@ -149,9 +150,8 @@ def mse_loss(
     """Return what rows_loss returns, for the squared error of prepared rows."""
     if not whiten:
         return rows_loss(student, target, kind="mse" if normalize else "raw", eps=norm_eps, **options)
-    dtype, width = acc_dtype(student, target), student.shape[-1]
-    s, t = (
-        standardize(x.reshape(-1, width), Standardization(normalize, eps, norm_eps, dtype), options["backend"])
-        for x in (student, target)
-    )
+    how = Standardization(normalize, eps, norm_eps, acc_dtype(student, target))
+    width, backend, weight = student.shape[-1], options["backend"], options["weight"]
+    rows_left = () if weight is None else (weight.reshape(-1), count_rows(weight))
+    s, t = (standardize(x.reshape(-1, width), how, backend, *rows_left) for x in (student, target))
     return rows_loss(s.reshape(student.shape), t.reshape(target.shape), kind="raw", eps=norm_eps, **options)

@@ -45,9 +45,9 @@ class Op:
             arguments = arguments.replace("Tensor", "Tensor(a!)", 1)
         library.define(f"{name}({arguments}) -> {schema_of_results(returns)}", tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("CUDA", "CPU"):  # ROCm registers as CUDA too
-            library.impl(name, lambda *given: run(*whole(self.shape, backwards(given))), device)
+            library.impl(name, lambda *values: run(*whole(self.shape, backwards(values))), device)
         torch.library.register_fake(
-            f"{NAMESPACE}::{name}", lambda *given: empty(*whole(self.shape, backwards(given))), lib=library
+            f"{NAMESPACE}::{name}", lambda *values: empty(*whole(self.shape, backwards(values))), lib=library
         )
         if not name.endswith("_"):
             torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
@@ -110,16 +110,16 @@ def flat(shape: Shape, args: tuple) -> list[Any]:
     return out
 
 
-def backwards(given: tuple) -> list[Any]:
+def backwards(values: tuple) -> list[Any]:
     """Return the arguments in reverse, with lists of the dispatcher as tuples."""
-    return [tuple(x) if type(x) is list else x for x in reversed(given)]
+    return [tuple(x) if type(x) is list else x for x in reversed(values)]
 
 
-def whole(shape: Shape, given: list[Any]) -> list[Any]:
-    """Return the arguments as the op's functions take them, popped from `given`, which is reversed."""
+def whole(shape: Shape, values: list[Any]) -> list[Any]:
+    """Return the arguments as the op's functions take them, popped from `values`, which is reversed."""
     out: list[Any] = []
     for part in shape:
-        out.append(given.pop() if part is None else part[0](*whole(part[1], given)))
+        out.append(values.pop() if part is None else part[0](*whole(part[1], values)))
     return out
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-KEPT: dict[tuple, Kept] = {}
+LAUNCHES: dict[tuple, Launch] = {}
 KEYED = {Tensor, Parameter, int, float, type(None)}
 transforms_active = torch._C._are_functorch_transforms_active
 dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
-class Kept(NamedTuple):
+class Launch(NamedTuple):
     """A compiled kernel, and what its launch takes after the arguments."""
 
     run: Any
@@ -75,13 +75,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     device = active.get_current_device()
     key = key_of(kernel, active, device, args, constants)
-    kept = KEPT.get(key)
-    if kept is None:
+    found = LAUNCHES.get(key)
+    if found is None:
         compiled = kernel[grid](*args, **constants)
-        if may_keep(args):
-            keep(key, kernel, len(args), constants, compiled)
+        if may_cache(args):
+            cache_launch(key, kernel, len(args), constants, compiled)
     else:
-        run, function, metadata, rest, *_ = kept
+        run, function, metadata, rest, *_ = found
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *args, *rest)
 
@@ -122,20 +122,20 @@ def key_of(kernel: Any, active: Any, device: int, args: tuple, constants: dict[s
     return (*key, *constants, *constants.values())
 
 
-def may_keep(args: tuple) -> bool:
-    """Whether a launch may be kept: not during graph capture, in inference mode, or for a type that the key lacks."""
+def may_cache(args: tuple) -> bool:
+    """Whether a launch may be cached: not during graph capture, in inference mode, or for a type that the key lacks."""
     if torch.version.hip or not {*map(type, args)} <= KEYED:  # AMD's code depends on the size of tensors as well
         return False
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     return not (capturing or torch.is_inference_mode_enabled())
 
 
-def keep(key: tuple, kernel: Any, given: int, constants: dict[str, Any], compiled: Any) -> None:
-    rest = [parameter.name for parameter in kernel.params[given:]]
+def cache_launch(key: tuple, kernel: Any, arguments: int, constants: dict[str, Any], compiled: Any) -> None:
+    rest = [parameter.name for parameter in kernel.params[arguments:]]
     if isinstance(compiled, triton().CompiledKernel) and constants.keys() >= set(rest):
         values = tuple(constants[name] for name in rest)
         owners = kernel, triton().driver._active
-        KEPT[key] = Kept(compiled.run, compiled.function, compiled.packed_metadata, values, owners)
+        LAUNCHES[key] = Launch(compiled.run, compiled.function, compiled.packed_metadata, values, owners)
 
 
 @cache

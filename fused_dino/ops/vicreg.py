@@ -15,6 +15,11 @@ and with g_i, g_v, g_c the gradients of the three terms, the gradient of the stu
 The gradient of the centring vanishes, since the columns of xc sum to 0. By rows the columns' own squares are taken off
 the product's, which would cancel where a single column dominates. So the one that deviates most is left out: what the
 second largest takes off is then little beside the covariance of the two, unless they have nothing in common.
+
+Where students of 16 bits are multiplied as they are, y y^T and y^T y lose what their means have brought in afterwards:
+
+    rows, none left out:    n P = y y^T - r 1^T - 1 r^T + |mean|^2,    r = the mean of each row of y y^T
+    columns:                n P = y^T y - N mean mean^T,               xc P = y P - 1 (mean^T P)
 """
 
 from __future__ import annotations
@@ -27,10 +32,10 @@ from torch import Tensor
 
 from ..reference.dtypes import acc_dtype
 from ..reference.vicreg import vicreg_loss as formula
+from . import vicreg_torch, vicreg_triton
 from .function import make_function
 from .vicreg_plan import Plan, flags, make_plan, weights_of
-from .vicreg_torch import vicreg_bwd_torch, vicreg_fwd_torch
-from .vicreg_triton import BackwardOptions, Saved, vicreg_bwd, vicreg_fwd
+from .vicreg_triton import BackwardOptions
 
 
 def loss_by_formula(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
@@ -56,8 +61,9 @@ def gradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of student and target, empty where not wanted; others: what the forward saved, options, backend."""
     *saved, options, backend = others
-    run = vicreg_bwd if backend == "triton" else vicreg_bwd_torch
-    return run(student, target, grad, weights, Saved(*saved), options)
+    if backend == "triton":
+        return vicreg_triton.vicreg_bwd(student, target, grad, weights, vicreg_triton.Saved(*saved), options)
+    return vicreg_torch.vicreg_bwd_torch(student, target, grad, weights, vicreg_torch.Saved(*saved), options)
 
 
 # Its own gradient, the loss's second, is eager's.
@@ -66,7 +72,9 @@ gradient_function = make_function("VICRegGradient", gradient, None, gradient_by_
 
 def forward(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan, backend: str) -> tuple[Tensor, ...]:
     """The loss and its terms [], then what it saves."""
-    return (vicreg_fwd if backend == "triton" else vicreg_fwd_torch)(student, target, weights, plan)
+    return (vicreg_triton.vicreg_fwd if backend == "triton" else vicreg_torch.vicreg_fwd_torch)(
+        student, target, weights, plan
+    )
 
 
 def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_grad: tuple[bool, bool]) -> tuple:

@@ -7,6 +7,7 @@ the backward. Autocast leaves products in place, and into `out`, as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,21 @@ from torch import Tensor
 from ..reference.dtypes import acc_dtype
 from .columns_torch import centre_block, mean, off, passes
 from .vicreg_plan import Plan, weights_of
-from .vicreg_triton import BackwardOptions, Saved
+from .vicreg_triton import BackwardOptions
 
 CPU_PANEL = 128  # rows of a symmetric product that are computed at a time, from the diagonal on
 
 Block = tuple[slice, slice]  # of [N, D]
+
+
+class Saved(NamedTuple):
+    """Tensors that the backward needs of the forward; empty where they are not computed."""
+
+    shift: Tensor  # [2, D], the means: see columns_torch.mean
+    squares: Tensor  # [D], of the centred columns
+    product: Tensor  # [N, N] or [D, D]
+    largest: Tensor  # [], the column that deviates most, where the product is that of rows
+    cross: Tensor  # [D], its covariances
 
 
 def inner_blocks(x: Tensor, gram: bool) -> Iterator[Block]:

@@ -22,6 +22,11 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return values.sum() / torch.where(total == 0, 1, total)
 
 
+def leave_out(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Replace rows of weight 0 by ones. Whatever they held, their loss and its gradient, times 0, are then 0."""
+    return x if weight is None else x.masked_fill((weight == 0).unsqueeze(-1), 1)
+
+
 def cosine_distance(student: Tensor, target: Tensor, eps: float) -> Tensor:
     """Return 1 - <s / max(|s|, eps), t / max(|t|, eps)> per row: [..., D], [..., D] -> [...]."""
     s, t = (F.normalize(x, dim=-1, eps=eps) for x in upcast(student, target))
@@ -37,6 +42,7 @@ def cosine_loss(
     eps: float,
 ) -> Tensor:
     """Return the cosine distance per row, reduced."""
+    student, target = (leave_out(x, weight) for x in (student, target))
     return reduce(cosine_distance(student, target, eps), weight, reduction)
 
 
@@ -53,17 +59,40 @@ def mse_loss(
 ) -> Tensor:
     """Return (s - t)^2 per element, reduced. First it divides rows by their norm and standardises columns, as asked."""
     whiten_eps = eps if whiten else None
-    s, t = (prepare(x, normalize=normalize, norm_eps=norm_eps, whiten_eps=whiten_eps) for x in upcast(student, target))
+    s, t = (
+        prepare(x, weight, normalize=normalize, norm_eps=norm_eps, whiten_eps=whiten_eps)
+        for x in upcast(student, target)
+    )
     return reduce((s - t).square(), None if weight is None else weight.unsqueeze(-1), reduction)
 
 
-def prepare(x: Tensor, *, normalize: bool, norm_eps: float, whiten_eps: float | None = None) -> Tensor:
-    """Divide rows by their norm with `normalize`, then standardise columns with `whiten_eps`, unless it is None."""
+def prepare(
+    x: Tensor, weight: Tensor | None = None, *, normalize: bool, norm_eps: float, whiten_eps: float | None = None
+) -> Tensor:
+    """Divide rows by their norm with `normalize`, then standardise columns with `whiten_eps`, unless it is None.
+
+    Rows of weight 0 are left out: what they held reaches no result.
+    """
+    x = leave_out(x, weight)
     if normalize:
         x = F.normalize(x, dim=-1, eps=norm_eps)
-    return x if whiten_eps is None else standardize(x.reshape(-1, x.shape[-1]), whiten_eps).reshape(x.shape)
+    if whiten_eps is None:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    return standardize(rows, whiten_eps, None if weight is None else weight.reshape(-1)).reshape(x.shape)
 
 
-def standardize(x: Tensor, eps: float) -> Tensor:
-    """Return (x - mean) / (deviation + eps) per column, the deviation unbiased: [N, D] -> [N, D]."""
-    return (x - x.mean(0)) / (x.std(0) + eps)
+def standardize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Return (x - mean) / (deviation + eps) per column, the deviation unbiased: [N, D] -> [N, D].
+
+    The statistics are those of the rows whose weight is not 0, each counted once; fewer than two give NaN. The other
+    rows become 0.
+    """
+    if weight is None:
+        return (x - x.mean(0)) / (x.std(0) + eps)
+    left = (weight != 0).unsqueeze(-1)
+    count = left.sum(dtype=x.dtype)
+    mean = torch.where(left, x, 0).sum(0) / count
+    centred = torch.where(left, x - mean, 0)
+    deviation = torch.linalg.vector_norm(centred, dim=0) / (count - 1).sqrt()
+    return torch.where(left, centred / (deviation + eps), 0)

@@ -62,8 +62,11 @@ STANDARDIZE = Op(
     scales=standardize_scales,
     forward=standardize_triton.standardize_fwd.overload,
     backward=standardize_triton.standardize_bwd.overload,
-    forward_arguments=lambda x: (x, True, 1e-5, 1e-12, acc_dtype(x)),
-    backward_arguments=lambda x, out, *saved: (torch.ones_like(out), x, out, *saved, True, 1e-5, 1e-12, acc_dtype(x)),
+    forward_arguments=lambda x: (x, None, None, True, 1e-5, 1e-12, acc_dtype(x)),
+    backward_arguments=lambda x, out, *saved: (
+        *(torch.ones_like(out), x, None, None, out, *saved),
+        *(True, 1e-5, 1e-12, acc_dtype(x)),
+    ),
     inputs=("x",),
     shape=lambda rows, width: (max(rows, 2), width),
     part_of="mse_loss",

@@ -1,0 +1,85 @@
+"""Registers fused_dino's modules with mmengine, so that configs build them: import this module, or call `register`.
+
+custom_imports = dict(imports=["fused_dino.integrations.mmengine"])
+model = dict(type="MyModel", dino=dict(type="DinoSupervision", in_dim=8192, teacher_dtype="bfloat16"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import MODELS, Registry
+from torch import nn
+
+from .. import CosineLoss, DinoSupervision, DINOv2Backbone, MSELoss, Preprocess, Projector, VICRegLoss
+
+MODULES = (DinoSupervision, DINOv2Backbone, Projector, Preprocess, CosineLoss, MSELoss, VICRegLoss)
+
+
+def register(registry: Registry) -> None:
+    """Register every module in a registry under its class's name.
+
+    Args:
+        registry (mmengine.registry.Registry): Any registry, such as xtuner's ``BUILDER``. Dicts with a ``type`` among a
+            module's arguments are built in it, too. Dtypes may be given by name.
+
+    Raises:
+        KeyError: If the registry has another module of such a name.
+
+    Example:
+        >>> registry = Registry("builder")
+        >>> register(registry)
+        >>> registry.build(dict(type="VICRegLoss", gamma=2.0)).options["gamma"]
+        2.0
+    """
+    for module in MODULES:
+        registry.register_module(name=module.__name__, module=builder(module, registry))
+
+
+def builder(module: type[nn.Module], registry: Registry) -> Callable[..., nn.Module]:
+    """Return what a registry calls in the module's place: arguments that are configs are built first."""
+
+    def build(*args: Any, **options: Any) -> nn.Module:
+        return module(*args, **{name: built(name, value, registry) for name, value in options.items()})
+
+    build.__name__ = build.__qualname__ = module.__name__
+    build.__doc__ = module.__doc__
+    return build
+
+
+def built(name: str, value: Any, registry: Registry) -> Any:
+    if isinstance(value, dict) and "type" in value:
+        return registry.build(value)
+    return dtype_of_name(name, value) if name.endswith("dtype") and isinstance(value, str) else value
+
+
+def dtype_of_name(argument: str, name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{argument} is {name!r}, which is no dtype of torch's; use one such as 'bfloat16'")
+    return dtype
+
+
+def history_method(owner: Any, name: str) -> Any:
+    """Stand for getattr in checkpoints, where a history of mmengine's names its own statistics by it."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise ValueError(f"{name!r} of {owner!r} is no statistic of a history")
+    return getattr(owner, name)
+
+
+def allow_histories() -> None:
+    """Let torch.load read mmengine's logs: its resume loads whole checkpoints, and torch refuses unknown classes."""
+    array: Any = np.zeros(0).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, (history_method, "builtins.getattr"), np.ndarray, np.dtype, array, scalar, *dtypes]
+    )
+
+
+register(MODELS)
+allow_histories()

@@ -1,0 +1,188 @@
+"""VICReg's gradient: one more product, with the elementwise terms as its epilogue. See ops/vicreg.py."""
+
+import triton
+import triton.language as tl
+
+from .columns import deviation
+from .store import store
+from .vicreg import load_centred, place_of, weight_of
+from .vicreg_product import add_rows, as_bfloat16, multiply
+
+
+@triton.jit
+def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constexpr):
+    """Returns the gradient of a term."""
+    return tl.load(grad_output).to(ACC) * weight_of(weights, index, number, ACC)
+
+
+@triton.jit
+def times_planes(
+    product, stride_product, x, stride, i, j, rows, width, one,
+    GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr,
+    STORED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Computes a tile of P x (GRAM) or x P, of the first PLANES of the STORED. WHOLE: no tile of x has an end in it."""
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    side = tl.arange(0, TILE)
+    lane = tl.arange(0, BLOCK_K)
+    row = i * TILE + side
+    if GRAM:
+        a = row.to(tl.int64)[:, None] * stride_product
+        b = lane.to(tl.int64)[:, None] * stride + (place_of(j * TILE, TILE, STORED) + side)[None, :]
+    else:
+        if not WHOLE:  # rows past the last are read as the last, and are not stored
+            row = tl.minimum(row, rows - 1)
+        a = row.to(tl.int64)[:, None] * stride
+        b = lane.to(tl.int64)[:, None] * stride_product + (place_of(j * TILE, TILE, PRODUCT_PLANES) + side)[None, :]
+    down = tl.zeros((), tl.int64)
+    for start in range(0, rows if GRAM else width, BLOCK_K):
+        live = None
+        if GRAM:
+            if not WHOLE:
+                live = (lane < rows - start)[:, None] & (j * TILE + side < width)[None, :]
+            at_a = product + (a + (place_of(start, BLOCK_K, PRODUCT_PLANES) + lane)[None, :])
+            at_b = x + (b + down)
+            step = multiply(at_a, None, at_b, live, OPERAND, PRODUCT_PLANES, PLANES)
+            down += tl.cast(stride, tl.int64) * BLOCK_K
+        else:
+            if not WHOLE:
+                live = (lane < width - start)[None, :]
+            at_a = x + (a + (place_of(start, BLOCK_K, STORED) + lane)[None, :])
+            at_b = product + (b + tl.cast(start, tl.int64) * stride_product)
+            step = multiply(at_a, live, at_b, None, OPERAND, PLANES, PRODUCT_PLANES)
+        acc += step * one
+    return acc
+
+
+@triton.jit
+def times_centred(
+    product, student, shift, stride, row, column, rows, width, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Computes the same in float64, of rows that are centred as they are loaded."""
+    acc = tl.zeros((row.shape[0], column.shape[0]), tl.float64)
+    for start in range(0, rows if GRAM else width, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        far = k.to(tl.int64)
+        if GRAM:
+            live_a = (row < rows)[:, None] & (k < rows)[None, :]
+            live_b = (k < rows)[:, None] & (column < width)[None, :]
+            a = tl.load(product + row.to(tl.int64)[:, None] * rows + k[None, :], mask=live_a, other=0)
+            b = load_centred(student, shift, stride, far[:, None], column[None, :], live_b, tl.float64)
+        else:
+            live_a = (row < rows)[:, None] & (k < width)[None, :]
+            live_b = (k < width)[:, None] & (column < width)[None, :]
+            a = load_centred(student, shift, stride, row.to(tl.int64)[:, None], k[None, :], live_a, tl.float64)
+            b = tl.load(product + far[:, None] * width + column[None, :], mask=live_b, other=0)
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
+    return acc
+
+
+@triton.jit
+def halves(x):
+    """Splits a tile into its left and right columns."""
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def part_of(x, i: tl.constexpr, PARTS: tl.constexpr):
+    """Returns the i-th of one, two or four equal parts of the columns."""
+    if PARTS == 1:
+        return x
+    elif PARTS == 2:
+        return halves(x)[i]
+    else:
+        return halves(halves(x)[i // 2])[i % 2]
+
+
+@triton.jit
+def vicreg_bwd_kernel(
+    student, target,  # [N, D], last dimension contiguous
+    shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [4], []
+    product, dots, cross,  # [padded, planes * padded], [pieces, size], [D]: see vicreg_finish_kernel
+    grad_output, weights,  # [], [3] or None
+    grad_student, grad_target,  # [N, D] contiguous; None where it is not wanted
+    stride_student, stride_target, stride_planes, stride_product, pieces, rows, width, over, dof, divisor,
+    inv_weight, var_weight, cov_weight,
+    INVARIANCE: tl.constexpr, VARIANCE: tl.constexpr, COVARIANCE: tl.constexpr, GAMMA: tl.constexpr, EPS: tl.constexpr,
+    GRAM: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
+    PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr, OPERAND: tl.constexpr, PLANE: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PLANES_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns one tile of the gradients. Programs that read the same columns run together, GROUP tiles wide.
+    tiles_m, tiles_n = tl.cdiv(rows, TILE), tl.cdiv(width, TILE)
+    t = tl.program_id(0)
+    group = t // (GROUP * tiles_m)
+    within = tl.minimum(tiles_n - group * GROUP, GROUP)
+    j = group * GROUP + t % (GROUP * tiles_m) % within
+    i = t % (GROUP * tiles_m) // within
+    row = i * TILE + tl.arange(0, TILE)
+    column = j * TILE + tl.arange(0, TILE)
+    one = tl.where(rows > 0, 1.0, 0.0)
+    whole = tl.zeros((TILE, TILE), ACC)
+    outer = tl.zeros((), ACC)
+    p = tl.load(largest)
+    if COVARIANCE:
+        outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * tl.cast(dof, ACC))
+        if tl.float64 == ACC:
+            whole = times_centred(product, student, shift, stride_student, row, column, rows, width, GRAM, BLOCK_K)
+        elif RAW:
+            if p < 0:
+                whole = times_planes(
+                    product, stride_product, student, stride_student, i, j, rows, width, one,
+                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K,
+                )  # fmt: skip
+                whole /= tl.load(facts + 3).to(tl.float32)
+            else:
+                whole = times_planes(
+                    as_bfloat16(product), stride_product, planes, stride_planes, i, j, rows, width, one,
+                    GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K,
+                )  # fmt: skip
+        else:
+            whole = times_planes(
+                product, stride_product, planes, stride_planes, i, j, rows, width, one,
+                GRAM, True, PLANE, PRODUCT_PLANES, PLANES, PLANES, TILE, PLANES_K,
+            )  # fmt: skip
+    # A part of the columns at a time: what the elementwise terms take of all would not fit the registers.
+    far = row.to(tl.int64)  # int64: row * stride passes 2**31
+    PARTS: tl.constexpr = TILE // 32
+    for part in tl.static_range(PARTS):
+        grad = part_of(whole, part, PARTS)
+        column = j * TILE + part * 32 + tl.arange(0, 32)
+        inside = column < width
+        live = (row < rows)[:, None] & inside[None, :]
+        coefficient = tl.zeros((column.shape[0],), ACC)
+        square = tl.load(squares + column, mask=inside, other=1)
+        if COVARIANCE:
+            if GRAM:
+                if (p >= tl.min(column, 0)) & (p <= tl.max(column, 0)):  # its own product, which the planes do not have
+                    own = add_rows(dots, pieces, rows, row, row < rows)
+                    grad = tl.where((column == p)[None, :], own[:, None], grad)
+            elif RAW:
+                as_it_is = p < 0
+                if as_it_is:  # what the means have brought in
+                    grad -= add_rows(dots, pieces, width, column, inside)[None, :]
+            # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
+            grad = tl.where((square == 0)[None, :], 0, grad * outer)
+            if GRAM:
+                coefficient -= tl.where(column != p, outer * square / tl.cast(dof, ACC), 0)
+                q = tl.maximum(p, 0) + 0 * far
+                x_p = load_centred(student, shift, stride_student, far, q, row < rows, ACC)
+                grad += x_p[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
+        if VARIANCE:
+            sigma = deviation(square, over, EPS, ACC)
+            pull = term_grad(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
+            coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
+        if VARIANCE or COVARIANCE:
+            x = load_centred(student, shift, stride_student, far[:, None], column[None, :], live, ACC)
+            grad += coefficient[None, :] * x
+        if INVARIANCE:
+            y = tl.load(student + far[:, None] * stride_student + column[None, :], mask=live, other=0).to(ACC)
+            g = tl.load(target + far[:, None] * stride_target + column[None, :], mask=live, other=0).to(ACC)
+            scale = 2 * term_grad(grad_output, weights, 0, inv_weight, ACC) / (tl.cast(rows, ACC) * tl.cast(width, ACC))
+            difference = scale * (y - g)
+            grad += difference
+            if grad_target is not None:
+                store(grad_target + far[:, None] * width + column[None, :], -difference, live)
+        if grad_student is not None:
+            store(grad_student + far[:, None] * width + column[None, :], grad, live)

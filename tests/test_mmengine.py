@@ -1,0 +1,104 @@
+"""mmengine builds our modules from configs, and its Runner trains, logs, checkpoints and resumes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmengine")
+from mmengine.config import Config
+from mmengine.registry import MODELS, Registry
+from mmengine.runner import Runner
+
+from fused_dino import CosineLoss, DinoSupervision, MSELoss, Preprocess, VICRegLoss
+from fused_dino.integrations import mmengine as integration
+
+EXAMPLES = Path(__file__).parent.parent / "examples/mmengine"
+TEACHER = {"type": "DINOv2Backbone", "variant": "vits14", "img_size": 28, "pretrained": False}
+SUPERVISION = {"type": "DinoSupervision", "in_dim": 8, "hidden_dim": 4, "img_size": 28}
+
+
+@pytest.fixture
+def builder():
+    """A registry of a trainer's own, as xtuner's BUILDER is."""
+    registry = Registry("builder")
+    integration.register(registry)
+    return registry
+
+
+@pytest.mark.parametrize("registry", ["models", "own"])
+def test_nested_configs_build_in_the_registry_that_called(registry, builder):
+    registry = MODELS if registry == "models" else builder
+    loss, images = {"type": "VICRegLoss", "gamma": 2.0}, {"type": "Preprocess", "size": 28, "antialias": True}
+    dino = registry.build({**SUPERVISION, "teacher": TEACHER, "loss_type": loss, "preprocess": images})
+    assert type(dino) is DinoSupervision
+    assert type(dino.loss) is VICRegLoss
+    assert dino.loss.options["gamma"] == 2.0
+    assert type(dino.preprocess) is Preprocess
+    assert dino.teacher.variant == "vits14"
+
+
+def test_a_module_of_ones_own_builds_in_ones_own_registry(builder):
+    @builder.register_module()
+    class OwnLoss(nn.Module):
+        def forward(self, student, target):
+            return (student - target).abs().mean()
+
+    dino = builder.build({**SUPERVISION, "teacher": TEACHER, "loss_type": {"type": "OwnLoss"}})
+    assert type(dino.loss) is OwnLoss
+    with pytest.raises(KeyError, match="OwnLoss"):
+        MODELS.build({**SUPERVISION, "teacher": TEACHER, "loss_type": {"type": "OwnLoss"}})
+
+
+def test_dtypes_by_name(builder):
+    teacher = builder.build({**TEACHER, "dtype": "bfloat16"})
+    assert next(teacher.parameters()).dtype == torch.bfloat16
+    preprocess = builder.build({"type": "Preprocess", "size": 28, "out_dtype": "torch.float16"})
+    assert preprocess.options["out_dtype"] == torch.float16
+    with pytest.raises(ValueError, match="dtype is 'bf16', which is no dtype"):
+        builder.build({**TEACHER, "dtype": "bf16"})
+
+
+def test_losses_build(builder):
+    assert type(builder.build({"type": "CosineLoss", "reduction": "sum"})) is CosineLoss
+    assert type(builder.build({"type": "MSELoss"})) is MSELoss
+
+
+def train(path, folder, iterations, resume=False):
+    """Return the Runner and what it logged of each iteration."""
+    config = Config.fromfile(path)
+    config.work_dir, config.resume = str(folder), resume
+    config.train_cfg.max_iters = iterations
+    config.experiment_name = f"{folder.name}-{iterations}-{resume}"
+    runner = Runner.from_cfg(config)
+    runner.train()
+    logged = Path(runner.log_dir, "vis_data/scalars.json").read_text().splitlines()
+    return runner, {line["step"]: line for line in map(json.loads, logged)}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.py"])
+def test_the_examples_train_and_resume_to_equal_losses(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    runner, whole = train(EXAMPLES / name, tmp_path / "whole", 4)
+    train(EXAMPLES / name, tmp_path / "parts", 2)
+    resumed_runner, resumed = train(EXAMPLES / name, tmp_path / "parts", 4, resume=True)
+    assert sorted(resumed) == [3, 4]
+    for step, line in resumed.items():
+        for key in ("loss", "loss_flow", "loss_dino", "dino_global"):
+            assert line[key] == whole[step][key]
+        assert line["loss"] == pytest.approx(line["loss_flow"] + line["loss_dino"])
+    dino = resumed_runner.model.dino
+    assert int(dino.schedule.step) == 4
+    trained = {id(p) for group in runner.optim_wrapper.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in runner.model.parameters()}
+    assert not trained & {id(p) for p in runner.model.dino.teacher.parameters()}
+
+
+def test_a_checkpoint_may_name_nothing_but_a_historys_statistics():
+    history = integration.HistoryBuffer
+    assert integration.history_method(history, "mean") is history.mean
+    for owner, name in ((torch, "load"), (history, "__init__"), (history.mean, "x")):
+        with pytest.raises(ValueError, match="is no statistic of a history"):
+            integration.history_method(owner, name)
