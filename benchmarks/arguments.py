@@ -1,7 +1,13 @@
 """Declare the arguments of `python -m benchmarks run` and `fused-dino bench`. Import nothing slow."""
 
 import argparse
+import os
 from pathlib import Path
+
+
+def path(text: str) -> Path:
+    """Return a path, in which `~` is the home where no shell has read it, as in `--out=~/demo`."""
+    return Path(os.path.expanduser(text))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,5 +16,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one telling row an op, in one direction")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="start no row after this long")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every round, and what was measured where")
+    parser.add_argument("--json", type=path, metavar="FILE", help="keep every round, and what was measured where")
     parser.add_argument("--self-check", action="store_true", help="time eager twice: the difference is noise")

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .transformers_model import is_known
+
 
 def caller() -> int:
     """Return the id of this thread: a module may serve several. A compiler traces one."""
@@ -30,9 +32,12 @@ class PatchProjection(nn.Conv2d):
 def take_patches(model: nn.Module, patch_size: int) -> PatchProjection | None:
     """Make the model's convolution by patches a PatchProjection and return it, or None if the model has none."""
     conv: Any = getattr(getattr(model, "patch_embed", None), "proj", None)
-    by_patches = {"in_channels": 3, "groups": 1, "dilation": (1, 1), "padding": (0, 0)}
+    if is_known(model):
+        conv = next(part for part in model.modules() if isinstance(part, nn.Conv2d))  # of transformers: it has one
+    by_patches = {"in_channels": 3, "groups": 1, "dilation": (1, 1)}
     by_patches |= dict.fromkeys(("kernel_size", "stride"), (patch_size, patch_size))
-    if type(conv) is nn.Conv2d and all(getattr(conv, name) == value for name, value in by_patches.items()):
+    fits = all(getattr(conv, name, None) == value for name, value in by_patches.items())
+    if type(conv) is nn.Conv2d and fits and conv.padding in ((0, 0), "valid"):
         conv.__class__ = PatchProjection  # in its place, so that parameters, their names and hooks stay
         conv.__dict__["results"] = {}
     return conv if isinstance(conv, PatchProjection) else None
@@ -49,7 +54,7 @@ def from_patches(
     projection = take_patches(model, patch_size)
     refused = f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model {type(model).__name__}"
     if projection is None:
-        raise ValueError(f"{refused} has no patch_embed.proj that is a convolution by patches of {patch_size}")
+        raise ValueError(f"{refused} has no patch embedding that is a convolution by patches of {patch_size}")
     tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)
     results = projection.results
     results[caller()] = rearrange(tokens, "b (h w) d -> b d h w", h=img_size[0] // patch_size)
@@ -57,7 +62,7 @@ def from_patches(
         # Of these pixels the model sees the shape only; they take no memory.
         features = run(patches.new_zeros(()).expand(patches.shape[0], 3, *img_size))
         if caller() in results:
-            raise ValueError(f"{refused} never ran its patch_embed.proj")
+            raise ValueError(f"{refused} never ran its patch embedding")
     finally:
         results.pop(caller(), None)
     return features

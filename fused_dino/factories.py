@@ -14,6 +14,7 @@ from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
 from .teacher import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone, read_statistic
 from .validation import check_choice, check_flag, check_floating_dtype, check_group, is_int, plain_int
+from .weights import VARIANTS, canonical
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,12 +30,31 @@ def make_teacher(
     if isinstance(teacher, str):
         # No checkpoint of the model holds its weights, so that they are loaded even inside torch.device("meta").
         with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
-            return DINOv2Backbone(teacher, img_size, pretrained=pretrained, dtype=dtype)
+            name: dict[str, Any] = {"variant" if names_dinov2(teacher) else "model": teacher}
+            return DINOv2Backbone(**name, img_size=img_size, pretrained=pretrained, dtype=dtype)
     if not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher must be a variant's name or a module, got {type(teacher).__name__}")
+        raise TypeError(f"teacher must be a model's name or a module, got {type(teacher).__name__}")
     if not is_int(getattr(teacher, "embed_dim", None)):
-        raise ValueError(f"teacher {type(teacher).__name__} must have an int embed_dim, the width of its features")
+        raise ValueError(
+            f"teacher {type(teacher).__name__} must have an int embed_dim, the width of its features; "
+            "DINOv2Backbone(model=...) makes a teacher of a model of timm's or transformers'"
+        )
     return teacher if dtype is None else teacher.to(dtype=dtype)
+
+
+def names_dinov2(teacher: str) -> bool:
+    """Whether a name is a DINOv2's; False for another model of timm's. A name of neither raises ValueError."""
+    try:
+        return bool(canonical(teacher))
+    except ValueError:
+        import timm
+
+        if ":" in teacher or timm.is_model(teacher):  # with one it is a place, such as hf-hub:owner/name
+            return False
+        raise ValueError(
+            f"teacher is {teacher!r}; use a DINOv2, one of {', '.join(VARIANTS)}, or a model that timm "
+            f"{timm.__version__} knows"
+        ) from None
 
 
 def make_loss(

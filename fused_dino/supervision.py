@@ -52,9 +52,9 @@ class DinoSupervision(Taught):
 
     Args:
         in_dim (int, optional): Width of ``z_text``. None aligns tokens alone. Default: 8192.
-        teacher (str or nn.Module): A DINOv2 variant (see DINOv2Backbone), or a module with ``embed_dim`` that returns
-            {'global': [B, D], 'patch': [B, N, D] or None}. Its ``mean``, ``std`` and ``patch_size`` are read where it
-            has them, else ImageNet's and 14. Default: ``"vitl14"``.
+        teacher (str or nn.Module): A DINOv2 variant (see DINOv2Backbone), another model of timm's by name,
+            or a module with ``embed_dim`` that returns {'global': [B, D], 'patch': [B, N, D] or None}. Its ``mean``,
+            ``std`` and ``patch_size`` are read where it has them, else ImageNet's and 14. Default: ``"vitl14"``.
         img_size (int or sequence of two ints): The teacher's input, multiples of its patch size. Default: 224.
         loss_type (str or nn.Module): Loss of the global term: ``"cosine"``, ``"mse"`` (normalised), ``"vicreg"``, or a
             module (student [B, D], target [B, D]) -> scalar. Default: ``"cosine"``.

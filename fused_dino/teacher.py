@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from torch import Tensor, nn
 
 from .embedding import from_patches, take_patches
 from .live import dtype_of
+from .transformers_model import (
+    CLASSES,
+    call_options,
+    count_prefix_tokens,
+    find_core,
+    is_pretrained,
+    read_own_statistics,
+    split_tokens,
+    without_head,
+)
 from .validation import check_flag, check_tensor, check_triple, is_int, plain_int
 from .weights import PATCH_SIZE, canonical, load_dinov2
 
@@ -32,28 +43,35 @@ class DINOv2Backbone(nn.Module):
 
     Args:
         variant (str): vits14, vitb14, vitl14 or vitg14, each also with four registers as ``*_reg``, in any case, or by
-            the names of hub (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m) and transformers
-            (facebook/dinov2-small, facebook/dinov2-with-registers-small). Default: ``"vitl14"``.
+            the names of hub (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m), transformers
+            (facebook/dinov2-small, facebook/dinov2-with-registers-small) and REPA (dinov2-vit-s, dinov2reg-vit-s).
+            Default: ``"vitl14"``.
         img_size (int or sequence of two ints): Height and width in pixels, multiples of the patch size. Default: 224.
         use_timm_fallback (bool): Whether ``"auto"`` tries timm where hub fails. Default: ``True``.
         source (str): ``"hub"``, the official model from torch hub, which RUNS THE CODE of
             github.com/facebookresearch/dinov2 at a pinned revision in this process; ``"timm"``, timm's model with the
-            weights that it publishes; ``"local"``, timm's model with the weights of a file. These never fall back.
+            weights that it publishes; ``"local"``, timm's model with the weights of ``weights``. These never fall back.
             ``"auto"`` is ``"local"`` where ``weights`` is given, else hub and then timm, the one in the cache first. A
             full cache is read without network. Of several processes one downloads. Default: ``"auto"``.
-        weights (path, optional): A .safetensors file or a checkpoint of torch.save (read with ``weights_only=True``),
-            of the official or timm's parameter names, at any square training resolution.
+        weights (path, optional): A .safetensors file, a checkpoint of torch.save (read with ``weights_only=True``), or
+            a folder or index of shards as transformers' ``save_pretrained`` writes them. The parameter names are the
+            official ones, timm's or transformers', the training resolution any square one. ``mean`` and ``std`` come
+            from a preprocessor_config.json beside it. A path may start with ``~``.
         pretrained (bool): False gives random weights without network, through timm unless ``source="hub"``. Default:
             ``True``.
         dtype (torch.dtype, optional): Dtype of the weights. Default: the one in which they are stored.
         pos_embed (str): How position embeddings reach ``img_size``: ``"official"`` as the official code resamples them,
-            ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224. Default:
+            ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224;
+            ``"transformers"`` as transformers does. The last two need ``source`` not to be hub. Default:
             ``"official"``.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
             or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
             'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
             num_prefix_tokens, else 1); a map [B, D, h, w] (or NHWC by its output_fmt); or pooled features [B, D], which
             leave 'patch' None. Without a class token 'global' is what its head pools, else the mean of the patches.
+            transformers' Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel and SiglipVisionModel are taken as they
+            are, alone or in a module that returns their output or tokens: width, patch size, registers, mean and std
+            come from them.
 
     Attributes:
         model (nn.Module): The frozen model.
@@ -125,11 +143,14 @@ class DINOv2Backbone(nn.Module):
         else:
             self.variant = model if isinstance(model, str) else type(model).__name__
             self.img_size = check_img_size(img_size)
-            self.model = create_timm(model, self.img_size, pretrained) if isinstance(model, str) else model
+            found = create_timm(model, self.img_size, pretrained) if isinstance(model, str) else model
+            self.model = without_head(found)
             self.source = "model"
         self.model.to(dtype=dtype)
         self.embed_dim = read_embed_dim(self.model)
         self.patch_size = read_patch_size(self.model)
+        self.call_options = call_options(self.model, self.img_size)
+        self.prefix_tokens = read_prefix_tokens(self.model)
         self.mean = read_statistic(self.model, "mean", IMAGENET_MEAN)
         self.std = read_statistic(self.model, "std", IMAGENET_STD)
         check_img_size(self.img_size, self.patch_size)
@@ -142,7 +163,7 @@ class DINOv2Backbone(nn.Module):
         """Return {'global': [B, D], 'patch': [B, N, D] or None} of normalised floats x.
 
         x: [B, 3, H, W]; or patches [B, N, 3 p p] of img_size's grid, row by row, each in the order of a Conv2d's
-        weight, for models whose `patch_embed.proj` is a convolution by patches, as a ViT's is: it becomes one matrix
+        weight, for models whose patch embedding is a convolution by patches, as a ViT's is: it becomes one matrix
         product.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and grid.
         """
@@ -156,6 +177,7 @@ class DINOv2Backbone(nn.Module):
                 f"{x.dtype} of shape {list(x.shape)}"
             )
         run = getattr(self.model, "forward_features", self.model)
+        run = partial(run, **self.call_options) if self.call_options else run
         x = x.to(dtype_of(self.model) or x.dtype)
         features = from_patches(self.model, run, x, self.img_size, p) if patches else run(x)
         pooled, patch = self.split(features)
@@ -172,6 +194,8 @@ class DINOv2Backbone(nn.Module):
         """Return (global [B, D], patch [B, N, D] or None) from any kind of features that a model may return."""
         if isinstance(features, Mapping):
             pooled = next((features[key] for key in GLOBAL_KEYS if key in features), None)
+            if pooled is None and "last_hidden_state" in features:
+                return split_tokens(features, self.prefix_tokens)
             if pooled is None:
                 raise ValueError(f"model gave {sorted(features)}, and no features as {' or '.join(GLOBAL_KEYS)}")
             return pooled, next((features[key] for key in PATCH_KEYS if key in features), None)
@@ -185,9 +209,9 @@ class DINOv2Backbone(nn.Module):
             layout = "b h w d" if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else "b d h w"
             patch = rearrange(features, f"{layout} -> b (h w) d")
         else:
-            prefix = getattr(self.model, "num_prefix_tokens", 1)
-            patch = features[:, prefix:]
-            if prefix and getattr(self.model, "cls_token", True) is not None:  # prefix tokens may all be registers
+            patch = features[:, self.prefix_tokens :]
+            # Prefix tokens may all be registers.
+            if self.prefix_tokens and getattr(self.model, "cls_token", True) is not None:
                 return features[:, 0], patch
         head = getattr(self.model, "forward_head", None)
         pooled = patch.mean(1) if head is None else head(features, pre_logits=True)
@@ -250,7 +274,18 @@ def read_embed_dim(model: nn.Module) -> int:
     for name in ("num_features", "embed_dim"):
         if is_int(width := getattr(model, name, None)):
             return plain_int(width)
-    raise ValueError(f"model {type(model).__name__} must have an int embed_dim or num_features, its features' width")
+    if (core := find_core(model)) is not None:
+        return int(core.config.hidden_size)
+    hint = f"; of transformers' models these have one: {', '.join(CLASSES.values())}" if is_pretrained(model) else ""
+    raise ValueError(
+        f"model {type(model).__name__} must have an int embed_dim or num_features, its features' width{hint}"
+    )
+
+
+def read_prefix_tokens(model: nn.Module) -> int:
+    """Return how many tokens come before the patches: the model's num_prefix_tokens, or transformers', else 1."""
+    core = find_core(model)
+    return int(getattr(model, "num_prefix_tokens", 1 if core is None else count_prefix_tokens(core)))
 
 
 def read_patch_size(model: nn.Module) -> int:
@@ -258,7 +293,9 @@ def read_patch_size(model: nn.Module) -> int:
     if stages := getattr(model, "feature_info", None):
         return int(stages[-1]["reduction"])
     embed: Any = getattr(model, "patch_embed", None)
-    size: Any = getattr(model, "patch_size", None) or getattr(embed, "patch_size", PATCH_SIZE)
+    core = find_core(model)
+    default = PATCH_SIZE if core is None else core.config.patch_size
+    size: Any = getattr(model, "patch_size", None) or getattr(embed, "patch_size", default)
     sides = set(size) if isinstance(size, Sequence) else {size}
     if len(sides) != 1 or not all(map(is_int, sides)):
         raise ValueError(f"{type(model).__name__} must have a patch_size of a positive int, for squares, got {size!r}")
@@ -266,10 +303,12 @@ def read_patch_size(model: nn.Module) -> int:
 
 
 def read_statistic(model: nn.Module, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the model's own mean or std, or that of its timm configuration, else the default."""
+    """Return the model's own mean or std, or that of its configuration by timm or transformers, else the default."""
     value = getattr(model, name, None)
     if value is None:
-        value = (getattr(model, "pretrained_cfg", None) or {}).get(name, default)
+        core = find_core(model)
+        known = getattr(model, "pretrained_cfg", None) or ({} if core is None else read_own_statistics(core))
+        value = known.get(name, default)
     numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
     return check_triple(f"{name} of {type(model).__name__}", numbers, positive=name == "std")
 

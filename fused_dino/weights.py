@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .weight_files import PATCH_KEY, PREPROCESSOR, find_file, read_config, read_statistics, read_weights
+
 PATCH_SIZE = 14
 HUB_REPO = "facebookresearch/dinov2:7764ea0f912e53c92e82eb78a2a1631e92725fc8"  # torch hub runs this revision's code
 TIMEOUT = 10.0  # seconds without an answer after which a server counts as out of reach
 SOURCES = ("auto", "hub", "timm", "local")
-POS_EMBEDS = ("official", "timm")
-PATCH_KEY = "patch_embed.proj.weight"
+POS_EMBEDS = ("official", "timm", "transformers")
 
 
 class Variant(NamedTuple):
@@ -54,6 +55,8 @@ VARIANTS = {
     ),
 }
 ALIASES = {alias: name for name, known in VARIANTS.items() for alias in (name, f"dinov2_{name}", *known)}
+ALIASES |= {f"dinov2{'reg' if name.endswith('_reg') else ''}-vit-{name[3]}": name for name in VARIANTS}  # REPA's
+LETTERS = {384: "s", 768: "b", 1024: "l", 1536: "g"}  # of a variant's name, by width
 
 
 def canonical(variant: str) -> str:
@@ -83,18 +86,19 @@ def load_dinov2(
     if pos_embed not in POS_EMBEDS:
         raise ValueError(f"pos_embed is {pos_embed!r}; use one of {', '.join(POS_EMBEDS)}")
     if weights is not None and (not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights)):
-        raise TypeError(f"weights must be None or the path of a file, got {weights!r}")
+        raise TypeError(f"weights must be None or the path of a file or folder, got {weights!r}")
     if weights is None and source == "local":
-        raise ValueError('source="local" needs weights, the path of a file')
+        raise ValueError('source="local" needs weights, the path of a file or folder')
     if weights is not None and source in ("hub", "timm"):
         raise ValueError(f'weights={os.fspath(weights)!r} needs source="local" or "auto", got {source!r}')
     if weights is not None and not pretrained:
         raise ValueError("weights and pretrained=False exclude each other; give one")
     if weights is not None:
-        return timm_from_file(variant, img_size, Path(weights), pos_embed), "local"
+        path = Path(os.path.expanduser(os.fsdecode(weights)))
+        return timm_from_file(variant, img_size, path, pos_embed), "local"
     order = order_of(source, variant, use_timm_fallback, pretrained, pos_embed)
-    if "hub" in order and pos_embed == "timm":
-        raise ValueError('pos_embed="timm" is for timm\'s model, not hub\'s; use source="timm" or "local"')
+    if "hub" in order and pos_embed != "official":
+        raise ValueError(f'pos_embed="{pos_embed}" is for timm\'s model, not hub\'s; use source="timm" or "local"')
     loaders: dict[str, Callable[[], nn.Module]] = {
         "hub": partial(load_hub, variant, pretrained),
         "timm": partial(load_timm, variant, img_size, pretrained, pos_embed),
@@ -119,7 +123,7 @@ def order_of(source: str, variant: str, use_timm_fallback: bool, pretrained: boo
         return [source]
     if not use_timm_fallback:
         return ["hub"] if pretrained else ["timm"]
-    if not pretrained or pos_embed == "timm":
+    if not pretrained or pos_embed != "official":
         return ["timm"]
     return sorted(["hub", "timm"], key=lambda name: not is_cached(name, variant))
 
@@ -225,57 +229,65 @@ def new_timm(variant: str, img_size: tuple[int, int]) -> Any:
 
 
 def timm_from_file(variant: str, img_size: tuple[int, int], path: Path, pos_embed: str) -> nn.Module:
-    """Build timm's architecture with the weights of a file under official or timm's names, in the file's dtype."""
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
+    """Build timm's architecture with the weights of a file or folder, in their dtype.
+
+    The names are official, timm's or transformers'. A preprocessor_config.json beside them gives mean and std.
+    """
+    file = find_file(path)
     with torch.device("meta"):  # every tensor comes from the file
         model = new_timm(variant, img_size)
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     try:
-        state = read_weights(path)
-        if state[PATCH_KEY].shape != model.patch_embed.proj.weight.shape:
-            raise ValueError(f"its {PATCH_KEY} is {list(state[PATCH_KEY].shape)}")  # timm would resample it silently
-        antialias = pos_embed == "timm" or variant.endswith("_reg")
-        positions = resize_pos_embed(state["pos_embed"], model.patch_embed.grid_size, antialias)
+        state = read_weights(file)
+        check_variant(state, model, read_config(file))
+        positions = resize_pos_embed(
+            state["pos_embed"],
+            model.patch_embed.grid_size,
+            antialias=pos_embed == "timm" or variant.endswith("_reg"),
+            offset=0.1 if pos_embed == "official" and not variant.endswith("_reg") else 0.0,
+        )
         state = checkpoint_filter_fn(state, model)
         state["pos_embed"] = positions[:, -model.pos_embed.shape[1] :]  # timm keeps no class position beside registers
         model.load_state_dict(state, strict=True, assign=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # a file can be broken in any way
         raise ValueError(
             f"weights: {str(path)!r} does not hold DINOv2 {variant!r}: {shorten(str(error), 500)}"
         ) from error
+    for name, value in read_statistics(file.parent / PREPROCESSOR).items():
+        setattr(model, name, value)
     return model.to(torch.get_default_device())
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the vision transformer in a .safetensors file or in a checkpoint of torch.save, without running its code.
+def check_variant(state: dict[str, Tensor], model: Any, config: dict[str, Any]) -> None:
+    """Raise ValueError with the variant that a state of official or timm's names is of, if it is not the model's.
 
-    The wrappers state_dict, model and teacher, a prefix such as "backbone." and the chunks of blocks that the official
-    training saves are taken off.
+    config: of transformers, or {}.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state: dict[str, Any] = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model", "teacher"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    prefixes = {key.removesuffix(PATCH_KEY) for key in state if key.endswith(PATCH_KEY)}
-    if len(prefixes) != 1:
-        raise ValueError(f"it holds {len(prefixes)} vision transformers, by their {PATCH_KEY}, instead of one")
-    prefix = prefixes.pop()
-    names = {key: re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key.removeprefix(prefix)) for key in state}
-    return {names[key]: value for key, value in state.items() if key.startswith(prefix)}
+    shape = list(state[PATCH_KEY].shape)
+    registers = next((state[key].shape[1] for key in ("register_tokens", "reg_token") if key in state), 0)
+    if (shape, registers) != (list(model.patch_embed.proj.weight.shape), model.num_reg_tokens):
+        letter = LETTERS.get(shape[0]) if shape[1:] == [3, PATCH_SIZE, PATCH_SIZE] and registers in (0, 4) else None
+        name = f"vit{letter}14{'_reg' if registers else ''}" if letter else "no variant"
+        raise ValueError(f"its {PATCH_KEY} is {shape} and it has {registers} registers, as of {name}")
+    heads, expected = config.get("num_attention_heads"), model.blocks[0].attn.num_heads
+    if str(config.get("model_type")).startswith("dinov2") and heads != expected:
+        raise ValueError(f"config.json beside it has num_attention_heads {heads}, and not {expected}")
 
 
-def resize_pos_embed(positions: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
+def resize_pos_embed(
+    positions: Tensor, grid: tuple[int, int], *, antialias: bool = False, offset: float = 0.0
+) -> Tensor:
     """Resample positions [1, P + g*g, D] with P = 0 or 1 prefix tokens to [1, P + h*w, D], bicubic in float32.
 
-    antialias=False is DINOv2 without registers, which gives the scale (h + 0.1) / g rather than the size h, and so
-    samples at slightly different points; True is DINOv2 with registers, and timm. A grid of the same size stays as it
-    is. Source: `interpolate_pos_encoding` in facebookresearch/dinov2, dinov2/models/vision_transformer.py.
+    DINOv2 without registers gives the scale (h + offset) / g, with an offset of 0.1, and so samples at slightly
+    different points than one that gives the size h, as transformers does. DINOv2 with registers, and timm, give the
+    size and antialias. A grid of the same size stays as it is.
+
+    Source: `interpolate_pos_encoding` in facebookresearch/dinov2, dinov2/models/vision_transformer.py, and in
+    transformers, models/dinov2/modeling_dinov2.py.
     """
     g = math.isqrt(positions.shape[1])
     if positions.shape[1] - g * g not in (0, 1):
@@ -284,8 +296,8 @@ def resize_pos_embed(positions: Tensor, grid: tuple[int, int], antialias: bool) 
         return positions
     prefix, patches = positions.split([positions.shape[1] - g * g, g * g], dim=1)
     target: dict[str, Any] = {"size": tuple(grid)}
-    if not antialias:
-        target = {"scale_factor": tuple((side + 0.1) / g for side in grid)}
+    if offset:
+        target = {"scale_factor": tuple((side + offset) / g for side in grid)}
     patches = rearrange(patches.float(), "b (h w) d -> b d h w", h=g)
     patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **target)
     return torch.cat([prefix, rearrange(patches, "b d h w -> b (h w) d").to(prefix.dtype)], dim=1)

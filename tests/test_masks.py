@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from proving import DEVICE, pair
+from proving import DEVICE, INTERPRETED, pair
 
 LOSSES = {
     "cosine": FD.cosine_loss,
@@ -78,9 +78,10 @@ MASKS = {
 
 @each_loss
 @each_reduction
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("filler", FILLERS)
-def test_rows_left_out_do_not_count(loss, reduction, mask, filler):
+def test_rows_left_out_do_not_count(loss, reduction, name, filler):
+    mask = MASKS[name]
     for holders in ((0,), (1,), (0, 1)):
         inputs = pair(6, 8)
         for i in holders:
@@ -101,7 +102,7 @@ def test_rows_left_out_in_other_dtypes(loss, reduction, dtype):
 
 
 @each_loss
-@pytest.mark.parametrize("shape", [(3, 4, 10), (12, 1), (300, 5), (12, 300), (4, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 10), (12, 1), (70 if INTERPRETED else 300, 5), (12, 300), (4, 5000)], ids=str)
 def test_shapes_and_weights_that_broadcast(loss, shape):
     student, target = pair(*shape)
     weight = torch.arange(shape[0], device=DEVICE) % 4  # of rows, or of the images of tokens
@@ -234,8 +235,9 @@ def test_derivatives_of_the_rows_left(loss, reduction):
     weight = mask_of(0.5, 0.0, 1.0, 2.0)
     student[1] = float("nan")
     leaves = student.requires_grad_(), target.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, t: loss(s, t, weight=weight, reduction=reduction), leaves)
-    assert torch.autograd.gradgradcheck(lambda s, t: loss(s, t, weight=weight, reduction=reduction), leaves)
+    run = partial(loss, weight=weight, reduction=reduction)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
 @each_loss

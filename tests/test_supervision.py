@@ -189,7 +189,7 @@ def test_casts_happen_at_the_boundary(batch):
         ("preprocess is 'area'", {"preprocess": "area"}),
         ("stopgrad_image=False needs a loss_type", {"stopgrad_image": False, "loss_type": CosineLoss()}),
         ("teacher Linear must have an int embed_dim", {"teacher": nn.Linear(2, 2)}),
-        ("teacher must be a variant's name", {"teacher": 3}),
+        ("teacher must be a model's name", {"teacher": 3}),
     ],
 )
 def test_configuration_errors_come_at_construction(teacher, message, options):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused_dino import DinoSupervision
 from fused_dino.teacher import DINOv2Backbone
 from fused_dino.weights import canonical
 
@@ -40,8 +41,9 @@ def hf_name(variant: str) -> str:
 def test_trap_2_every_variant_by_every_name(variant):
     width, depth = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}[variant[3]]
     name = timm_name(variant)
-    aliases = [variant, variant.upper(), f"dinov2_{variant}", name, f"{name}.lvd142m", hf_name(variant)]
-    assert [canonical(alias) for alias in aliases] == [variant] * 6
+    repa = f"dinov2{'reg' if 'reg' in variant else ''}-vit-{variant[3]}"
+    aliases = [variant, variant.upper(), f"dinov2_{variant}", name, f"{name}.lvd142m", repa, hf_name(variant)]
+    assert [canonical(alias) for alias in aliases] == [variant] * 7
     with torch.device("meta"):
         backbone = DINOv2Backbone(aliases[-1], (28, 42), pretrained=False)
         out = backbone(torch.empty(2, 3, 28, 42))
@@ -53,10 +55,36 @@ def test_trap_2_every_variant_by_every_name(variant):
     assert out["patch"].shape == (2, 6, width)
 
 
-@pytest.mark.parametrize("variant", ["vith14", "vitl16", "vit_gigantic_patch14_224", "", None, "vits14_reg_reg"])
+@pytest.mark.parametrize(
+    "variant",
+    ["vith14", "vitl16", "vit_gigantic_patch14_224", "", None, "vits14_reg_reg", "mocov3-vit-b", "dinov2-vit-h"],
+)
 def test_trap_3_unknown_variants_are_refused(variant):
     with pytest.raises(ValueError, match="variant is .*vits14, vitb14, .*vitg14_reg"):
         DINOv2Backbone(variant, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "patch"),
+    [
+        ("dinov2-vit-s", "random", 14),
+        ("dinov2reg-vit-s", "random", 14),
+        ("vit_small_patch14_dinov2.lvd142m", "random", 14),
+        ("vit_tiny_patch16_224", "model", 16),
+        ("vit_small_patch16_dinov3.lvd1689m", "model", 16),
+        ("tf_efficientnet_lite0", "model", 32),
+    ],
+)
+def test_a_supervision_takes_a_teacher_by_repas_and_timms_names(name, source, patch):
+    dino = DinoSupervision(in_dim=8, teacher=name, img_size=2 * patch, hidden_dim=16, pretrained=False)
+    assert (dino.teacher.source, dino.teacher.grid) == (source, (2, 2))
+    assert torch.isfinite(dino(torch.randn(2, 8), torch.rand(2, 3, 40, 40) * 2 - 1)[0])
+
+
+@pytest.mark.parametrize("name", ["mocov3-vit-b", "vit_of_nobody", ""])
+def test_a_teacher_of_no_known_name_is_refused(name):
+    with pytest.raises(ValueError, match=rf"^teacher is '{name}'; use a DINOv2, one of vits14, .* timm \d"):
+        DinoSupervision(in_dim=8, teacher=name, pretrained=False)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +129,8 @@ def test_arguments_that_contradict_each_other_are_refused(options, message):
         ({"model": "resnet18", "source": "timm"}, "model brings its own weights"),
         ({"model": nn.Identity(), "weights": "w.pth"}, "model brings its own weights"),
         ({"model": "resnet18", "pos_embed": "timm"}, "model brings its own weights"),
-        ({"weights": 1}, "weights must be None or the path of a file, got 1"),
-        ({"weights": ""}, "weights must be None or the path of a file, got ''"),
+        ({"weights": 1}, "weights must be None or the path of a file or folder, got 1"),
+        ({"weights": ""}, "weights must be None or the path of a file or folder, got ''"),
     ],
 )
 def test_what_is_no_model_or_path_is_refused(options, message):

@@ -154,12 +154,12 @@ def test_statistics_come_from_the_model_where_it_has_them():
 def test_a_model_without_a_patch_embedding_refuses_patches():
     for model in ("tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"):
         backbone = DINOv2Backbone(model=model, img_size=64, pretrained=False)
-        with pytest.raises(ValueError, match=r"x must be pixels .* \[2, 4, 3072\].* no patch_embed\.proj"):
+        with pytest.raises(ValueError, match=r"x must be pixels .* \[2, 4, 3072\].* no patch embedding"):
             backbone(torch.zeros(2, 4, 3 * 32 * 32))
     unused = Stub(torch.ones(2, 8))
     unused.patch_embed = nn.Module()
     unused.patch_embed.proj = nn.Conv2d(3, 8, 14, 14)
     backbone = DINOv2Backbone(img_size=28, model=unused)
-    with pytest.raises(ValueError, match=r"never ran its patch_embed\.proj"):
+    with pytest.raises(ValueError, match=r"never ran its patch embedding"):
         backbone(torch.zeros(2, 4, 588))
     assert not unused.patch_embed.proj.results

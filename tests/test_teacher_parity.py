@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dino.teacher import DINOv2Backbone
+from fused_dino.weight_files import official_names
 
 SIZES = [
     pytest.param((518, 518), id="training-grid"),  # position embeddings as they are
@@ -153,28 +154,6 @@ def test_feed_forward_of_the_giant(shallow, tmp_path):
     expected = theirs.forward_features(x)
     ours = DINOv2Backbone("vitg14", 28, weights=tmp_path / "giant.pth")(x)
     assert_same(ours, expected["x_norm_clstoken"], expected["x_norm_patchtokens"])
-
-
-OFFICIAL_NAMES = (  # transformers' names of the parameters, of its versions 4 and 5
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.", ""),
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"attention\.(attention\.query|q_proj)", "attn.q"),
-    (r"attention\.(attention\.key|k_proj)", "attn.k"),
-    (r"attention\.(attention\.value|v_proj)", "attn.v"),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
-    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
-)
-
-
-def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {functools.reduce(lambda k, rule: re.sub(*rule, k), OFFICIAL_NAMES, key): v for key, v in state.items()}
-    for query in [key for key in renamed if ".attn.q." in key]:
-        parts = [renamed.pop(query.replace(".q.", f".{part}.")) for part in "qkv"]
-        renamed[query.replace(".q.", ".qkv.")] = torch.cat(parts)
-    return renamed
 
 
 @pytest.fixture(scope="module")

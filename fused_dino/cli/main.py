@@ -95,6 +95,8 @@ def make_parser() -> Parser:
 
 
 def add_demo(commands: Any) -> None:
+    from ..benchmarks.arguments import path  # beyond a link, which main has checked
+
     text = "Train a small text head on captioned photographs under a frozen teacher, and test what it learnt."
     demo = commands.add_parser("demo", help="train on real photographs and write a report", description=text)
     demo.add_argument(
@@ -105,7 +107,7 @@ def add_demo(commands: Any) -> None:
     )
     demo.add_argument(
         "--images",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="your own images: each NAME.jpg (png, webp, gif, tiff, ...) with its captions, one a line, in NAME.txt; "
         "the last quarter of the captions, at least one, is held out",
@@ -114,7 +116,7 @@ def add_demo(commands: Any) -> None:
     demo.add_argument("--steps", type=positive_int, metavar="N", help="default: 80, or as many as 50 seconds allow")
     demo.add_argument("--seconds", type=positive_float, metavar="S", help="stop training after this long")
     demo.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: ./demo")
+    demo.add_argument("--out", type=path, default=Path("demo"), metavar="DIR", help="default: ./demo")
     demo.set_defaults(command=run_demo)
 
 
