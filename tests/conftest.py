@@ -97,6 +97,28 @@ def demo_extra() -> None:
         pytest.importorskip(package)
 
 
+class Colours(nn.Module):
+    """A teacher that sees colours and nothing else: patches of 32 x 32 pixels, four features of each."""
+
+    embed_dim, patch_size = 4, 32
+    mean = std = (0.5, 0.5, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        colours = nn.functional.avg_pool2d(x, self.patch_size)
+        return torch.cat([colours, torch.ones_like(colours[:, :1])], 1)
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`Colours` in place of the demo's teacher: a run then takes a second."""
+    from fused_dino.cli.demo import teacher as teachers
+
+    backbone = fused_dino.DINOv2Backbone(model=Colours())
+    stand_in = teachers.Teacher("Colours", "nobody", backbone, backbone)
+    monkeypatch.setattr("fused_dino.cli.demo.teacher.load_teacher", lambda name: stand_in)
+    return stand_in
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three one-coloured images with three captions each, the last held out."""

@@ -11,35 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fused_dino import DinoSupervision, DINOv2Backbone
+from fused_dino import DinoSupervision
 from fused_dino.cli import main
 from fused_dino.cli.demo import data, learn, report
 from fused_dino.cli.demo import teacher as teachers
 
 pytestmark = pytest.mark.usefixtures("demo_extra")
-
-
-class Colours(nn.Module):
-    """A teacher that sees colours and nothing else: patches of 32 x 32 pixels, four features of each."""
-
-    embed_dim, patch_size = 4, 32
-    mean = std = (0.5, 0.5, 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        colours = F.avg_pool2d(x, self.patch_size)
-        return torch.cat([colours, torch.ones_like(colours[:, :1])], 1)
-
-
-@pytest.fixture
-def colours(monkeypatch: pytest.MonkeyPatch) -> teachers.Teacher:
-    """`Colours` in place of the demo's teacher: a run then takes a second."""
-    backbone = DINOv2Backbone(model=Colours())
-    stand_in = teachers.Teacher("Colours", "nobody", backbone, backbone)
-    monkeypatch.setattr("fused_dino.cli.demo.teacher.load_teacher", lambda name: stand_in)
-    return stand_in
 
 
 @pytest.fixture

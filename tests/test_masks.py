@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from proving import DEVICE, pair
+from proving import DEVICE, INTERPRETED, pair
 
 LOSSES = {
     "cosine": FD.cosine_loss,
@@ -78,9 +78,10 @@ MASKS = {
 
 @each_loss
 @each_reduction
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("filler", FILLERS)
-def test_rows_left_out_do_not_count(loss, reduction, mask, filler):
+def test_rows_left_out_do_not_count(loss, reduction, name, filler):
+    mask = MASKS[name]
     for holders in ((0,), (1,), (0, 1)):
         inputs = pair(6, 8)
         for i in holders:
@@ -101,7 +102,7 @@ def test_rows_left_out_in_other_dtypes(loss, reduction, dtype):
 
 
 @each_loss
-@pytest.mark.parametrize("shape", [(3, 4, 10), (12, 1), (300, 5), (12, 300), (4, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 10), (12, 1), (70 if INTERPRETED else 300, 5), (12, 300), (4, 5000)], ids=str)
 def test_shapes_and_weights_that_broadcast(loss, shape):
     student, target = pair(*shape)
     weight = torch.arange(shape[0], device=DEVICE) % 4  # of rows, or of the images of tokens
@@ -112,14 +113,14 @@ def test_shapes_and_weights_that_broadcast(loss, shape):
         -1, *(1 for _ in shape[2:]))), rtol=1e-9, atol=1e-11)  # fmt: skip
 
 
-RUNS = {"whole runs": lambda row: row >= 700, "blocks": lambda row: row % 130 > 100, "few": lambda row: row % 600 == 7}
+RUNS = {"whole runs": lambda row: row >= 330, "blocks": lambda row: row % 130 > 100, "few": lambda row: row % 300 == 7}
 
 
 @each_whitened
 @pytest.mark.parametrize("left", RUNS.values(), ids=RUNS)
 def test_blocks_and_runs_of_rows_of_which_none_is_left(loss, left):
-    student, target = pair(1500, 5)
-    mask = left(torch.arange(1500, device=DEVICE))
+    student, target = pair(600, 5)  # two runs
+    mask = left(torch.arange(600, device=DEVICE))
     student[~mask] = float("nan")
     target[~mask] = float("inf")
     check(loss, student, target, mask, "mean")
@@ -234,8 +235,9 @@ def test_derivatives_of_the_rows_left(loss, reduction):
     weight = mask_of(0.5, 0.0, 1.0, 2.0)
     student[1] = float("nan")
     leaves = student.requires_grad_(), target.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, t: loss(s, t, weight=weight, reduction=reduction), leaves)
-    assert torch.autograd.gradgradcheck(lambda s, t: loss(s, t, weight=weight, reduction=reduction), leaves)
+    run = partial(loss, weight=weight, reduction=reduction)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
 @each_loss

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from .. import __version__
 from .errors import CommandError, broken_link
+from .text import printable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full disk, a full share of it, a folder that is only read
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line, without argparse's usage before it."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, printable(f"{self.prog}: {message}") + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0; 2 for an error that the user can correct, printed as one line; 130 after Ctrl-C; 1 if the reader of a pipe
     is gone.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal, or a log, in an encoding that lacks a character
     if broken := broken_link():
-        print(f"fused-dino: {broken}", file=sys.stderr)
+        say(f"fused-dino: {broken}")
         return 2
     parser = make_parser()
     options = vars(parser.parse_args(argv))
@@ -37,18 +43,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in (errno.EPIPE, *NO_ROOM):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python itself would fail at it once more
-        if error.errno == errno.ENOSPC:
-            print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1 if error.errno == errno.EPIPE else 2
+        silence(sys.stdout)
+        if error.errno == errno.EPIPE:
+            return 1
+        say(f"{parser.prog}: {error}")
+        return 2
     except CommandError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        say(f"{parser.prog}: {error}")
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        say(f"{parser.prog}: interrupted")
         return 130
+
+
+def say(line: str) -> None:
+    """Print one line on stderr, and let neither stream fail once more, as Python flushes them at its exit."""
+    for stream, text in ((sys.stderr, f"{printable(line)}\n"), (sys.stdout, "")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Send what a stream could not write, and whatever comes, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def make_parser() -> Parser:
@@ -87,7 +109,7 @@ def add_demo(commands: Any) -> None:
         "--images",
         type=path,
         metavar="DIR",
-        help="your own images: each NAME.jpg (png, webp, bmp) with its captions, one a line, in NAME.txt; "
+        help="your own images: each NAME.jpg (png, webp, gif, tiff, ...) with its captions, one a line, in NAME.txt; "
         "the last quarter of the captions, at least one, is held out",
     )
     demo.add_argument("--loss", choices=("cosine", "mse", "vicreg"), default="cosine", help="default: cosine")

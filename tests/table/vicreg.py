@@ -69,6 +69,8 @@ VICREG = Op(
         Case((2, 300), "two rows"),
         Case((70, 150), "more than one tile, off the diagonal too", ALONE),
         Case((150, 70), "the same by columns", ALONE),
+        Case((70, 160), "rows in whole vectors, which 16 bits multiply as they are", ALONE),
+        Case((160, 80), "the same by columns", ALONE),
         Case((20, 1100), "the product split over its depth", ALONE),
         Case((1100, 20), "the same by columns, and statistics of more than one run of rows"),
         Case((12, 30), "the other route", {"route": "covariance", **ALONE}),

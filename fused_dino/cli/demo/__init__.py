@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from ..errors import CommandError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .ranks import Ranks
 
 EXTRA = ("rich", "matplotlib", "PIL", "jinja2")
@@ -23,12 +25,14 @@ def run(
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise CommandError(f'the demo needs {", ".join(missing)}: pip install "fused_dino[demo]"')
     from .ranks import joined
+    from .show import printing
 
-    with joined() as ranks:
-        return learn_and_report(ranks, teacher, images, loss, steps, seconds, seed, out)
+    with joined() as ranks, printing(quiet=ranks.rank > 0) as console:
+        return learn_and_report(console, ranks, teacher, images, loss, steps, seconds, seed, out)
 
 
 def learn_and_report(
+    console: Console,
     ranks: Ranks,
     teacher: str,
     images: Path | None,
@@ -40,10 +44,10 @@ def learn_and_report(
 ) -> int:
     """Train and report on every rank; the first alone prints and writes."""
     import torch
-    from rich.console import Console
 
+    from ..text import printable
     from . import data, learn, report
-    from .show import learning, summary
+    from .show import learning, summary, waiting
     from .teacher import load_teacher
 
     first = ranks.rank == 0
@@ -51,7 +55,6 @@ def learn_and_report(
         raise CommandError(
             f"a step has {learn.CROPS_PER_STEP} crops: give as many processes at most, not {ranks.world}"
         )
-    console = Console(highlight=False, quiet=not first)
     photos = data.embedded() if images is None else data.from_folder(images)
     if first:
         report.prepare(out)
@@ -63,7 +66,7 @@ def learn_and_report(
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     check_backend(loss, settings.device)
-    with console.status(f"Loading the teacher {teacher} and encoding the held-out crops"):
+    with waiting(console, f"Loading the teacher {printable(teacher)} and encoding the held-out crops"):
         frozen = load_teacher(teacher)
         student, control = (learn.Student(frozen.train, settings) for _ in range(2))
         exam = learn.Exam(photos, student, settings)
@@ -81,11 +84,16 @@ def learn_and_report(
         console.print(f"{cause} after {done}: this is what was learnt so far.", soft_wrap=True)
     if not first:
         return 130 if course.interrupted else 0
-    with console.status("Testing, and writing the report"):
+    with waiting(console, "Testing, and writing the report"):
         story = report.Story(settings, frozen, photos, exam, course, before, exam.sit(student), exam.sit(control))
-        report.write(story, out)
+        pictures = report.Pictures()
+        not_written = report.write(story, out, pictures)
     console.print(summary(story))
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    for line in pictures.failures:
+        console.print(line, soft_wrap=True)
+    if not_written:
+        raise CommandError("--out: " + "; ".join(not_written))
+    console.print(f"Report: {printable(str(out / 'report.html'))}", soft_wrap=True)
     return 130 if course.interrupted else 0
 
 

@@ -11,11 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CommandError
+from ..text import printable
+from .images import LONGEST_SIDE, SHORTEST_SIDE, SUFFIXES, read_image
 from .photographs import PHOTOGRAPHS, Entry
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-LONGEST_SIDE = 640  # larger photographs are reduced once; a crop then costs the same whatever the camera
-SHORTEST_SIDE = 32
+__all__ = [
+    "LONGEST_SIDE",
+    "SHORTEST_SIDE",
+    "WORD",
+    "Photo",
+    "bag_of_words",
+    "captioned",
+    "crop",
+    "embedded",
+    "from_folder",
+    "locate",
+    "read_image",
+]
 LEARNING_FRACTION = 0.6
 # A word, or a single ideograph: Chinese and Japanese captions share characters where they share no spaces.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
@@ -52,49 +64,39 @@ def locate(entry: Entry) -> Path:
 
 
 def from_folder(folder: Path) -> list[Photo]:
-    """Return every image NAME.jpg (or png, webp, bmp), with its captions in NAME.txt, one per line.
+    """Return every image NAME.jpg (or of another suffix of `SUFFIXES`), with its captions in NAME.txt, one per line.
 
-    The last quarter of the captions, and at least one, is held out.
+    The last quarter of the captions, and at least one, is held out. Folders and hidden files are passed over.
     """
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not special(path))
     except OSError as error:
         raise CommandError(f"--images: cannot read the folder {folder}: {error.strerror}") from None
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
+    texts = {path.stem: path for path in files if path.suffix.lower() == ".txt"}  # .txt comes after .TXT
     if len(paths) < 2:
         kinds = ", ".join(SUFFIXES)
         raise CommandError(f"--images: {folder} holds {len(paths)} images ({kinds}); a choice takes at least two")
-    return [captioned(path) for path in paths]
+    return [captioned(path, texts.get(path.stem, path.with_suffix(".txt"))) for path in paths]
 
 
-def captioned(path: Path) -> Photo:
-    text = path.with_suffix(".txt")
+def special(path: Path) -> bool:
+    """Whether it is a folder, a pipe or the like. A broken link is none: it is refused when it is read."""
+    return path.exists() and not path.is_file()
+
+
+def captioned(path: Path, text: Path) -> Photo:
     try:
-        lines = [line.strip() for line in text.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [" ".join(line.split()) for line in text.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise CommandError(f"--images: {path.name} has no captions: write them, one a line, to {text}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"--images: cannot read {text}: {error}") from None
-    captions = tuple(dict.fromkeys(line for line in lines if WORD.search(line)))
+    captions = tuple(dict.fromkeys(printable(line) for line in lines if WORD.search(line)))
     if len(captions) < 2:
         raise CommandError(f"--images: {text} needs at least two different captions, one to learn and one to hold out")
     learnt = len(captions) - max(1, len(captions) // 4)
-    return Photo(path.stem, read_image(path), captions[:learnt], captions[learnt:])
-
-
-def read_image(path: Path) -> Tensor:
-    """Read an image as uint8 [3, H, W], reduced to at most `LONGEST_SIDE` a side."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's readers raise many kinds, SyntaxError among them
-        raise CommandError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
-    if min(upright.size) < SHORTEST_SIDE:
-        raise CommandError(f"the image {path} is {upright.width}x{upright.height}: too small to cut crops from")
-    upright.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()  # HWC -> CHW
+    return Photo(printable(path.stem), read_image(path), captions[:learnt], captions[learnt:])
 
 
 def crop(part: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from textwrap import shorten
 from typing import Any
 
 import matplotlib
@@ -69,8 +69,8 @@ def similarity_maps(maps: Maps) -> Figure:
     return figure
 
 
-def overview(maps: Maps, colours: list[Tensor], teacher: str) -> Figure:
-    """Draw photographs, colours of their patch tokens, and the similarity before and after, on one sheet."""
+def overview(maps: Maps, colours: list[Tensor] | None, teacher: str) -> Figure:
+    """Draw photographs, colours of their patch tokens if there are any, and the similarity, on one sheet."""
     figure = Figure(figsize=(13, 3.1 + maps.height), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(2, 1, height_ratios=(3.1, maps.height))
     draw_photographs(parts[0], maps.photos, colours)
@@ -79,12 +79,14 @@ def overview(maps: Maps, colours: list[Tensor], teacher: str) -> Figure:
     return figure
 
 
-def draw_photographs(figure: Any, photos: list[Photo], colours: list[Tensor]) -> None:
+def draw_photographs(figure: Any, photos: list[Photo], colours: list[Tensor] | None) -> None:
     grid = figure.subplots(2, len(photos), squeeze=False)
-    for column, photo, colour in zip(grid.T, photos, colours, strict=True):
+    patches: Sequence[Tensor | None] = colours or [None] * len(photos)
+    for column, photo, colour in zip(grid.T, photos, patches, strict=True):
         height, width = photo.pixels.shape[1:]
         column[0].imshow(photo.pixels.permute(1, 2, 0).numpy(), aspect="auto")
-        column[1].imshow(colour.numpy(), aspect="auto", interpolation="bicubic")
+        if colour is not None:
+            column[1].imshow(colour.numpy(), aspect="auto", interpolation="bicubic")
         column[0].set_title(label(photo.name, 16), fontsize=10, color=INK)
         for axes in column:
             axes.set_box_aspect(min(1.2, height / width))
@@ -120,7 +122,11 @@ def draw_choices(axes: Any, choices: list[int], maps: Maps) -> None:
 
 
 def label(text: str, width: int) -> str:
-    return shorten(text, width, placeholder="…").replace("$", r"\$")  # a dollar would begin a formula
+    """Return a text of at most `width` characters, its beginning and its end, in which no dollar begins a formula."""
+    if len(text) > width:
+        end = width // 3
+        text = f"{text[: width - 1 - end]}…{text[-end:]}"
+    return text.replace("$", r"\$")
 
 
 def render(figure: Figure, kind: str) -> bytes:

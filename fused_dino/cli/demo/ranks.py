@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -37,8 +38,14 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join torchrun's process group, if there is one, and yield its ranks."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Join torchrun's process group, if it started this process, and yield its ranks.
+
+    Clusters set WORLD_SIZE and its siblings in every shell of a job, too: whoever joined there would wait for ever.
+    """
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if world == "1" or not dist.is_torchelastic_launched():
+        if world != "1":
+            print(f"WORLD_SIZE is {world!r}, but torchrun did not start this process: it runs alone.", file=sys.stderr)
         yield Ranks()
         return
     if torch.cuda.is_available():
