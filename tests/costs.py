@@ -14,6 +14,7 @@ if __name__ == "__main__":
 from fused_dino.ops.vicreg_ranks import rows_travel_lighter  # noqa: E402
 
 PAGE = ROOT / "docs/distributed.md"
+HEADING = "## VICReg over many ranks: the cost of each"
 WORLDS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
@@ -81,8 +82,8 @@ def table(width: int, rows_of) -> str:
     return "\n".join(lines)
 
 
-def page() -> str:
-    return f"""# VICReg over many ranks: the cost of each
+def section() -> str:
+    return f"""{HEADING}
 
 The seed gathers student and teacher, computes the whole loss on every rank, and scatters the gradient back. Here every
 rank computes its part, by one of two routes:
@@ -118,4 +119,4 @@ same in three processes, of ours and of the seed.
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(PAGE.read_text().partition(HEADING)[0] + section())

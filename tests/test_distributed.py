@@ -365,4 +365,4 @@ def test_one_rank_pays_what_is_calculated(width):
 
 
 def test_the_page_of_costs_is_the_calculation():
-    assert costs.PAGE.read_text() == costs.page(), "write it anew: python tests/costs.py"
+    assert costs.PAGE.read_text().endswith(costs.section()), "write it anew: python tests/costs.py"

@@ -89,7 +89,7 @@ def test_copies_of_a_loss_are_of_the_same_group(one_rank):
     copied = copy.deepcopy(nn.ModuleList([module, module]))
     assert copied[0] is copied[1]
     assert copied[0].group is one_rank
-    assert copied[0].inv_weight is not module.inv_weight
+    assert copied[0].options["inv_weight"] is not module.options["inv_weight"]
     assert_close(copied[0](*pair(5, 4)), module(*pair(5, 4)), rtol=0, atol=0)
 
 
