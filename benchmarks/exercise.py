@@ -126,6 +126,10 @@ def standardize(device: str) -> Iterator[Case]:
     yield case("runs of rows merged", (600, 40), BF16)
     yield case("as they are", (40, 700), F32, normalize=False)
     yield case("runs of rows merged", (600, 90), F64)
+    for shape, dtype in (((600, 40), BF16), ((40, 700), F32), ((600, 90), F64)):
+        mask = torch.arange(shape[0], device=device) % 3 != 0
+        yield case("rows left out", shape, dtype, weight=mask.to(F32))
+        yield case("rows left out, as they are", shape, dtype, weight=mask.to(F32), normalize=False)
 
 
 def main() -> int:

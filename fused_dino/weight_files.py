@@ -101,7 +101,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def read_tensors(path: Path) -> dict[Any, Any]:
     """Return what a file holds, or the files that an index of shards names."""
     if path.name.endswith(".index.json"):
-        shards = sorted(set(read_json(path)["weight_map"].values()))
+        names = read_json(path).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError("it is an index without a weight_map, the shard of each tensor")
+        shards = sorted(set(map(str, names.values())))
         if missing := [name for name in shards if not (path.parent / name).is_file()]:
             raise FileNotFoundError(f"weights: {str(path)!r} names {', '.join(missing)}, which is missing")
         return {key: value for name in shards for key, value in read_tensors(path.parent / name).items()}

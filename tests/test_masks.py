@@ -113,14 +113,14 @@ def test_shapes_and_weights_that_broadcast(loss, shape):
         -1, *(1 for _ in shape[2:]))), rtol=1e-9, atol=1e-11)  # fmt: skip
 
 
-RUNS = {"whole runs": lambda row: row >= 700, "blocks": lambda row: row % 130 > 100, "few": lambda row: row % 600 == 7}
+RUNS = {"whole runs": lambda row: row >= 330, "blocks": lambda row: row % 130 > 100, "few": lambda row: row % 300 == 7}
 
 
 @each_whitened
 @pytest.mark.parametrize("left", RUNS.values(), ids=RUNS)
 def test_blocks_and_runs_of_rows_of_which_none_is_left(loss, left):
-    student, target = pair(1500, 5)
-    mask = left(torch.arange(1500, device=DEVICE))
+    student, target = pair(600, 5)  # two runs
+    mask = left(torch.arange(600, device=DEVICE))
     student[~mask] = float("nan")
     target[~mask] = float("inf")
     check(loss, student, target, mask, "mean")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # What is broken: the line of the kernel that its name begins with, what becomes of it, and the test that catches it.
 MUTATIONS = {
     "cosine: a mask": (
-        "return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)",
+        "return tl.load(row + column, mask=column < width, other=0).to(ACC)",
         "return tl.load(row + column).to(ACC)",
         "test_kernels.py::test_nothing_out_of_bounds_is_touched",
     ),
@@ -34,8 +34,8 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k eps",
     ),
     "cosine: a dtype": (
-        "s = load_row(s_row, start, WIDTH, BLOCK, ACC)\n",
-        "s = load_row(s_row, start, WIDTH, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
+        "s = load_row(s_row, start, width, BLOCK, ACC)\n",
+        "s = load_row(s_row, start, width, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
     "cosine: a row that is left out": (
@@ -144,8 +144,8 @@ MUTATIONS = {
         "test_resize_properties.py::test_flips_commute_and_images_and_channels_are_independent",
     ),
     "standardize: a mask": (
-        "factor = tl.load(factors + row, mask=row < rows, other=0)",
-        "factor = tl.load(factors + row, mask=row < rows + 1, other=0)",
+        "factor = tl.load(factors + read, mask=read < rows, other=0)",
+        "factor = tl.load(factors + read, mask=read < rows + 1, other=0)",
         "test_kernels.py::test_nothing_out_of_bounds_is_touched -k standardize",
     ),
     "standardize: an eps": (

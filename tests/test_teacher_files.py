@@ -226,6 +226,7 @@ def test_another_dinov2_is_refused_by_what_it_is(asked, options, said, tmp_path)
         ("flax_model.msgpack", b"\x82", "Flax's"),
         ("model.onnx", b"\x08\x07", "ONNX"),
         ("empty.pth", b"", "it is empty"),
+        ("model.safetensors.index.json", b"{}", "an index without a weight_map"),
     ],
 )
 def test_another_format_is_refused_by_what_it_is(name, content, said, tmp_path):

@@ -193,3 +193,8 @@ def test_a_supervision_by_a_model_of_transformers(kind):
     expected = dino(z, images)[0]
     dino.preprocess = Preprocess(size, mean=teacher.mean, std=teacher.std, patch_size=SIZES[kind])
     torch.testing.assert_close(dino(z, images)[0], expected)
+
+
+def test_a_supervision_says_how_a_bare_model_becomes_a_teacher():
+    with pytest.raises(ValueError, match=r"^teacher Dinov2Model must have an int embed_dim.*DINOv2Backbone\(model="):
+        DinoSupervision(in_dim=8, teacher=build("Dinov2"), img_size=56)
