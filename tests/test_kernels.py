@@ -67,6 +67,15 @@ def test_nothing_out_of_bounds_is_touched(op, side, shape, monkeypatch):
     assert survives(lambda: results_between_pages(op, inputs, side, monkeypatch))
 
 
+@interpreted_only
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("shape", [(20, 64), (64, 24)], ids=str)
+def test_aligned_rows_of_16_bits_stay_within_their_pages(side, shape, monkeypatch):
+    """VICReg multiplies such rows as they are, by rows and by columns."""
+    inputs = tuple(guarded(x, side) for x in VICREG.draw(shape, torch.bfloat16))
+    assert survives(lambda: results_between_pages(VICREG, inputs, side, monkeypatch))
+
+
 def pixels_last(x):
     """Return the dense [B, H, W, 3] of an image x [B, 3, H, W], the layout of decoded bytes."""
     return x.permute(0, 2, 3, 1).contiguous()
