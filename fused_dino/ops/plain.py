@@ -7,7 +7,7 @@ same launches, and the same bits.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -102,8 +102,9 @@ def driver_of(kernel: Any) -> Any:
     ):
         return None
     for (name, _), (value, scope) in kernel.used_global_vals.items():
-        if scope.get(name) != value:
-            return None
+        now = scope.get(name)
+        if type(now) is not type(value) or getattr(now, "value", now) != getattr(value, "value", value):
+            return None  # constants are compared by their values: their own comparison takes microseconds
     return parts.driver._active
 
 
@@ -114,12 +115,18 @@ def key_of(kernel: Any, active: Any, device: int, args: tuple, constants: dict[s
     for x in args:
         kind = type(x)
         if kind is int:
-            key.append(-1 if x == 1 else (x & 15 == 0) + (0 if -(2**31) <= x < 2**31 else 2 if x < 2**63 else 4))
+            key.append(class_of(x))
         elif kind is Tensor or kind is Parameter:
             key += x.dtype, x.data_ptr() & 15 == 0
         else:
             key.append(kind)
     return (*key, *constants, *constants.values())
+
+
+@lru_cache(4096)
+def class_of(x: int) -> int:
+    """Return what of an integer decides which code is made: 1, a multiple of 16, and its width."""
+    return -1 if x == 1 else (x & 15 == 0) + (0 if -(2**31) <= x < 2**31 else 2 if x < 2**63 else 4)
 
 
 def may_cache(args: tuple) -> bool:

@@ -110,31 +110,33 @@ def vicreg_fwd_empty(student: Tensor, target: Tensor, weights: Tensor | None, pl
     loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
     facts, largest = student.new_empty(4, dtype=torch.float64), student.new_empty((), dtype=torch.int32)
-    planes, product, dots, cross = (student.new_empty(0, dtype=dtype) for _ in range(4))
+    shapes: dict[str, Any] = {"planes": 0, "product": 0, "dots": 0, "cross": 0}
+    of_product = dtype if dtype == torch.float64 else student.dtype if half else torch.bfloat16
     if plan.covariance:
-        size = n if plan.gram else d
-        count = 1
+        size, count = padded(n if plan.gram else d, dtype), 1
         if dtype == torch.float32:
             count = planes_of_products()
-            planes = student.new_empty((padded(n, dtype), count * padded(d, dtype)), dtype=torch.bfloat16)
+            shapes["planes"] = (padded(n, dtype), count * padded(d, dtype))
         if half and dtype == torch.float32:
             count = 2
-        of_product = dtype if dtype == torch.float64 else student.dtype if half else torch.bfloat16
-        product = student.new_empty((padded(size, dtype), count * padded(size, dtype)), dtype=of_product)
+        shapes["product"] = (size, count * size)
         if plan.gram or half:
-            dots = student.new_empty((cdiv(padded(size, dtype), PIECE), size), dtype=dtype)
+            shapes["dots"] = (cdiv(size, PIECE), n if plan.gram else d)
         if plan.gram:
-            cross = student.new_empty(d, dtype=dtype)
+            shapes["cross"] = d
+    dtypes = {"planes": torch.bfloat16, "product": of_product}
+    planes, product, dots, cross = (student.new_empty(x, dtype=dtypes.get(name, dtype)) for name, x in shapes.items())
     return Forward(loss, invariance, variance, covariance, shift, squares, facts, largest, planes, product, dots, cross)
 
 
-def operands(student: Tensor, dtype: torch.dtype, raw: bool) -> dict[str, Any]:
+@cache
+def operands(student: torch.dtype, dtype: torch.dtype, raw: bool) -> dict[str, Any]:
     """enable_fp_fusion explicitly: it rounds once less, and Triton 3.10 changes the default. The interpreter has no
     product of 16 bits."""
     import triton
     import triton.language as tl
 
-    own = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(student.dtype, tl.bfloat16)
+    own = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(student, tl.bfloat16)
     interpret = triton.knobs.runtime.interpret
     return {
         "RAW": raw,
@@ -192,12 +194,13 @@ def split(size: int, depth: int, tiles: int, step: int) -> tuple[int, int]:
     return cdiv(depth, depth_a_split), depth_a_split
 
 
-def steps_of(device: torch.device, many: bool, raw: int, planes: int) -> dict[str, Any]:
+@cache
+def steps_of(limits: tuple[int, int], many: bool, raw: int, planes: int) -> dict[str, Any]:
     """Chooses the side of tiles, the larger where there are many of them, and how deep a step is.
 
     A step has so many tiles of rows as they are, or so many of planes.
     """
-    largest, memory = limits_of(device)
+    largest, memory = limits
     tile = min(TILES[0] if many else TILES[1], largest)
     depths = {"BLOCK_K": depth_of(tile, raw, memory), "PLANES_K": depth_of(tile, planes, memory)}
     return {"TILE": tile, **depths, "num_warps": tile // 16}
@@ -212,12 +215,12 @@ def launch_product(
     (n, d), dtype, dof = student.shape, saved.shift.dtype, max(student.shape[0] - 1, 1)
     size = n if plan.gram else d
     depth = d if plan.gram else n
-    options, count = operands(student, dtype, raw), planes_in(saved.planes, d)
+    options, count = operands(student.dtype, dtype, raw), planes_in(saved.planes, d)
     steps: dict[str, Any] = FLOAT64
     if planes is not None:
         large = cdiv(size, TILES[0])
         many = large * (large + 1) // 2 >= PROGRAMS // 8
-        steps = steps_of(student.device, many, 2 if raw else 2 * count, 2 * count)
+        steps = steps_of(limits_of(student.device), many, 2 if raw else 2 * count, 2 * count)
     tiles, step = cdiv(size, steps["TILE"]), max(steps["BLOCK_K"], steps["PLANES_K"])
     splits, depth_a_split = split(size, depth, tiles, step)
     parts = student.new_empty((splits, size, size), dtype=dtype)
@@ -276,9 +279,9 @@ def launch_vicreg_bwd(
     steps: dict[str, Any] = FLOAT64
     if dtype == torch.float32:
         many = cdiv(n, TILES[0]) * cdiv(d, TILES[0]) >= PROGRAMS // 2
-        steps = steps_of(student.device, many, counts[0] + 1, 2 * counts[0])
+        steps = steps_of(limits_of(student.device), many, counts[0] + 1, 2 * counts[0])
         if not is_raw(student, dtype):
-            steps["BLOCK_K"] = 16  # rows are loaded element by element, if at all
+            steps = {**steps, "BLOCK_K": 16}  # rows are loaded element by element, if at all
     with torch.cuda.device_of(student):
         launch(vicreg_bwd_kernel, (cdiv(n, steps["TILE"]) * cdiv(d, steps["TILE"]),),
             student, target, saved.shift, saved.squares, saved.planes, saved.facts, saved.largest,
@@ -288,7 +291,7 @@ def launch_vicreg_bwd(
             n, d, dof if plan.unbiased else n, dof, plan.divisor, *plan.weights,
             INVARIANCE=plan.invariance, VARIANCE=plan.variance, COVARIANCE=covariance,
             GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram, WHOLE=is_whole(student, steps),
-            PRODUCT_PLANES=counts[0], PLANES=counts[1], GROUP=GROUP, **steps, **operands(student, dtype, raw),
+            PRODUCT_PLANES=counts[0], PLANES=counts[1], GROUP=GROUP, **steps, **operands(student.dtype, dtype, raw),
         )  # fmt: skip
 
 
