@@ -73,8 +73,10 @@ def train(path, folder, iterations, resume=False):
     config.train_cfg.max_iters = iterations
     config.experiment_name = f"{folder.name}-{iterations}-{resume}"
     runner = Runner.from_cfg(config)
+    log = Path(runner.log_dir, "vis_data/scalars.json")  # named by the second, in which two runs may begin
+    before = len(log.read_text().splitlines()) if log.exists() else 0
     runner.train()
-    logged = Path(runner.log_dir, "vis_data/scalars.json").read_text().splitlines()
+    logged = log.read_text().splitlines()[before:]
     return runner, {line["step"]: line for line in map(json.loads, logged)}
 
 
