@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +49,13 @@ def apply_to_teacher(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None
 def mark_fresh(teacher: nn.Module) -> None:
     """Mark a teacher whose weights are memory that nobody has written yet, until it is loaded."""
     setattr(teacher, FRESH, True)
-    teacher.register_load_state_dict_pre_hook(unmark)
+    weights = list(teacher.parameters())
+    for part in (teacher, *teacher.children()):
+        if len(list(part.parameters())) == len(weights):  # a wrapper's model holds all that there is to load
+            part.register_load_state_dict_pre_hook(partial(unmark, teacher))
 
 
-def unmark(teacher: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def unmark(teacher: nn.Module, part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if any(key.startswith(prefix) for key in state_dict):
         teacher.__dict__.pop(FRESH, None)
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .embedding import from_patches, take_patches
+from .hidden import FRESH
 from .live import dtype_of
 from .transformers_model import (
     CLASSES,
@@ -233,7 +234,7 @@ class DINOv2Backbone(nn.Module):
         return OrderedDict() if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not any(key.startswith(f"{prefix}model.") for key in state_dict):
+        if not any(key.startswith(f"{prefix}model.") for key in state_dict) and FRESH not in self.__dict__:
             # A checkpoint as state_dict() leaves it: strict loading finds what is loaded already.
             state_dict.update(self.model.state_dict(prefix=f"{prefix}model.", keep_vars=True))
         super()._load_from_state_dict(state_dict, prefix, *args)

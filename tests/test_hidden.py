@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from conftest import TinyTeacher, make_supervision
-from fused_dino import CosineLoss, VICRegLoss
+from fused_dino import CosineLoss, DINOv2Backbone, VICRegLoss
 from test_distributed import spawn
 
 OPTIONS = {"use_patch": True, "latent_shape": (4, 4, 4), "token_dim": 8, "token_grid": (6, 6), "warmup_steps": 0}
@@ -100,6 +100,21 @@ def test_a_teacher_built_on_meta_has_no_weights_until_it_is_loaded(batch):
     model.dino.teacher.load_state_dict(saved.dino.teacher.state_dict())
     model.dino.schedule.step.zero_()
     assert_close(losses(model, batch), losses(saved, batch))
+
+
+def test_a_backbone_is_loaded_by_its_models_weights_and_by_no_empty_checkpoint():
+    """A DINOv2Backbone's own state_dict() is empty, and must not pass for its weights."""
+    real = DINOv2Backbone("vits14", 28, pretrained=False)
+    with torch.device("meta"):
+        dino = make_supervision(DINOv2Backbone("vits14", 28, pretrained=False), img_size=28)
+    dino.to_empty(device="cpu")
+    images = torch.zeros(1, 3, 28, 28)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        dino.teacher.load_state_dict(real.state_dict())
+    with pytest.raises(RuntimeError, match="the teacher has no weights"):
+        dino.encode(images)
+    dino.teacher.model.load_state_dict(real.model.state_dict())
+    assert_close(dino.encode(images)["global"], real(dino.preprocess(images))["global"])
 
 
 def test_a_named_teacher_is_built_with_its_weights(monkeypatch):

@@ -32,7 +32,7 @@ ARROWS = {
     "weights": {"weight_files"},
     "transformers_model": {"weight_files"},
     "embedding": {"transformers_model"},
-    "teacher": {"weights", "transformers_model", "embedding", "live", "validation"},
+    "teacher": {"hidden", "weights", "transformers_model", "embedding", "live", "validation"},
     "projector": {"validation"},
     "schedule": {"validation"},
     "legacy_checkpoint": set(),
