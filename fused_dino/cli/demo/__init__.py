@@ -24,11 +24,12 @@ def run(
     """Run the demo and return the exit status: 0, or 130 if Ctrl-C ended the training."""
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise CommandError(f'the demo needs {", ".join(missing)}: pip install "fused_dino[demo]"')
-    from .ranks import joined
+    from .ranks import joined, leave
     from .show import printing
 
     with joined() as ranks, printing(quiet=ranks.rank > 0) as console:
-        return learn_and_report(console, ranks, teacher, images, loss, steps, seconds, seed, out)
+        status = learn_and_report(console, ranks, teacher, images, loss, steps, seconds, seed, out)
+    return status if ranks.world == 1 else leave(status)
 
 
 def learn_and_report(
