@@ -4,9 +4,9 @@ from . import functional
 from .backend import explain_backend, use_backend
 from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
-from .projector import Projector
 from .supervision import DinoSupervision
 from .teacher import DINOv2Backbone
+from .terms.projector import Projector
 
 __version__ = "0.1.0"
 __all__ = [

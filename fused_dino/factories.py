@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
-from .teacher import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone, read_statistic
+from .teacher.backbone import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone, read_statistic
+from .teacher.weights import VARIANTS, canonical
 from .validation import check_choice, check_flag, check_floating_dtype, check_group, is_int, plain_int
-from .weights import VARIANTS, canonical
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Features = dict[str, Any]  # {'global': [B, D], 'patch': [B, N, D] or None}
 
 
 def make_teacher(
@@ -89,24 +87,6 @@ def make_preprocess(
     mean, std = read_statistic(teacher, "mean", IMAGENET_MEAN), read_statistic(teacher, "std", IMAGENET_STD)
     options: dict[str, Any] = {"interpolation": preprocess, "input_range": input_range, "backend": backend}
     return Preprocess(img_size, mean=mean, std=std, **options)
-
-
-def check_features(name: str, features: Any, width: int, batch: int | None = None) -> Features:
-    """Check features and return them. name: of the argument, for errors; width: D; batch: B, if it is known."""
-    expected = f"{name} must be {{'global': [B, {width}], 'patch': [B, N, {width}] or None}}"
-    if not isinstance(features, dict) or not isinstance(features.get("global"), Tensor):
-        raise TypeError(f"{expected}, got {type(features).__name__}")
-    token, patch = features["global"], features.get("patch")
-    if patch is not None and not isinstance(patch, Tensor):
-        raise TypeError(f"{expected}, got a patch that is a {type(patch).__name__}")
-    shapes = [list(x.shape) for x in (token, patch) if x is not None]
-    if any(shape != [len(token), *shape[1:-1], width] or len(shape) != n for n, shape in enumerate(shapes, 2)):
-        raise ValueError(f"{expected}, got shapes {shapes}")
-    if batch is not None and len(token) != batch:
-        raise ValueError(f"{expected} with B = {batch}, got shapes {shapes}")
-    if not all(x.is_floating_point() for x in (token, patch) if x is not None):
-        raise ValueError(f"{expected} of floats, got {token.dtype}{'' if patch is None else f' and {patch.dtype}'}")
-    return features
 
 
 def check_latents(z_text: Any, in_dim: int | None) -> None:

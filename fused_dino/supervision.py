@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import warn_if_unsynchronised
-from .factories import Features, check_latent_shape, check_latents, make_loss, make_preprocess, make_teacher
+from .factories import check_latent_shape, check_latents, make_loss, make_preprocess, make_teacher
+from .features import Features
 from .functional import Backend
 from .legacy_checkpoint import adopt, watch_parents
 from .live import dtype_of, live_tensors, reach
 from .losses import CosineLoss, logs_of, weighed
-from .patches import LOCAL_HIDDEN_DIM, PATCH_TARGETS, Patches
-from .projector import Projector
 from .schedule import Schedule
-from .taught import Taught
-from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
+from .teacher.held import Taught
+from .terms.projector import Projector
+from .terms.regions import LOCAL_HIDDEN_DIM, PATCH_TARGETS, Patches
+from .terms.tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
 from .validation import check_choice, check_flag, check_int, check_number, check_scalar, check_size
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class DinoSupervision(Taught):
         z_text: Tensor | None = None,
         x_img: Tensor | None = None,
         *,
-        features: Features | None = None,
+        features: Mapping[str, Any] | None = None,
         tokens: Tensor | None = None,
         alpha: float | Tensor | None = None,
         as_dict: bool = False,
@@ -225,7 +226,7 @@ class DinoSupervision(Taught):
         return self._losses(z_text, x_img, features=features, tokens=tokens, alpha=alpha)
 
     def _losses(
-        self, z_text: Any, x_img: Any, *, features: Features | None, tokens: Any, alpha: Any
+        self, z_text: Any, x_img: Any, *, features: Mapping[str, Any] | None, tokens: Any, alpha: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self._check(z_text, x_img, features, tokens)
         features = self._features(x_img, features, (tokens if z_text is None else z_text).device)
@@ -256,7 +257,7 @@ class DinoSupervision(Taught):
         x_img: Tensor | None = None,
         step: int | None = None,
         *,
-        features: Features | None = None,
+        features: Mapping[str, Any] | None = None,
         tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Returns the weighted loss and its logs, for trainers that add up every key that contains "loss".

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from conftest import TinyTeacher, check_slope, grads, make_supervision
 from fused_dino import CosineLoss, DinoSupervision, Preprocess
-from fused_dino.patches import PATCH_TARGETS, attend, most_similar, nearest
+from fused_dino.terms.regions import PATCH_TARGETS, attend, most_similar, nearest
 from proving import DEVICE, IMPLEMENTATIONS
 
 LATENT = (4, 4, 4)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from conftest import TinyTeacher, check_slope, grads, make_supervision
 from fused_dino import Preprocess
-from fused_dino.tokens import find_grid, standardize
+from fused_dino.terms.tokens import find_grid, standardize
 from proving import DEVICE, IMPLEMENTATIONS
 
 C = 10

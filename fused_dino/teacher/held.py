@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .factories import Features, check_features
-from .hidden import apply_to_teacher, check_loaded, own_before_loading, share
-from .preprocess import Preprocess
-from .teacher import read_patch_size
-from .validation import check_images, check_size, check_tensor, check_values
+from ..features import Features, check_features
+from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
+from ..preprocess import Preprocess
+from ..validation import check_images, check_size, check_tensor, check_values
+from .backbone import read_patch_size
 
 
 class Taught(nn.Module):
@@ -125,11 +125,11 @@ class Taught(nn.Module):
             raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
         return len(x_img)
 
-    def _features(self, x_img: Any, features: Features | None, device: torch.device) -> Features:
+    def _features(self, x_img: Any, features: Mapping[str, Any] | None, device: torch.device) -> Features:
         """Return the features that are given, or else those of the images, on the student's device."""
         if features is None:
             features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
-        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}  # type: ignore
 
     def _patch_tokens(self, features: Features) -> Tensor | None:
         """Return patch tokens [B, N, D], detached with stopgrad_image, or None if the teacher gives none."""

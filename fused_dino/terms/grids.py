@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hidden import move
-from .ops.plain import forward_mode
-from .reference.dtypes import acc_dtype, without_autocast
+from ..hidden import move
+from ..ops.plain import forward_mode
+from ..reference.dtypes import acc_dtype, without_autocast
 
 Grid = tuple[int, int]  # (rows, columns)
 

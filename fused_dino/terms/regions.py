@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..reference.dtypes import upcast, without_autocast
 from .grids import Grid, Regrid, average, product
-from .reference.dtypes import upcast, without_autocast
 
 LOCAL_HIDDEN_DIM = 256  # of the projector of regions
 PATCH_TARGETS = ("region", "mean", "nearest", "attention")

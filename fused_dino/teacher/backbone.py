@@ -12,9 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..hidden import FRESH
+from ..live import dtype_of
+from ..validation import check_flag, check_tensor, check_triple, is_int, plain_int
 from .embedding import from_patches, take_patches
-from .hidden import FRESH
-from .live import dtype_of
 from .transformers_model import (
     CLASSES,
     call_options,
@@ -25,7 +26,6 @@ from .transformers_model import (
     split_tokens,
     without_head,
 )
-from .validation import check_flag, check_tensor, check_triple, is_int, plain_int
 from .weights import PATCH_SIZE, canonical, load_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

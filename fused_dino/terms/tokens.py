@@ -11,10 +11,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..live import dtype_of
+from ..reference.dtypes import upcast
+from ..validation import check_choice, check_flag, check_size, is_int, plain_int
 from .grids import Grid, Regrid, bilinear, regrid
-from .live import dtype_of
-from .reference.dtypes import upcast
-from .validation import check_choice, check_flag, check_size, is_int, plain_int
 
 TOKEN_HIDDEN_DIM = 2048
 STANDARDIZE_EPS = 1e-6
