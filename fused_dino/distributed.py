@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,20 +41,37 @@ def sum_over_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x if group is None else SumOverRanks.apply(x, group)
 
 
-def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum x over the ranks, without a gradient."""
+def start_all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Begin all_reduce, whose result is there after wait()."""
     from torch.distributed import _functional_collectives as funcol
 
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
+    return funcol.all_reduce(x.contiguous(), "sum", group)
 
 
-def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Concatenate every rank's x [n, ...] to [world_size * n, ...], without a gradient."""
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum x over the ranks, without a gradient."""
+    return wait(start_all_reduce(x, group))
+
+
+def start_all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Begin all_gather, whose result is there after wait()."""
     from torch.distributed import _functional_collectives as funcol
 
     # Newer torch calls it all_gather_single, and warns of the name that torch 2.11 knows.
     gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
-    return funcol.wait_tensor(gather(x.contiguous(), 0, group))
+    return gather(x.contiguous(), 0, group)
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Concatenate every rank's x [n, ...] to [world_size * n, ...], without a gradient."""
+    return wait(start_all_gather(x, group))
+
+
+def wait(x: Tensor) -> Tensor:
+    """Return x when its collective is done. A GPU waits, and not its host."""
+    from torch.distributed import _functional_collectives as funcol
+
+    return funcol.wait_tensor(x)
 
 
 def all_counts(count: int, device: torch.device, group: ProcessGroup) -> list[int]:
@@ -69,13 +87,24 @@ def all_counts(count: int, device: torch.device, group: ProcessGroup) -> list[in
     return all_gather(torch.tensor([count], device=device), group).tolist()
 
 
-def gather_rows(x: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
-    """Concatenate the rows of all ranks, counts[r] of rank r. They are padded to the largest count in transit."""
+def start_gather_rows(x: Tensor, counts: list[int], group: ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to gather the rows of all ranks, counts[r] of rank r, and return what waits for them.
+
+    They are padded to the largest count in transit.
+    """
     most = max(counts)
-    padded = x.new_zeros(most, *x.shape[1:])
-    padded[: len(x)] = x
-    parts = all_gather(padded, group).unflatten(0, (len(counts), most))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    if len(x) < most:
+        x = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    gathered = start_all_gather(x, group)
+
+    def rows() -> Tensor:
+        every = wait(gathered)
+        if min(counts) == most:
+            return every
+        parts = every.unflatten(0, (len(counts), most))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    return rows
 
 
 def group_of(name: str) -> ProcessGroup:

@@ -38,6 +38,6 @@ OPS: dict[str, OpInfo] = {
     "cosine_loss": OpInfo(reference_cosine.cosine_loss, *both(cosine.cosine_loss), rowwise=True),
     "mse_loss": OpInfo(reference_cosine.mse_loss, *both(cosine.mse_loss), rowwise=True),
     "vicreg_loss": OpInfo(reference_vicreg.vicreg_loss, *both(vicreg.vicreg_loss)),
-    # The rows of all ranks of a group. Its products are torch's, on a GPU too.
-    "vicreg_loss(group)": OpInfo(reference_vicreg.vicreg_loss, vicreg_ranks.vicreg_loss_over_ranks),
+    # The rows of all ranks of a group.
+    "vicreg_loss(group)": OpInfo(reference_vicreg.vicreg_loss, *both(vicreg_ranks.vicreg_loss_over_ranks)),
 }

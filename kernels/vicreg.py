@@ -84,8 +84,9 @@ def vicreg_statistics_kernel(
     means, parts, errors,  # [RUNS, D], [RUNS, D], [programs]: see run_statistics
     ticket,  # a zero, which is left zero
     shift, squares,  # [D]
-    facts,  # [4] float64: invariance, variance, |mean|^2, what the product is multiplied by where it is stored
-    largest,  # []: the column that deviates most; -1 where rows of 16 bits can be multiplied as they are
+    facts,  # [5] float64: invariance, variance, |mean|^2, what the product is multiplied by where it is stored, and the
+    # sum of squared covariances, which vicreg_finish_kernel adds
+    largest,  # [2]: the column that deviates most, or -1 where rows of 16 bits can be multiplied as they are; N
     weights, loss, invariance, variance, covariance,  # see vicreg_finish_kernel; None where it stores the terms
     stride_student, stride_target, rows, width, rows_a_run, runs, over, inv_weight, var_weight, cov_weight,
     GAMMA: tl.constexpr, EPS: tl.constexpr, VARIANCE: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr,
@@ -171,6 +172,7 @@ def vicreg_statistics_kernel(
         if VARIANCE:
             var = tl.sum(hinge, 0) / width
         tl.store(largest, p)
+        tl.store(largest + 1, rows)
         tl.store(facts, inv)
         tl.store(facts + 1, var)
         tl.store(facts + 2, squared)
@@ -184,7 +186,7 @@ def vicreg_statistics_kernel(
 
 @triton.jit
 def vicreg_planes_kernel(
-    student, shift, largest,  # [N, D], last dimension contiguous; [D]; []
+    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [2]
     planes,  # [padded N, PLANES * padded D]: xc as a sum of bfloat16 numbers, or None; 0 in the largest column (GRAM)
     cross,  # [RUNS, D]: sums over runs of rows of x_p x_j / dof (GRAM)
     stride, stride_planes, rows, width, padded_rows, rows_a_run, dof,

@@ -17,7 +17,7 @@ def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constex
 
 @triton.jit
 def times_planes(
-    product, stride_product, x, stride, i, j, rows, width, one,
+    product, stride_product, x, stride, i, j, rows, size, width, one,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr,
     STORED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -35,18 +35,18 @@ def times_planes(
         a = row.to(tl.int64)[:, None] * stride
         b = lane.to(tl.int64)[:, None] * stride_product + (place_of(j * TILE, TILE, PRODUCT_PLANES) + side)[None, :]
     down = tl.zeros((), tl.int64)
-    for start in range(0, rows if GRAM else width, BLOCK_K):
+    for start in range(0, size, BLOCK_K):
         live = None
         if GRAM:
             if not WHOLE:
-                live = (lane < rows - start)[:, None] & (j * TILE + side < width)[None, :]
+                live = (lane < size - start)[:, None] & (j * TILE + side < width)[None, :]
             at_a = product + (a + (place_of(start, BLOCK_K, PRODUCT_PLANES) + lane)[None, :])
             at_b = x + (b + down)
             step = multiply(at_a, None, at_b, live, OPERAND, PRODUCT_PLANES, PLANES)
             down += tl.cast(stride, tl.int64) * BLOCK_K
         else:
             if not WHOLE:
-                live = (lane < width - start)[None, :]
+                live = (lane < size - start)[None, :]
             at_a = x + (a + (place_of(start, BLOCK_K, STORED) + lane)[None, :])
             at_b = product + (b + tl.cast(start, tl.int64) * stride_product)
             step = multiply(at_a, live, at_b, None, OPERAND, PLANES, PRODUCT_PLANES)
@@ -56,23 +56,21 @@ def times_planes(
 
 @triton.jit
 def times_centred(
-    product, student, shift, stride, row, column, rows, width, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
+    product, student, shift, stride, row, column, rows, size, width, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Computes the same in float64, of rows that are centred as they are loaded."""
     acc = tl.zeros((row.shape[0], column.shape[0]), tl.float64)
-    for start in range(0, rows if GRAM else width, BLOCK_K):
+    for start in range(0, size, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         far = k.to(tl.int64)
+        live_a = (row < rows)[:, None] & (k < size)[None, :]
+        live_b = (k < size)[:, None] & (column < width)[None, :]
         if GRAM:
-            live_a = (row < rows)[:, None] & (k < rows)[None, :]
-            live_b = (k < rows)[:, None] & (column < width)[None, :]
-            a = tl.load(product + row.to(tl.int64)[:, None] * rows + k[None, :], mask=live_a, other=0)
+            a = tl.load(product + row.to(tl.int64)[:, None] * size + k[None, :], mask=live_a, other=0)
             b = load_centred(student, shift, stride, far[:, None], column[None, :], live_b, tl.float64)
         else:
-            live_a = (row < rows)[:, None] & (k < width)[None, :]
-            live_b = (k < width)[:, None] & (column < width)[None, :]
             a = load_centred(student, shift, stride, row.to(tl.int64)[:, None], k[None, :], live_a, tl.float64)
-            b = tl.load(product + far[:, None] * width + column[None, :], mask=live_b, other=0)
+            b = tl.load(product + far[:, None] * size + column[None, :], mask=live_b, other=0)
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
     return acc
 
@@ -98,14 +96,15 @@ def part_of(x, i: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def vicreg_bwd_kernel(
     student, target,  # [N, D], last dimension contiguous
-    shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [4], []
-    product, dots, cross,  # [padded, planes * padded], [pieces, size], [D]: see vicreg_finish_kernel
+    shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [5], [2]
+    product, dots, cross,  # [padded, planes * padded], [pieces, rows], [D]: see vicreg_finish_kernel
     grad_output, weights,  # [], [3] or None
     grad_student, grad_target,  # [N, D] contiguous; None where it is not wanted
-    stride_student, stride_target, stride_planes, stride_product, pieces, rows, width, over, dof, divisor,
-    inv_weight, var_weight, cov_weight,
-    INVARIANCE: tl.constexpr, VARIANCE: tl.constexpr, COVARIANCE: tl.constexpr, GAMMA: tl.constexpr, EPS: tl.constexpr,
-    GRAM: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
+    stride_student, stride_target, stride_planes, stride_product, pieces,
+    low, rows,  # own rows of the student: the first, or None for the first of all, and how many
+    size, width, divisor, inv_weight, var_weight, cov_weight,
+    INVARIANCE: tl.constexpr, VARIANCE: tl.constexpr, COVARIANCE: tl.constexpr, UNBIASED: tl.constexpr,
+    GAMMA: tl.constexpr, EPS: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
     PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr, OPERAND: tl.constexpr, PLANE: tl.constexpr,
     TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PLANES_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -122,29 +121,36 @@ def vicreg_bwd_kernel(
     whole = tl.zeros((TILE, TILE), ACC)
     outer = tl.zeros((), ACC)
     p = tl.load(largest)
+    count = tl.load(largest + 1).to(ACC)
+    dof = tl.maximum(count - 1, 1)
     if COVARIANCE:
-        outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * tl.cast(dof, ACC))
+        outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * dof)
         if tl.float64 == ACC:
-            whole = times_centred(product, student, shift, stride_student, row, column, rows, width, GRAM, BLOCK_K)
+            whole = times_centred(
+                product, student, shift, stride_student, row, column, rows, size, width, GRAM, BLOCK_K
+            )
         elif RAW:
             if p < 0:
                 whole = times_planes(
-                    product, stride_product, student, stride_student, i, j, rows, width, one,
+                    product, stride_product, student, stride_student, i, j, rows, size, width, one,
                     GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K,
                 )  # fmt: skip
                 whole /= tl.load(facts + 3).to(tl.float32)
             else:
                 whole = times_planes(
-                    as_bfloat16(product), stride_product, planes, stride_planes, i, j, rows, width, one,
+                    as_bfloat16(product), stride_product, planes, stride_planes, i, j, rows, size, width, one,
                     GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K,
                 )  # fmt: skip
         else:
             whole = times_planes(
-                product, stride_product, planes, stride_planes, i, j, rows, width, one,
+                product, stride_product, planes, stride_planes, i, j, rows, size, width, one,
                 GRAM, True, PLANE, PRODUCT_PLANES, PLANES, PLANES, TILE, PLANES_K,
             )  # fmt: skip
     # A part of the columns at a time: what the elementwise terms take of all would not fit the registers.
     far = row.to(tl.int64)  # int64: row * stride passes 2**31
+    at = far
+    if low is not None:
+        at += low
     PARTS: tl.constexpr = TILE // 32
     for part in tl.static_range(PARTS):
         grad = part_of(whole, part, PARTS)
@@ -158,28 +164,27 @@ def vicreg_bwd_kernel(
                 if (p >= tl.min(column, 0)) & (p <= tl.max(column, 0)):  # its own product, which the planes do not have
                     own = add_rows(dots, pieces, rows, row, row < rows)
                     grad = tl.where((column == p)[None, :], own[:, None], grad)
-            elif RAW:
-                as_it_is = p < 0
-                if as_it_is:  # what the means have brought in
-                    grad -= add_rows(dots, pieces, width, column, inside)[None, :]
+            elif dots is not None:  # what the means have brought in
+                grad -= add_rows(dots, pieces, width, column, inside)[None, :]
             # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
             grad = tl.where((square == 0)[None, :], 0, grad * outer)
             if GRAM:
-                coefficient -= tl.where(column != p, outer * square / tl.cast(dof, ACC), 0)
+                coefficient -= tl.where(column != p, outer * square / dof, 0)
                 q = tl.maximum(p, 0) + 0 * far
-                x_p = load_centred(student, shift, stride_student, far, q, row < rows, ACC)
+                x_p = load_centred(student, shift, stride_student, at, q, row < rows, ACC)
                 grad += x_p[:, None] * (outer * tl.load(cross + column, mask=inside, other=0))[None, :]
         if VARIANCE:
+            over = dof if UNBIASED else count
             sigma = deviation(square, over, EPS, ACC)
-            pull = term_grad(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * tl.cast(over, ACC))
+            pull = term_grad(grad_output, weights, 1, var_weight, ACC) / (tl.cast(width, ACC) * over)
             coefficient -= tl.where(sigma < tl.full((), GAMMA, ACC), pull, 0) / sigma
         if VARIANCE or COVARIANCE:
-            x = load_centred(student, shift, stride_student, far[:, None], column[None, :], live, ACC)
+            x = load_centred(student, shift, stride_student, at[:, None], column[None, :], live, ACC)
             grad += coefficient[None, :] * x
         if INVARIANCE:
-            y = tl.load(student + far[:, None] * stride_student + column[None, :], mask=live, other=0).to(ACC)
+            y = tl.load(student + at[:, None] * stride_student + column[None, :], mask=live, other=0).to(ACC)
             g = tl.load(target + far[:, None] * stride_target + column[None, :], mask=live, other=0).to(ACC)
-            scale = 2 * term_grad(grad_output, weights, 0, inv_weight, ACC) / (tl.cast(rows, ACC) * tl.cast(width, ACC))
+            scale = 2 * term_grad(grad_output, weights, 0, inv_weight, ACC) / (count * tl.cast(width, ACC))
             difference = scale * (y - g)
             grad += difference
             if grad_target is not None:

@@ -21,6 +21,15 @@ def pair_of(t, tiles):
 
 
 @triton.jit
+def place_in(t, tiles, PART: tl.constexpr):
+    """Finds (i, j) of the t-th tile: of the upper triangle, or of own rows with all rows (PART)."""
+    if PART:
+        return t // tiles, t % tiles
+    else:
+        return pair_of(t, tiles)
+
+
+@triton.jit
 def load_operand(x, mask, OPERAND: tl.constexpr):
     if mask is None:
         return tl.load(x).to(OPERAND)
@@ -55,16 +64,21 @@ def multiply(a, live_a, b, live_b, OPERAND: tl.constexpr, A: tl.constexpr, B: tl
 
 @triton.jit
 def product_of_planes(
-    x, stride, i, j, size, first, last, one,
+    x, stride, i, j, low, size, first, last, one,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PLANES: tl.constexpr,
     TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile of x x^T (GRAM) or x^T x from `first` to `last` of its depth. WHOLE: no tile has an end in it."""
+    """Computes a tile of x x^T (GRAM) or x^T x from `first` to `last` of its depth. WHOLE: no tile has an end in it.
+
+    low: the first row on the left, or None for the first of all.
+    """
     acc = tl.zeros((TILE, TILE), tl.float32)
     side = tl.arange(0, TILE)
     lane = tl.arange(0, BLOCK_K)
     left = i * TILE + side
     right = j * TILE + side
+    if low is not None:
+        left += low
     if GRAM:
         if not WHOLE:  # rows past the last are read as the last: their products are masked where they are used
             left = tl.minimum(left, size - 1)
@@ -121,11 +135,13 @@ def product_of_centred(
 
 @triton.jit
 def vicreg_product_kernel(
-    student, shift, largest,  # [N, D], last dimension contiguous; [D]; []: see vicreg_statistics_kernel
+    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [2]: see vicreg_statistics_kernel
     planes,  # [padded N, PLANES * padded D]: see vicreg_planes_kernel; None for float64
-    parts,  # [SPLITS, size, size]: tiles from the diagonal on
+    parts,  # [SPLITS, own, size]: tiles from the diagonal on, or all where own rows meet all rows
     row_sums,  # [SPLITS, tiles, size], of the product of rows as they are; None where the columns' means suffice
-    stride, stride_planes, size, depth, depth_a_split, tiles,
+    stride, stride_planes,
+    low, own,  # own rows of all the rows: the first, and how many; None and size where they are all
+    size, depth, depth_a_split, tiles,
     GRAM: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr, PLANES: tl.constexpr,
     OPERAND: tl.constexpr, PLANE: tl.constexpr,
     TILE: tl.constexpr, BLOCK_K: tl.constexpr, PLANES_K: tl.constexpr, ACC: tl.constexpr,
@@ -133,36 +149,41 @@ def vicreg_product_kernel(
     # One program owns one tile of xc xc^T (GRAM) or xc^T xc, and one split of the columns or rows that it sums over.
     # RAW, of 16 bits: rows are multiplied as they are, whose products float32 holds exactly, and the means come off in
     # vicreg_finish_kernel; planes take their place where that would cancel.
-    i, j = pair_of(tl.program_id(0), tiles)
+    PART: tl.constexpr = low is not None
+    i, j = place_in(tl.program_id(0), tiles, PART)
     split = tl.program_id(1)
-    left = i * TILE + tl.arange(0, TILE)
+    row = i * TILE + tl.arange(0, TILE)
+    left = row
+    if PART:
+        left += low
     right = j * TILE + tl.arange(0, TILE)
     first = split * depth_a_split
     last = tl.minimum(first + depth_a_split, depth)
     one = tl.where(depth > 0, 1.0, 0.0)
-    live = (left < size)[:, None] & (right < size)[None, :]
+    live = (row < own)[:, None] & (right < size)[None, :]
     if planes is None:
         acc = product_of_centred(student, shift, largest, stride, left, right, size, first, last, GRAM, BLOCK_K)
     elif RAW:
         if tl.load(largest) < 0:
             acc = product_of_planes(
-                student, stride, i, j, size, first, last, one, GRAM, WHOLE, OPERAND, 1, TILE, BLOCK_K
+                student, stride, i, j, low, size, first, last, one, GRAM, WHOLE, OPERAND, 1, TILE, BLOCK_K
             )
             if GRAM:
-                at = (split * tiles + j) * size + left
-                tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 1), mask=left < size)
-                if i != j:
-                    at = (split * tiles + i) * size + right
+                if not PART:
+                    at = (split * tiles + j) * size + left
+                    tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 1), mask=left < size)
+                if (i != j) | PART:
+                    at = (split * tl.cdiv(own, TILE) + i) * size + right
                     tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 0), mask=right < size)
         else:
             acc = product_of_planes(
-                planes, stride_planes, i, j, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
+                planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
             )
     else:
         acc = product_of_planes(
-            planes, stride_planes, i, j, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
+            planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
         )
-    at = (split.to(tl.int64) * size + left.to(tl.int64)[:, None]) * size + right[None, :]
+    at = (split.to(tl.int64) * own + row.to(tl.int64)[:, None]) * size + right[None, :]
     tl.store(parts + at, acc, mask=live)
 
 
@@ -184,63 +205,110 @@ def as_bfloat16(pointer):
 
 
 @triton.jit
-def vicreg_finish_kernel(
-    parts, row_sums,  # see vicreg_product_kernel
-    student, shift, squares, facts, largest,  # [N, D], [D], [D], [4], []: see vicreg_statistics_kernel
-    crosses,  # [RUNS, D]: see vicreg_planes_kernel
-    product,  # [padded, PLANES * padded]: planes of the product over N - 1, times the scale of the facts
-    dots,  # [pieces of a row, size]: of the product and x_p (GRAM), or of it and the means for 16 bits; None
-    cross,  # [D] (GRAM)
-    sums, ticket,  # [programs], float64; a zero, which is left zero
-    weights,  # [3] or None
-    loss, invariance, variance, covariance,  # []
-    stride, stride_product, pieces, rows, width, size, splits, tiles, runs, dof, divisor,
-    inv_weight, var_weight, cov_weight,
-    GRAM: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
+def add_splits(parts, splits, numbers, at, live, ACC: tl.constexpr):
+    """Adds up a piece of the splits of a product, 4 at a time so that their loads are in flight together."""
+    acc = tl.zeros((at.shape[0], at.shape[1]), ACC)
+    for start in range(0, splits, 4):
+        for step in tl.static_range(4):
+            split = start + step
+            acc += tl.load(parts + split.to(tl.int64) * numbers + at, mask=live & (split < splits), other=0)
+    return acc
+
+
+@triton.jit
+def vicreg_part_kernel(
+    parts,  # [SPLITS, D, D]: see vicreg_product_kernel; the first becomes their sum, about the mean of all ranks' rows
+    student, shift, largest,  # [N, D], [D], [2]: see vicreg_statistics_kernel
+    away,  # [D], from the mean of these rows to that of all ranks'
+    rows, size, splits, RAW: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program owns a piece of the product on or above the diagonal, and its mirror image: small ones, so that many
-    # loads are in flight. The one that finishes last makes the loss of what all have summed.
-    i, j = pair_of(tl.program_id(0), pieces)
+    # One program owns a piece of the product on or above the diagonal.
+    i, j = pair_of(tl.program_id(0), tl.cdiv(size, PIECE))
     row = i * PIECE + tl.arange(0, PIECE)
     column = j * PIECE + tl.arange(0, PIECE)
     live = (row < size)[:, None] & (column < size)[None, :]
     at = row.to(tl.int64)[:, None] * size + column[None, :]
-    acc = tl.zeros((PIECE, PIECE), ACC)
-    for start in range(0, splits, 4):
-        for step in tl.static_range(4):
-            split = start + step
-            part = parts + split.to(tl.int64) * size * size + at
-            acc += tl.load(part, mask=live & (split < splits), other=0)
+    acc = add_splits(parts, splits, tl.cast(size, tl.int64) * size, at, live, ACC)
+    count = tl.cast(rows, ACC)
+    if RAW:
+        as_it_is = tl.load(largest) < 0
+        if as_it_is:
+            a = mean_of(student, shift, row, row < size, ACC)
+            b = mean_of(student, shift, column, column < size, ACC)
+            acc -= a[:, None] * b[None, :] * count
+    a = tl.load(away + row, mask=row < size, other=0)
+    b = tl.load(away + column, mask=column < size, other=0)
+    acc += a[:, None] * b[None, :] * count
+    tl.store(parts + at, acc, mask=live)
+
+
+@triton.jit
+def vicreg_finish_kernel(
+    parts, row_sums,  # see vicreg_product_kernel
+    student, shift, squares, facts, largest,  # [N, D], [D], [D], [5], [2]: see vicreg_statistics_kernel
+    crosses,  # [RUNS, D]: see vicreg_planes_kernel
+    about,  # [D], what rows are multiplied less, where those of other ranks are in the product; else None
+    product,  # [padded, PLANES * padded]: planes of the product over N - 1, times the scale of the facts
+    dots,  # [pieces of a row, own]: of the product and x_p (GRAM), or of it and what rows are multiplied less; None
+    cross,  # [D] (GRAM)
+    sums, ticket,  # [programs], float64; a zero, which is left zero
+    weights,  # [3] or None
+    loss, invariance, variance, covariance,  # [], or None
+    stride, stride_product, pieces,
+    low, own,  # see vicreg_product_kernel
+    width, size, splits, sums_of_rows, runs, divisor, inv_weight, var_weight, cov_weight,
+    GRAM: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns a piece of the product on or above the diagonal, and its mirror image: small ones, so that many
+    # loads are in flight. The one that finishes last makes the loss of what all have summed. Where own rows meet all
+    # rows, it owns any piece and no other.
+    PART: tl.constexpr = low is not None
+    i, j = place_in(tl.program_id(0), pieces, PART)
+    row = i * PIECE + tl.arange(0, PIECE)
+    column = j * PIECE + tl.arange(0, PIECE)
+    inside = row < own
+    live = inside[:, None] & (column < size)[None, :]
+    at = row.to(tl.int64)[:, None] * size + column[None, :]
+    acc = add_splits(parts, splits, tl.cast(own, tl.int64) * size, at, live, ACC)
+    left = row
+    if PART:
+        left += low
     p = tl.load(largest)
+    rows = tl.load(largest + 1).to(ACC)
+    dof = tl.maximum(rows - 1, 1)
     if RAW:
         as_it_is = p < 0
         if as_it_is:  # what the means have brought in
             if GRAM:
-                a = add_rows(row_sums, splits * tiles, size, row, row < size) / rows
-                b = add_rows(row_sums, splits * tiles, size, column, column < size) / rows
+                a = add_rows(row_sums, sums_of_rows, size, left, inside) / rows
+                b = add_rows(row_sums, sums_of_rows, size, column, column < size) / rows
                 acc -= a[:, None] + b[None, :] - tl.load(facts + 2).to(tl.float32)
             else:
                 a = mean_of(student, shift, row, row < size, tl.float32)
                 b = mean_of(student, shift, column, column < size, tl.float32)
-                acc -= a[:, None] * b[None, :] * rows.to(tl.float32)
-    value = tl.where(live, acc / tl.cast(dof, ACC), 0)
+                acc -= a[:, None] * b[None, :] * rows
+    value = tl.where(live, acc / dof, 0)
     if not GRAM:  # the diagonal is no part of the covariance
         value = tl.where(row[:, None] == column[None, :], 0, value)
     if GRAM:
         q = tl.maximum(p, 0)
-        left = load_centred(student, shift, stride, row.to(tl.int64), q + 0 * row, row < size, ACC)
-        right = load_centred(student, shift, stride, column.to(tl.int64), q + 0 * column, column < size, ACC)
+        x_left = load_centred(student, shift, stride, left.to(tl.int64), q + 0 * row, inside, ACC)
+        x_right = load_centred(student, shift, stride, column.to(tl.int64), q + 0 * column, column < size, ACC)
+    elif about is not None:
+        x_left = tl.load(about + row, mask=inside, other=0)
+        x_right = tl.load(about + column, mask=column < size, other=0)
     elif dots is not None:
-        left = mean_of(student, shift, row, row < size, ACC)
-        right = mean_of(student, shift, column, column < size, ACC)
+        x_left = tl.where(p < 0, mean_of(student, shift, row, inside, ACC), 0)
+        x_right = tl.where(p < 0, mean_of(student, shift, column, column < size, ACC), 0)
     if dots is not None:
-        tl.store(dots + i * size + column, tl.sum(value * left[:, None], 0), mask=column < size)
-        if i != j:
-            tl.store(dots + j * size + row, tl.sum(value * right[None, :], 1), mask=row < size)
+        if not PART:
+            tl.store(dots + i * size + column, tl.sum(value * x_left[:, None], 0), mask=column < size)
+        if (i != j) | PART:
+            tl.store(dots + j * own + row, tl.sum(value * x_right[None, :], 1), mask=inside)
     side = tl.arange(0, PIECE)
     at = row.to(tl.int64)[:, None] * stride_product + (place_of(j * PIECE, PIECE, PLANES) + side)[None, :]
     mirror = column.to(tl.int64)[:, None] * stride_product + (place_of(i * PIECE, PIECE, PLANES) + side)[None, :]
-    off_diagonal = i != j
+    off_diagonal = (i != j) & (not PART)
     if tl.float64 == ACC:
         tl.store(product + row.to(tl.int64)[:, None] * size + column[None, :], value, mask=live)
         mirrored = tl.trans(live) & off_diagonal
@@ -258,7 +326,7 @@ def vicreg_finish_kernel(
         store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)
     # In float64 as soon as they are few: the columns' own squares are subtracted from their sum.
     square = tl.sum(tl.sum(value * value, 1).to(tl.float64), 0)
-    tl.store(sums + tl.program_id(0), tl.where(i == j, square, 2 * square))
+    tl.store(sums + tl.program_id(0), tl.where(off_diagonal, 2 * square, square))
     if is_last(ticket):
         tl.store(ticket, 0)
         LANES: tl.constexpr = 1024
@@ -274,9 +342,15 @@ def vicreg_finish_kernel(
                 for run in range(0, tl.where(p < 0, 0, runs)):
                     shared += tl.load(crosses + run * width + each, mask=inside, other=0)
                 tl.store(cross + each, shared, mask=inside)
-                own = tl.load(squares + each, mask=inside & (each != p), other=0) / tl.cast(dof, ACC)
-                total += 2 * shared.to(tl.float64) * shared - own.to(tl.float64) * own
-        store_terms(
-            tl.load(facts), tl.load(facts + 1), tl.sum(total, 0) / tl.cast(divisor, tl.float64), weights,
-            loss, invariance, variance, covariance, inv_weight, var_weight, cov_weight, ACC,
-        )  # fmt: skip
+                alone = tl.load(squares + each, mask=inside & (each != p), other=0) / dof
+                twice = 2 * shared.to(tl.float64) * shared - alone.to(tl.float64) * alone
+                if PART:  # of what all ranks subtract
+                    twice *= tl.cast(own, tl.float64) / tl.load(largest + 1)
+                total += twice
+        energy = tl.sum(total, 0)
+        tl.store(facts + 4, energy)
+        if loss is not None:
+            store_terms(
+                tl.load(facts), tl.load(facts + 1), energy / tl.cast(divisor, tl.float64), weights,
+                loss, invariance, variance, covariance, inv_weight, var_weight, cov_weight, ACC,
+            )  # fmt: skip

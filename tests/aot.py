@@ -47,7 +47,7 @@ import aot_shared
 from aot_code import chained, cuda_resources, dump, hip_resources, instructions, rates
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fused_dino.ops import vicreg_triton
+from fused_dino.ops import vicreg_tiles
 
 ROOT = Path(__file__).parent.parent
 # With the KiB of shared memory that a block can have there: past them a kernel compiles, and its launch fails.
@@ -107,14 +107,14 @@ def launches(cases: Iterable, target: str) -> list[dict[str, Any]]:
     """Return what the cases launch on a GPU and where torch is built for its vendor: a launcher may choose by them."""
     seen, gpu = [], TARGETS[target][0]
     hip = gpu.backend == "hip"
-    limits = vicreg_triton.LIMITS.get(0 if hip else gpu.arch // 10, vicreg_triton.ELSEWHERE)
+    limits = vicreg_tiles.LIMITS.get(0 if hip else gpu.arch // 10, vicreg_tiles.ELSEWHERE)
     for case in cases:
 
         def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, case: Any = case, **options: Any) -> None:
             seen.append({"kernel": kernel, "args": args, "options": options, "case": case})
 
         vendor = mock.patch.object(torch.version, "hip", "any" if hip else None)
-        chosen = mock.patch.object(vicreg_triton, "limits_of", return_value=limits)
+        chosen = mock.patch.object(vicreg_tiles, "limits_of", return_value=limits)
         with mock.patch.object(JITFunction, "run", record), vendor, chosen:
             case.launch()
     return seen

@@ -18,6 +18,7 @@ from proving import DEVICE, IMPLEMENTATIONS, INTERPRETED
 # A kernel runs in the interpreter, in a process of its own, or on a GPU.
 collect_ignore = ["test_kernels.py"] if not INTERPRETED and DEVICE == "cpu" else []
 collect_ignore += ["test_gpu.py"] if DEVICE == "cpu" else []
+collect_ignore += ["test_distributed_triton.py"] if not INTERPRETED and torch.cuda.device_count() < 2 else []
 
 
 class TinyTeacher(nn.Module):

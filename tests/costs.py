@@ -36,21 +36,21 @@ def summed(numbers: float, world: int, itemsize: int) -> float:
 
 
 def by_rows(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """Two scalars and the largest column's covariances are summed in float64 beside the rows, which column that is and
-    the counts are exchanged; then its rows of the product, and of the gradient."""
-    received = gathered(rows * width, world, itemsize) + summed(2 + width, world, 8) + gathered(2, world, 8)
+    """Two scalars are summed in float64 beside the rows, the largest column and the counts are exchanged; then its rows
+    of the product, and of the gradient."""
+    received = gathered(rows * width, world, itemsize) + summed(2, world, 8) + gathered(2, world, 8)
     return Cost(received, 4 * rows * (rows * world) * width)
 
 
 def by_columns(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """The sums of the columns, two scalars, the product, the squares, and what is left of the means."""
-    received = summed(width + 2 + width * width + 2 * width, world, 4) + gathered(1, world, 8)
+    """The sums of the columns and two scalars in float64, the product, and the counts."""
+    received = summed(width + 2, world, 8) + summed(width * width, world, 4) + gathered(1, world, 8)
     return Cost(received, 4 * rows * width * width)
 
 
 def by_moments(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """Without a covariance: the sums of the columns, two scalars, the squares, and what is left of the means."""
-    return Cost(summed(width + 2 + width + width, world, 4), 0)
+    """Without a covariance: the sums of the columns and two scalars in float64, and the squares."""
+    return Cost(summed(width + 2, world, 8) + summed(width, world, 4), 0)
 
 
 def recipe(rows: int, width: int, world: int, itemsize: int) -> Cost:

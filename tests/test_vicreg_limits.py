@@ -12,9 +12,9 @@ import torch
 from torch.testing import assert_close
 
 from fused_dino import functional as FD
-from fused_dino.ops import vicreg_triton
+from fused_dino.ops import vicreg_tiles
 from fused_dino.ops.dispatch import cdiv
-from fused_dino.ops.vicreg_triton import FLOAT64, TILES, split
+from fused_dino.ops.vicreg_tiles import FLOAT64, TILES, split
 from proving import DEVICE, DTYPES, check_accuracy
 from table import VICREG
 
@@ -56,7 +56,7 @@ def test_by_rows_the_covariance_alone_keeps_its_digits(shape, factor, backend):
 @pytest.mark.parametrize("shape", [(64, 4096), (4096, 64)])
 def test_a_sum_of_4096_products_is_not_biased(shape, dtype, backend, monkeypatch):
     """One split adds all, as where tiles are many. A matrix unit that cut each sum of the chain would lose 2e-5."""
-    monkeypatch.setattr(vicreg_triton, "PROGRAMS", 1)
+    monkeypatch.setattr(vicreg_tiles, "PROGRAMS", 1)
     y, g = dominated(shape, 1, dtype)
     covariance = FD.vicreg_loss(y, g).covariance.double()
     true = FD.vicreg_loss(y.double(), g.double(), backend="reference").covariance
@@ -122,7 +122,8 @@ def test_the_splits_of_a_product_are_together_no_larger_than_the_student():
     steps = itertools.product(TILES, (16, 32, 64, 128))
     for tile, step in (*steps, (FLOAT64["TILE"], FLOAT64["BLOCK_K"])):
         for size, depth in itertools.product((1, 2, 7, 64, 100, 255, 1024), (1, 2, 63, 256, 4000, 100_000)):
-            splits, depth_a_split = split(size, depth, cdiv(size, tile), step)
+            across = cdiv(size, tile)
+            splits, depth_a_split = split(size, depth, across * (across + 1) // 2, step)
             assert splits == 1 or splits * size * size <= size * depth
             assert (splits - 1) * depth_a_split < depth <= splits * depth_a_split, "each has rows, and none is left"
             most = max(most, splits)
@@ -131,7 +132,7 @@ def test_the_splits_of_a_product_are_together_no_larger_than_the_student():
 
 SETTINGS = """
 import torch
-from fused_dino.ops.vicreg_triton import planes_of_products
+from fused_dino.ops.vicreg_tiles import planes_of_products
 
 torch.version.hip = None  # AMD multiplies float32 whatever is set
 matmul = torch.backends.cuda.matmul

@@ -30,12 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import acc_dtype
 from ..reference.vicreg import vicreg_loss as formula
 from . import vicreg_torch, vicreg_triton
 from .function import make_function
-from .vicreg_plan import Plan, flags, make_plan, weights_of
-from .vicreg_triton import BackwardOptions
+from .vicreg_plan import BackwardOptions, Plan, make_call, weights_of
 
 
 def loss_by_formula(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
@@ -93,23 +91,9 @@ def vicreg_loss(
     student: Tensor,  # [N, D]
     target: Tensor,  # [N, D]
     *,
-    inv_weight: float | Tensor,
-    var_weight: float | Tensor,
-    cov_weight: float | Tensor,
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """The loss and its three terms."""
-    weights: dict[str, Any] = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
-    dtype, tensor = acc_dtype(student, target), None
-    # Triton rounds a number to float32, which a float64 loss must not. A compiler would compile an op that takes a
-    # number anew for each; a product with one it does not.
-    if any(isinstance(x, Tensor) for x in weights.values()) or (
-        backend == "triton" and (dtype == torch.float64 or torch.compiler.is_compiling())
-    ):
-        one = student.new_ones((), dtype=dtype)
-        each = (x if isinstance(x, Tensor) else one * x for x in weights.values())
-        tensor = torch.stack(list(each))
-        weights = flags(weights)
-    plan = make_plan(*student.shape, **weights, **options)
-    return vicreg_function(student, target, tensor, plan, backend)[:4]
+    weights, plan = make_call(student, target, backend == "triton", **options)
+    return vicreg_function(student, target, weights, plan, backend)[:4]

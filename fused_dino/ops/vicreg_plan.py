@@ -1,11 +1,14 @@
-"""Decides which terms of VICReg are computed and by which product: from shapes and options, never from values."""
+"""What every way of computing VICReg shares: which terms and which product, from shapes and options, and never from
+values; and the terms, from sums over the rows."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..reference.dtypes import acc_dtype
 from ..reference.vicreg import covariance_divisor, is_computed
 
 
@@ -60,8 +63,69 @@ def flags(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: 1.0 if is_computed(weight) else 0.0 for name, weight in weights.items()}
 
 
+def make_call(
+    student: Tensor, target: Tensor, opaque: bool, *, inv_weight: Any, var_weight: Any, cov_weight: Any, **options: Any
+) -> tuple[Tensor | None, Plan]:
+    """Return the weights as a tensor [3], or None where the plan has their numbers, and the plan.
+
+    opaque: whether an opaque op takes them.
+    """
+    weights = {"inv_weight": inv_weight, "var_weight": var_weight, "cov_weight": cov_weight}
+    dtype, tensor = acc_dtype(student, target), None
+    # Triton rounds a number to float32, which a float64 loss must not. A compiler would compile an op that takes a
+    # number anew for each; a product with one it does not.
+    if any(isinstance(x, Tensor) for x in weights.values()) or (
+        opaque and (dtype == torch.float64 or torch.compiler.is_compiling())
+    ):
+        one = student.new_ones((), dtype=dtype)
+        each = (x if isinstance(x, Tensor) else one * x for x in weights.values())
+        tensor = torch.stack(list(each))
+        weights = flags(weights)
+    return tensor, make_plan(*student.shape, **weights, **options)
+
+
 def weights_of(plan: Plan, weights: Tensor | None) -> tuple[float | Tensor, ...]:
     """The plan's numbers, or the tensor's; 0 where the term is not computed, so that nothing of it comes through."""
     if weights is None:
         return plan.weights
     return tuple(x if computed else computed for computed, x in zip(plan.weights, weights.unbind(), strict=True))
+
+
+Grads = tuple[Tensor, Tensor]  # of student and target, empty where not wanted
+
+
+class BackwardOptions(NamedTuple):
+    """The plan, and which gradients are computed."""
+
+    for_student: bool
+    for_target: bool
+    plan: Plan
+
+
+def dof_of(rows: Any) -> Any:
+    """N - 1, and at least 1, of a number or of a tensor []."""
+    return (rows - 1).clamp(min=1) if isinstance(rows, Tensor) else max(rows - 1, 1)
+
+
+def deviation(squares: Tensor, rows: Any, plan: Plan) -> Tensor:
+    """Return sigma [D], NaN of no rows."""
+    over = rows
+    if plan.unbiased:
+        over = torch.where(rows == 0, rows, dof_of(rows)) if isinstance(rows, Tensor) else rows and dof_of(rows)
+    return (squares / over + plan.eps).sqrt()
+
+
+def terms_of(
+    error: Tensor, rows: Any, squares: Tensor, total: Tensor, width: int, weights: Tensor | None, plan: Plan
+) -> tuple[Tensor, ...]:
+    """Return the loss and its three terms [], of the sums of squared errors and of squared covariances.
+
+    squares: of the centred columns, [D]; empty where neither variance nor covariance is computed.
+    """
+    zero = squares.new_zeros(())
+    invariance = (error / (rows * width)).to(zero) if plan.invariance else zero.clone()
+    variance = torch.relu(plan.gamma - deviation(squares, rows, plan)).mean() if plan.variance else zero.clone()
+    covariance = (total / plan.divisor).to(zero) if plan.covariance else zero.clone()
+    inv_weight, var_weight, cov_weight = weights_of(plan, weights)
+    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
+    return loss, invariance, variance, covariance

@@ -7,15 +7,15 @@ the backward. Autocast leaves products in place, and into `out`, as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.dtypes import acc_dtype
 from .columns_torch import centre_block, mean, off, passes
-from .vicreg_plan import Plan, weights_of
-from .vicreg_triton import BackwardOptions
+from .vicreg_exchange import Ranks
+from .vicreg_plan import BackwardOptions, Grads, Plan, deviation, dof_of, terms_of, weights_of
 
 CPU_PANEL = 128  # rows of a symmetric product that are computed at a time, from the diagonal on
 
@@ -69,38 +69,36 @@ def symmetric_product(x: Tensor) -> Tensor:
 def vicreg_fwd_torch(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
     """loss, invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
     largest [], cross [D]; empty where unwanted."""
-    n, d = student.shape
-    dtype = acc_dtype(student, target)
-    zero = student.new_zeros((), dtype=dtype)
     sums = sums_by_rows if plan.gram else sums_by_columns
-    error, total, *saved = sums(student, target, dtype, plan)
-    squares = saved[1]
-    invariance = error / (n * d) if plan.invariance else zero.clone()
-    variance = torch.relu(plan.gamma - deviation(squares, n, plan)).mean() if plan.variance else zero.clone()
-    covariance = (total / plan.divisor).to(dtype) if plan.covariance else zero.clone()
-    inv_weight, var_weight, cov_weight = weights_of(plan, weights)
-    loss = inv_weight * invariance + var_weight * variance + cov_weight * covariance
-    return loss, invariance, variance, covariance, *saved
+    error, rows, total, *saved = sums(student, target, plan)
+    return *terms_of(error, rows, saved[1], total, student.shape[1], weights, plan), *saved
 
 
-def sums_by_rows(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
-    """The sums of squared errors and of squared covariances [], then what vicreg_fwd_torch returns from shift on."""
-    n, d = student.shape
+def sums_by_rows(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | None = None) -> tuple[Any, ...]:
+    """The sum of squared errors [], the number of rows and the sum of squared covariances [], then what
+    vicreg_fwd_torch returns from shift on.
+
+    ranks: whose gathered rows the student is; the target and the product are this rank's alone.
+    """
+    (n, d), dtype = student.shape, acc_dtype(student, target)
+    own = slice(None) if ranks is None else ranks.own
     columns = plan.variance or plan.covariance
     error, total = student.new_zeros((), dtype=dtype), student.new_empty(0)
     shift = student.new_empty(2, d if columns else 0, dtype=dtype)
     squares, cross = torch.empty_like(shift[0]), shift.new_empty(d if plan.covariance else 0)
-    product = shift.new_empty((n, n) if plan.covariance else (0, 0))
+    product = shift.new_empty((target.shape[0], n) if plan.covariance else (0, 0))
     for part in inner_blocks(student, True):
         block, some = student[part].to(dtype), part[1]
         if plan.invariance:
-            error += (block - target[part]).square_().sum()
+            error += (block[own] - target[part]).square_().sum()
         if columns:
             block = centre_block(block, shift[:, some])
             torch.sum(block.square(), 0, out=squares[some])
     if not plan.covariance:
-        return error, total, shift, squares, product, shift.new_zeros((), dtype=torch.int64), cross
+        return error, n, total, shift, squares, product, shift.new_zeros((), dtype=torch.int64), cross
     largest, dof = largest_of(squares), max(n - 1, 1)
+    if ranks is not None:
+        largest = ranks.first(largest)
     whole = block if block.shape == student.shape else None
     largest_column = column_of(student, shift, largest, whole) / dof
     for part in inner_blocks(student, True):
@@ -111,18 +109,29 @@ def sums_by_rows(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan
         else:
             block = whole.index_fill_(1, largest, 0)
         torch.mv(block.T, largest_column, out=cross[some])
-        add_square_(product, block, beta=1.0 if some.start else 0.0, alpha=1 / dof)
-    total = product_energy(mirror_(product)) + own_squares(squares / dof, cross, largest)
-    return error, total, shift, squares, product, largest, cross
+        beta = 1.0 if some.start else 0.0
+        if ranks is None:
+            add_square_(product, block, beta=beta, alpha=1 / dof)
+        else:
+            torch.addmm(product, block[own], block.T, beta=beta, alpha=1 / dof, out=product)
+    total = product_energy(product if ranks is not None else mirror_(product))
+    if ranks is not None:
+        error, total = ranks.sum(torch.stack([error.to(total), total])).unbind()
+    total = total + own_squares(squares / dof, cross, largest)
+    return error, n, total, shift, squares, product, largest, cross
 
 
-def sums_by_columns(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan) -> tuple[Tensor, ...]:
-    """Returns the same by columns. The product has their squares too, but in the precision of products."""
-    n, d = student.shape
+def sums_by_columns(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | None = None) -> tuple[Any, ...]:
+    """Returns the same by columns. The product has their squares too, but in the precision of products.
+
+    ranks: of whose rows these are some; the sums and the product are those of all.
+    """
+    (n, d), dtype = student.shape, acc_dtype(student, target)
     columns = plan.variance or plan.covariance
-    error, total = student.new_zeros((), dtype=dtype), student.new_empty(0)
+    error, total, rows = student.new_zeros((), dtype=dtype), student.new_empty(0), n
     shift = mean(student, dtype) if columns else error.new_empty(2, 0)
     squares, product = torch.zeros_like(shift[0]), error.new_empty((d, d) if plan.covariance else (0, 0))
+    alpha = 1 / max(n - 1, 1) if ranks is None else 1.0
     for part in inner_blocks(student, False):
         block = student[part].to(dtype)
         if plan.invariance:
@@ -130,14 +139,38 @@ def sums_by_columns(student: Tensor, target: Tensor, dtype: torch.dtype, plan: P
         if columns:
             block = off(block, shift)
         if plan.covariance:
-            add_square_(product, block.T, beta=1.0 if part[0].start else 0.0, alpha=1 / max(n - 1, 1))
+            add_square_(product, block.T, beta=1.0 if part[0].start else 0.0, alpha=alpha)
         if columns:
             squares += block.square_().sum(0)
     if plan.covariance:
         product = mirror_(product) if n else product.zero_()
+    if ranks is not None:
+        moments = ranks.start_moments(shift.sum(0, dtype=torch.float64), n, error)()
+        error, rows, away = moments.error, moments.rows.to(dtype), moments.away.to(dtype)
+        if plan.covariance:
+            product.addr_(away, away, alpha=n)
+        near = moments.mean.to(dtype)
+        shift = torch.stack([near, (moments.mean - near).to(dtype)])
+        squares, product = moments.sum(moments.squares(squares), product)
+        product /= dof_of(rows)
+    if plan.covariance:
         product.diagonal().zero_()
         total = product_energy(product)
-    return error, total, shift, squares, product, error.new_zeros((), dtype=torch.int64), error.new_empty(0)
+    return error, rows, total, shift, squares, product, error.new_zeros((), dtype=torch.int64), error.new_empty(0)
+
+
+def vicreg_ranks_torch(
+    grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None,
+    options: BackwardOptions, ranks: Ranks,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Fills the gradients, and returns the loss and its terms over the rows of all ranks."""
+    plan, own = options.plan, slice(None)
+    if plan.gram:
+        student, own = ranks.start_gather(student)(), ranks.own
+    error, rows, total, *saved = (sums_by_rows if plan.gram else sums_by_columns)(student, target, plan, ranks)
+    if options.for_student or options.for_target:
+        fill_gradients(grads, student, target, grad_output, weights, Saved(*saved), options, own, rows)
+    return terms_of(error, rows, saved[1], total, student.shape[1], weights, plan)
 
 
 def largest_of(squares: Tensor) -> Tensor:
@@ -173,43 +206,50 @@ def product_energy(product: Tensor) -> Tensor:
     return total
 
 
-def deviation(squares: Tensor, n: int, plan: Plan) -> Tensor:
-    return (squares / (max(n - 1, 1) if plan.unbiased and n else n) + plan.eps).sqrt()
-
-
 def vicreg_bwd_torch(
     student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved, options: BackwardOptions
 ) -> tuple[Tensor, Tensor]:
+    for_s = student.new_empty(student.shape if options.for_student else 0)
+    for_t = target.new_empty(target.shape if options.for_target else 0)
+    fill_gradients((for_s, for_t), student, target, grad_output, weights, saved, options)
+    return for_s, for_t
+
+
+def fill_gradients(
+    grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved,
+    options: BackwardOptions, own: slice = slice(None), rows: int | Tensor | None = None,
+) -> None:  # fmt: skip
+    """own: the rows of the student that have gradients; rows: their number and that of all other ranks' rows."""
     for_student, for_target, plan = options
-    shift, squares, product, largest, cross = saved
+    (for_s, for_t), (shift, squares, product, largest, cross) = grads, saved
     inv_weight, var_weight, cov_weight = weights_of(plan, weights)
-    n, d = student.shape
-    dtype = acc_dtype(student, target)
-    for_s = student.new_empty(student.shape if for_student else 0)
-    for_t = target.new_empty(target.shape if for_target else 0)
-    dof = max(n - 1, 1)
+    d, dtype = student.shape[1], acc_dtype(student, target)
+    if rows is None or isinstance(rows, int):
+        rows = max(student.shape[0], 1)
+    dof = dof_of(rows)
     column = matrix = toward_target = largest_column = None
     if plan.variance:
-        sigma = deviation(squares, n, plan)
-        pull = grad_output * (-var_weight / (d * (dof if plan.unbiased else max(n, 1))))
+        sigma = deviation(squares, rows, plan)
+        pull = grad_output * (-var_weight / (d * (dof if plan.unbiased else rows)))
         column = torch.where(sigma < plan.gamma, pull, 0) / sigma  # 0 / 0 where eager has it
     if plan.covariance:
         scale = grad_output * (cov_weight * (4 / (plan.divisor * dof)))
         matrix = product * scale
         if plan.gram:
-            own = squares.index_fill(0, largest, 0) * (scale / dof)
-            column = -own if column is None else column - own
+            alone = squares.index_fill(0, largest, 0) * (scale / dof)
+            column = -alone if column is None else column - alone
             cross = cross * scale
     if plan.invariance:
-        toward_target = grad_output * (inv_weight * (2 / max(n * d, 1)))
+        toward_target = grad_output * (inv_weight * (2 / (rows * d)))
     in_place = for_student and for_s.dtype == dtype
     for part in inner_blocks(student, plan.gram):
         block = student[part].to(dtype)
-        grad = for_s[part] if in_place else block.new_empty(block.shape)
+        mine = block[own]
+        grad = for_s[part] if in_place else mine.new_empty(mine.shape)
         if toward_target is None:
             grad.zero_()
         else:
-            torch.sub(block, target[part], out=grad).mul_(toward_target)
+            torch.sub(mine, target[part], out=grad).mul_(toward_target)
         if for_target:
             for_t[part] = -grad
         if not for_student:
@@ -217,14 +257,14 @@ def vicreg_bwd_torch(
         if column is not None or matrix is not None:
             block = off(block, shift[:, part[1]])
         if column is not None:
-            grad.addcmul_(block, column[part[1]])
+            grad.addcmul_(block[own], column[part[1]])
         if matrix is not None:
             # Transposed, which it equals: MKL's product of two or three rows with a matrix as it lies is less accurate.
             grad.addmm_(*((matrix, block) if plan.gram else (block, matrix.T)))
         if matrix is not None and plan.gram:
             if largest_column is None:
-                largest_column = column_of(student, shift, largest, block if block.shape == student.shape else None)
+                whole = block if block.shape == student.shape else None
+                largest_column = column_of(student, shift, largest, whole)[own]
             grad.addr_(largest_column, cross[part[1]])
         if not in_place:
             for_s[part] = grad
-    return for_s, for_t

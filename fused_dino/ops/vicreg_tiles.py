@@ -1,0 +1,103 @@
+"""The tiles of VICReg's products: their sizes, their operands, and how they fit a GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import acc_of, cdiv
+
+PROGRAMS = 132  # that an H100 runs at once, one a multiprocessor
+HALF = (torch.bfloat16, torch.float16)
+TILES = (128, 64)
+# The largest side of a tile, and the bytes of shared memory for steps, by the major version of a GPU. Elsewhere than on
+# Hopper larger tiles would not leave enough registers.
+HOPPER, ELSEWHERE = (128, 227 * 1024), (64, 64 * 1024)
+LIMITS = {9: HOPPER, 10: (64, 99 * 1024)}
+FLOAT64 = {"TILE": 32, "BLOCK_K": 16, "PLANES_K": 16, "num_warps": 2}
+PIECE = 32  # rows and columns of the product that one program finishes
+PAD = 128  # rows and columns to which planes are padded, so that no tile of them has an end in it
+GROUP = 8  # tiles of the gradient that run together
+
+
+@cache
+def limits_of(device: torch.device) -> tuple[int, int]:
+    """Returns the largest side of a tile, and the bytes of shared memory for the steps of a product."""
+    if device.type != "cuda":
+        return HOPPER
+    major = 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+    return LIMITS.get(major, ELSEWHERE)
+
+
+def planes_of_products() -> int:
+    """Planes of float32 products: three, or two where torch's own setting allows TF32, which has fewer digits.
+
+    AMD multiplies float32. fp32_precision follows every way of setting it; reading allow_tf32 raises once that was set.
+    """
+    return 2 if torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip else 3
+
+
+def is_raw(student: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows can be multiplied as they are: 16 bits, in whole vectors."""
+    aligned = not (student.stride(0) % 8 or student.shape[1] % 16 or student.data_ptr() % 16)
+    return student.dtype in HALF and dtype == torch.float32 and aligned and student.stride(1) == 1
+
+
+def padded(size: int, dtype: torch.dtype) -> int:
+    return size if dtype == torch.float64 else cdiv(size, PAD) * PAD
+
+
+def planes_in(x: Tensor, width: int) -> int:
+    """Counts the planes of a [N, width] that lie in x: none where it is empty, and of float64 itself one."""
+    return x.numel() and x.shape[1] // padded(width, x.dtype)
+
+
+def depth_of(tile: int, tiles: int, memory: int) -> int:
+    """How deep a step is: two steps of so many tiles of 16 bits must fit."""
+    return next((depth for depth in (128, 64, 32) if 4 * tiles * tile * depth <= memory), 16)
+
+
+def is_whole(student: Tensor, steps: dict[str, Any]) -> bool:
+    """Whether no tile of the student has an end in it."""
+    return not any(size % part for size in student.shape for part in (steps["TILE"], steps["BLOCK_K"]))
+
+
+@cache
+def operands(student: torch.dtype, dtype: torch.dtype, raw: bool) -> dict[str, Any]:
+    """enable_fp_fusion explicitly: it rounds once less, and Triton 3.10 changes the default. The interpreter has no
+    product of 16 bits."""
+    import triton
+    import triton.language as tl
+
+    own = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(student, tl.bfloat16)
+    interpret = triton.knobs.runtime.interpret
+    return {
+        "RAW": raw,
+        "OPERAND": tl.float32 if interpret else own,
+        "PLANE": tl.float32 if interpret else tl.bfloat16,
+        "ACC": acc_of(dtype),
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+
+
+def split(size: int, depth: int, tiles: int, step: int) -> tuple[int, int]:
+    """Chooses the splits of a product [..., size] of so many tiles, and the depth of each but the last."""
+    splits = max(1, min(PROGRAMS // tiles, depth // size, depth // (2 * step)))
+    depth_a_split = cdiv(cdiv(depth, splits), step) * step
+    return cdiv(depth, depth_a_split), depth_a_split
+
+
+@cache
+def steps_of(limits: tuple[int, int], many: bool, raw: int, planes: int) -> dict[str, Any]:
+    """Chooses the side of tiles, the larger where there are many of them, and how deep a step is.
+
+    A step has so many tiles of rows as they are, or so many of planes.
+    """
+    largest, memory = limits
+    tile = min(TILES[0] if many else TILES[1], largest)
+    depths = {"BLOCK_K": depth_of(tile, raw, memory), "PLANES_K": depth_of(tile, planes, memory)}
+    return {"TILE": tile, **depths, "num_warps": tile // 16}
