@@ -6,7 +6,8 @@ import triton.language as tl
 from .columns import deviation
 from .store import store
 from .vicreg import load_centred, place_of, weight_of
-from .vicreg_product import add_rows, as_bfloat16, multiply
+from .vicreg_finish import add_rows, as_bfloat16
+from .vicreg_product import multiply
 
 
 @triton.jit

@@ -16,7 +16,9 @@ import torch
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton, resize, standardize_triton, taps, vicreg_triton
 from fused_dino.ops.dispatch import cdiv
-from fused_dino.ops.vicreg_plan import make_plan
+from fused_dino.ops.vicreg_exchange import Moments, Ranks
+from fused_dino.ops.vicreg_plan import BackwardOptions, Plan, make_plan
+from fused_dino.ops.vicreg_ranks_triton import vicreg_ranks_triton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -121,12 +123,43 @@ def resize_cases() -> Iterator[Case]:
     yield from cases("other large", image(torch.float32, 1024, 1024), (224, 224), True)
 
 
+class MiddleOfThree(Ranks):
+    """Stands between two ranks that have as many rows, and exchanges nothing."""
+
+    @property
+    def own(self) -> slice:
+        return slice(self.counts[0], 2 * self.counts[0])
+
+    def start_gather(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: rows.repeat(3, 1)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def start_moments(self, mean: torch.Tensor, rows: int, error: torch.Tensor) -> Callable[[], Moments]:
+        return lambda: Moments(self, mean, mean, rows, error, error)
+
+
 def vicreg_cases() -> Iterator[Case]:
-    def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, wanted: tuple[bool, ...]) -> Iterator[Case]:
-        plan = make_plan(
+    def planned(student: torch.Tensor, route: str = "auto") -> Plan:
+        return make_plan(
             *student.shape, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
-            unbiased=False, route="auto",
+            unbiased=False, route=route,
         )  # fmt: skip
+
+    def over_ranks(name: str, student: torch.Tensor, route: str) -> Case:
+        dtype, both = cosine_triton.acc_dtype(student), BackwardOptions(True, True, planned(student, route))
+        grads = student.new_empty(student.shape, dtype=dtype), student.new_empty(student.shape, dtype=dtype)
+        weights = torch.ones(3, dtype=dtype)
+        ranks = MiddleOfThree(None, [len(student)] * 3)  # type: ignore[arg-type]
+        run = partial(vicreg_ranks_triton, grads, student, student, weights[0], weights, both, ranks)
+        return Case(f"{name} over ranks by {'rows' if both.plan.gram else 'columns'}", run)
+
+    def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, wanted: tuple[bool, ...]) -> Iterator[Case]:
+        plan = planned(student)
         weights = torch.ones(3, dtype=torch.float64) if student.dtype == torch.float64 else None
         made = vicreg_triton.vicreg_fwd_empty(student, teacher, weights, plan)
         saved = vicreg_triton.Saved(*made[4:])
@@ -152,6 +185,9 @@ def vicreg_cases() -> Iterator[Case]:
         for name in ("fp32", "bf16", "fp16"):
             x = torch.empty(shape, dtype=DTYPES[name])
             yield from cases(f"large {name}", x, x, (False,))
+    for name, dtype in DTYPES.items():
+        yield over_ranks(name, torch.empty(96, 512, dtype=dtype), "gram")
+        yield over_ranks(name, torch.empty(1024, 512, dtype=dtype), "covariance")
 
 
 def standardize_cases() -> Iterator[Case]:

@@ -88,21 +88,26 @@ def section() -> str:
 The seed gathers student and teacher, computes the whole loss on every rank, and scatters the gradient back. Here every
 rank computes its part, by one of two routes:
 
-- By rows, it gathers the student's rows. Nothing of size [D, D] is allocated.
-- By columns, it sums the [D, D] products over the ranks. The symmetry of the product, which saves up to a quarter, is
-  not counted below.
+- By rows, it gathers the student's rows, and multiplies its own with all. Nothing of size [D, D] is allocated. Errors
+  are summed while rows are gathered.
+- By columns, it sums the [D, D] products over the ranks. Each product is about its own rows' means, and is computed
+  while the means of all are summed. The symmetry of the product, which saves up to a quarter, is not counted below.
+
+On a GPU both run by the kernels of one process, whose launches the collectives stand between. The forward computes the
+gradient too, and the backward communicates nothing. Second derivatives need `backend="reference"`.
 
 `route="auto"` takes the one that sends fewer bytes: rows up to N = 2 D in float32, and up to 4 D in 16 bits. A group of
-one rank counts as none: it takes the smaller product, and on a GPU the kernels.
+one rank counts as none: it takes the smaller product.
 
 Ranks may have different numbers of rows, or none. All ranks must choose the same route, so that `"auto"` and
 `route="gram"` first exchange the counts on the host, eight bytes per rank. No GPU waits for that if the group has a
 backend for CPUs, which `init_process_group()` without a backend sets up. With NCCL alone the host waits for the device
-once per call. `route="covariance"` exchanges no counts and never waits. Neither does `cov_weight=0`, which sums 3 D
-numbers, or with `var_weight=0` the invariance alone.
+once per call. `route="covariance"` exchanges no counts and never waits. Neither does `cov_weight=0`, which sums D means
+and D squares, or with `var_weight=0` the invariance alone.
 
-`tests/costs.py` calculates these tables, for forward and backward in float32. `tests/test_distributed.py` counts the
-same in three processes, of ours and of the seed.
+`tests/costs.py` calculates these tables, for forward and backward in float32. By rows in 16 bits the kernels sum N more
+numbers of 4 bytes. `tests/test_distributed.py` counts the same in three processes, of ours and of the seed, and
+`tests/test_distributed_triton.py` the bytes of the kernels in four.
 
 256 rows per rank, D = 1024:
 

@@ -29,10 +29,13 @@ def test_every_op_is_listed():
     assert {*CALLS, GROUP} == set(registry.OPS)
 
 
-def test_a_group_runs_on_torch_everywhere():
-    """test_distributed.py has a group, and calls it."""
+def test_a_group_runs_on_what_one_process_does(monkeypatch):
+    """test_distributed.py and test_distributed_triton.py have a group, and call it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert fused_dino.explain_backend(GROUP, X).startswith("torch: ")
-    assert fused_dino.explain_backend(GROUP, X, backend="triton").startswith(f"none: {GROUP} has no Triton kernel yet")
+    assert fused_dino.explain_backend(GROUP, X, backend="triton").startswith(f"none: {GROUP} cannot run on triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fused_dino.explain_backend(GROUP, X, backend="triton").startswith("triton: ")
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -27,6 +27,7 @@ from conftest import TinyTeacher
 from fused_dino import DinoSupervision, VICRegLoss, distributed
 from fused_dino import functional as FD
 from fused_dino.ops import vicreg_ranks, vicreg_torch
+from fused_dino.ops.vicreg_plan import BackwardOptions, make_plan
 
 OPTIONS = [{}, {"cov_reduction": "sum_over_d", "unbiased": True}, {"cov_weight": 0.0}, {"inv_weight": 0.0}]
 OPTIONS += [{"var_weight": 0.0, "cov_weight": 0.0}, {"both": True}]
@@ -172,22 +173,34 @@ def one_row_in_all_is_finite_and_warns_where_it_is_known(rank, world):
 def bytes_received(world):
     """Note the bytes that this rank receives in our collectives."""
     received, patch = [], pytest.MonkeyPatch()
+
+    def noting(cost, start):
+        return lambda x, group: received.append(cost(x.numel(), world, x.element_size())) or start(x, group)
+
     for name, cost in (("start_all_reduce", costs.summed), ("start_all_gather", costs.gathered)):
-
-        def start(x, group, cost=cost, start=getattr(distributed, name)):
-            received.append(cost(x.numel(), world, x.element_size()))
-            return start(x, group)
-
-        patch.setattr(distributed, name, start)
+        patch.setattr(distributed, name, noting(cost, getattr(distributed, name)))
     yield received
     patch.undo()
 
 
+def counting_operations():
+    """FlopCounterMode knows no product that is added in place."""
+    in_place = {torch.ops.aten.addmm_: lambda _, left, right, **options: 2 * left[0] * left[1] * right[1]}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
 def costs_are_those_calculated(rank, world):
-    def pays(calculated, width, route="auto", **weights):
+    def pays(calculated, width, route="auto", var_weight=1, cov_weight=1):
         y, g = (x.float() for x in rows(6, rank, width))
-        with bytes_received(world) as received, FlopCounterMode(display=False) as counter:
-            FD.vicreg_loss(y.requires_grad_(), g, group=dist.group.WORLD, route=route, **weights).loss.backward()
+        plan = make_plan(
+            6, width, inv_weight=1, var_weight=var_weight, cov_weight=cov_weight, gamma=1.0, eps=1e-4,
+            cov_reduction="mean", unbiased=False, route=route,
+        )  # fmt: skip
+        options = vicreg_ranks.RanksOptions(
+            dist.group.WORLD.group_name, route, "torch", BackwardOptions(True, False, plan)
+        )
+        with bytes_received(world) as received, counting_operations() as counter:
+            vicreg_ranks.run_vicreg_ranks(y, g, None, options)
         assert sum(received) == pytest.approx(calculated.received)
         assert counter.get_total_flops() == calculated.operations
 
@@ -352,11 +365,7 @@ def test_the_numbers_of_a_rank_what_it_pays_and_when_the_host_waits(tmp_path):
 @pytest.mark.parametrize("width", [3, 40])
 def test_one_rank_pays_what_is_calculated(width):
     y, g = (x.float().requires_grad_() for x in rows(6, 0, width))
-
-    def in_place(added_to, left, right, **_):
-        return 2 * left[0] * left[1] * right[1]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+    with counting_operations() as counter:
         FD.vicreg_loss(y, g, backend="torch").loss.backward()
     assert counter.get_total_flops() == costs.ours(6, width, 1, 4)[1].operations
 

@@ -215,6 +215,11 @@ def bytes_are_those_calculated(rank, world):
         with bytes_received(world) as received:
             FD.vicreg_loss(y, g, group=dist.group.WORLD, backend="triton")
         assert sum(received) == pytest.approx(costs.ours(6, width, world, 4)[1].received)
+    y, g = (x.bfloat16() for x in drawn((6, 48), seed=rank))
+    with bytes_received(world) as received:
+        FD.vicreg_loss(y, g, group=dist.group.WORLD, route="gram", backend="triton")
+    sums_of_rows = costs.summed(6 * world, world, 4)
+    assert sum(received) == pytest.approx(costs.by_rows(6, 48, world, 2).received + sums_of_rows)
 
 
 CHECKS = (

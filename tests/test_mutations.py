@@ -233,17 +233,17 @@ MUTATIONS = {
         "first = tl.floor((i + 0.5 - support(scale, CUBIC, ANTIALIAS)) * inverse - 0.5625).to(tl.int32) + 2",
         "test_ops.py::test_is_as_accurate_as_eager -k preprocess",
     ),
-    "vicreg_product: a tile counted once": (
-        "tl.where(i == j, square, 2 * square)",
+    "vicreg_finish: a tile counted once": (
+        "tl.where(off_diagonal, 2 * square, square)",
         "square",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
-    "vicreg_product: a mirror image": (
+    "vicreg_finish: a mirror image": (
         "store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)\n    # In",
         "store_planes(product + mirror, value, off_diagonal, PLANES)\n    # In",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
-    "vicreg_product: a split left out": (
+    "vicreg_finish: a split left out": (
         "mask=live & (split < splits), other=0)",
         "mask=live & (split < splits - 1), other=0)",
         "test_ops.py::test_is_as_accurate_as_eager -k 20x1100",
@@ -318,9 +318,24 @@ MUTATIONS = {
         "if B > 3:",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
+    "vicreg_product: own rows that begin elsewhere": (
+        "left = i * TILE + side\n    right = j * TILE + side\n    if low is not None:",
+        "left = i * TILE + side\n    right = j * TILE + side\n    if low is None:",
+        "test_distributed_triton.py",
+    ),
+    "vicreg_finish: what all ranks subtract, by each": (
+        "twice *= tl.cast(own, tl.float64)",
+        "twice *= 0 * own + rows.to(tl.float64)",
+        "test_distributed_triton.py",
+    ),
+    "vicreg_finish: a rank's product about its own mean": (
+        "acc += a[:, None] * b[None, :] * count",
+        "acc += 0 * a[:, None] * b[None, :]",
+        "test_distributed_triton.py",
+    ),
     "vicreg_gradient: a product past its rows": (
-        "live = (lane < rows - start)[:, None]",
-        "live = (lane < rows + 1 - start)[:, None]",
+        "live = (lane < size - start)[:, None]",
+        "live = (lane < size + 1 - start)[:, None]",
         "test_kernels.py::test_aligned_rows_of_16_bits_stay_within_their_pages",
     ),
 }

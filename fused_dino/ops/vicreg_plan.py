@@ -91,6 +91,7 @@ def weights_of(plan: Plan, weights: Tensor | None) -> tuple[float | Tensor, ...]
     return tuple(x if computed else computed for computed, x in zip(plan.weights, weights.unbind(), strict=True))
 
 
+Terms = tuple[Tensor, Tensor, Tensor, Tensor]  # the loss and its three terms []
 Grads = tuple[Tensor, Tensor]  # of student and target, empty where not wanted
 
 
@@ -117,7 +118,7 @@ def deviation(squares: Tensor, rows: Any, plan: Plan) -> Tensor:
 
 def terms_of(
     error: Tensor, rows: Any, squares: Tensor, total: Tensor, width: int, weights: Tensor | None, plan: Plan
-) -> tuple[Tensor, ...]:
+) -> Terms:
     """Return the loss and its three terms [], of the sums of squared errors and of squared covariances.
 
     squares: of the centred columns, [D]; empty where neither variance nor covariance is computed.

@@ -130,6 +130,6 @@ def vicreg_loss_over_ranks(
 ) -> tuple[Tensor, ...]:
     """The loss and its three terms."""
     weights, plan = make_call(student, target, True, **options)
-    wanted = (torch.is_grad_enabled() and x.requires_grad for x in (student, target))
-    ranks = RanksOptions(group.group_name, options["route"], backend, BackwardOptions(*wanted, plan))
+    for_student, for_target = (torch.is_grad_enabled() and x.requires_grad for x in (student, target))
+    ranks = RanksOptions(group.group_name, options["route"], backend, BackwardOptions(for_student, for_target, plan))
     return over_ranks(student, target, weights, ranks, backend)[:4]

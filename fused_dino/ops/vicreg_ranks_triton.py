@@ -10,7 +10,7 @@ from . import vicreg_triton as launches
 from .dispatch import acc_of, cdiv, rows_of
 from .plain import launch
 from .vicreg_exchange import Moments, Ranks
-from .vicreg_plan import BackwardOptions, Grads, Plan, terms_of
+from .vicreg_plan import BackwardOptions, Grads, Plan, Terms, terms_of
 from .vicreg_tiles import PIECE, is_raw, padded
 from .vicreg_triton import Saved
 
@@ -18,7 +18,7 @@ from .vicreg_triton import Saved
 def vicreg_ranks_triton(
     grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None,
     options: BackwardOptions, ranks: Ranks,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Terms:  # fmt: skip
     """Fills the gradients, and returns the loss and its terms over the rows of all ranks."""
     plan, width = options.plan, student.shape[1]
     student, target = rows_of(student, target)
@@ -106,7 +106,7 @@ def by_columns(
 
 def about_all(parts: Tensor, saved: Saved, student: Tensor, moments: Moments) -> Tensor:
     """Returns the sum of the splits of a product about own means, as one about the means of all, [D, D]."""
-    from ..kernels.vicreg_product import vicreg_part_kernel
+    from ..kernels.vicreg_finish import vicreg_part_kernel
 
     splits, size, _ = parts.shape
     pieces = cdiv(size, PIECE)

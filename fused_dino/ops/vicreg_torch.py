@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference.dtypes import acc_dtype
 from .columns_torch import centre_block, mean, off, passes
 from .vicreg_exchange import Ranks
-from .vicreg_plan import BackwardOptions, Grads, Plan, deviation, dof_of, terms_of, weights_of
+from .vicreg_plan import BackwardOptions, Grads, Plan, Terms, deviation, dof_of, terms_of, weights_of
 
 CPU_PANEL = 128  # rows of a symmetric product that are computed at a time, from the diagonal on
 
@@ -128,7 +128,8 @@ def sums_by_columns(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | 
     """
     (n, d), dtype = student.shape, acc_dtype(student, target)
     columns = plan.variance or plan.covariance
-    error, total, rows = student.new_zeros((), dtype=dtype), student.new_empty(0), n
+    error, total = student.new_zeros((), dtype=dtype), student.new_empty(0)
+    rows: int | Tensor = n
     shift = mean(student, dtype) if columns else error.new_empty(2, 0)
     squares, product = torch.zeros_like(shift[0]), error.new_empty((d, d) if plan.covariance else (0, 0))
     alpha = 1 / max(n - 1, 1) if ranks is None else 1.0
@@ -162,7 +163,7 @@ def sums_by_columns(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | 
 def vicreg_ranks_torch(
     grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None,
     options: BackwardOptions, ranks: Ranks,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Terms:  # fmt: skip
     """Fills the gradients, and returns the loss and its terms over the rows of all ranks."""
     plan, own = options.plan, slice(None)
     if plan.gram:

@@ -22,7 +22,7 @@ from .columns import COLUMNS, ROWS, runs_of
 from .dispatch import acc_of, cdiv, launched, rows_of
 from .plain import launch
 from .tickets import ticket
-from .vicreg_plan import BackwardOptions, Grads, Plan
+from .vicreg_plan import BackwardOptions, Grads, Plan, Terms
 from .vicreg_tiles import HALF, PAD, PIECE, TILES, is_raw, padded, planes_in
 
 
@@ -54,13 +54,11 @@ class Forward(NamedTuple):
     cross: Tensor
 
 
-Terms = tuple[Tensor, ...] | None  # the loss and its three terms [], where the kernels store them
-
-
 def vicreg_fwd_empty(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Forward:
     """Allocates the loss and its three terms [], then what the backward needs."""
     dtype = acc_dtype(student, target)
-    return Forward(*(student.new_empty((), dtype=dtype) for _ in range(4)), *empty_saved(student, dtype, plan))
+    loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
+    return Forward(loss, invariance, variance, covariance, *empty_saved(student, dtype, plan))
 
 
 def empty_saved(student: Tensor, dtype: torch.dtype, plan: Plan, own: slice | None = None) -> Saved:
@@ -116,7 +114,13 @@ def statistics_options(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def launch_statistics(
-    saved: Saved, student: Tensor, target: Tensor | None, raw: bool, weights: Tensor | None, terms: Terms, plan: Plan
+    saved: Saved,
+    student: Tensor,
+    target: Tensor | None,
+    raw: bool,
+    weights: Tensor | None,
+    terms: Terms | None,
+    plan: Plan,
 ) -> None:
     """target: None where no errors are summed."""
     from ..kernels.vicreg import vicreg_statistics_kernel
@@ -185,10 +189,10 @@ def launch_product(
 
 def launch_finish(
     saved: Saved, student: Tensor, parts: Tensor, row_sums: Tensor | None, crosses: Tensor | None, raw: bool,
-    weights: Tensor | None, terms: Terms, plan: Plan, own: slice | None = None, about: Tensor | None = None,
+    weights: Tensor | None, terms: Terms | None, plan: Plan, own: slice | None = None, about: Tensor | None = None,
 ) -> None:  # fmt: skip
     """raw: whether means come off here, where the student was multiplied as it is; about: see vicreg_finish_kernel."""
-    from ..kernels.vicreg_product import vicreg_finish_kernel
+    from ..kernels.vicreg_finish import vicreg_finish_kernel
 
     (splits, rows, size), d, dtype = parts.shape, student.shape[1], saved.shift.dtype
     pieces = cdiv(padded(size, dtype), PIECE)

@@ -1,0 +1,177 @@
+"""VICReg's product, summed and stored for the gradient, and the loss. See ops/vicreg.py."""
+
+import triton
+import triton.language as tl
+
+from .columns import is_last
+from .vicreg import load_centred, mean_of, place_of, store_planes, store_terms
+from .vicreg_product import pair_of, place_in
+
+
+@triton.jit
+def add_rows(x, rows, stride, column, inside):
+    """Adds up the rows of x [rows, stride] in some columns, 16 at a time so that their loads are in flight together."""
+    total = tl.zeros((column.shape[0],), x.dtype.element_ty)
+    for start in range(0, rows, 16):
+        row = start + tl.arange(0, 16)
+        live = (row < rows)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(x + row[:, None] * stride + column[None, :], mask=live, other=0), 0)
+    return total
+
+
+@triton.jit
+def as_bfloat16(pointer):
+    """Reads the memory of a product as planes: it was made for float16, which multiplies rows as they are."""
+    return pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+
+
+@triton.jit
+def add_splits(parts, splits, numbers, at, live, ACC: tl.constexpr):
+    """Adds up a piece of the splits of a product, 4 at a time so that their loads are in flight together."""
+    acc = tl.zeros((at.shape[0], at.shape[1]), ACC)
+    for start in range(0, splits, 4):
+        for step in tl.static_range(4):
+            split = start + step
+            acc += tl.load(parts + split.to(tl.int64) * numbers + at, mask=live & (split < splits), other=0)
+    return acc
+
+
+@triton.jit
+def vicreg_part_kernel(
+    parts,  # [SPLITS, D, D]: see vicreg_product_kernel; the first becomes their sum, about the mean of all ranks' rows
+    student, shift, largest,  # [N, D], [D], [2]: see vicreg_statistics_kernel
+    away,  # [D], from the mean of these rows to that of all ranks'
+    rows, size, splits, RAW: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns a piece of the product on or above the diagonal.
+    i, j = pair_of(tl.program_id(0), tl.cdiv(size, PIECE))
+    row = i * PIECE + tl.arange(0, PIECE)
+    column = j * PIECE + tl.arange(0, PIECE)
+    live = (row < size)[:, None] & (column < size)[None, :]
+    at = row.to(tl.int64)[:, None] * size + column[None, :]
+    acc = add_splits(parts, splits, tl.cast(size, tl.int64) * size, at, live, ACC)
+    count = tl.cast(rows, ACC)
+    if RAW:
+        as_it_is = tl.load(largest) < 0
+        if as_it_is:
+            a = mean_of(student, shift, row, row < size, ACC)
+            b = mean_of(student, shift, column, column < size, ACC)
+            acc -= a[:, None] * b[None, :] * count
+    a = tl.load(away + row, mask=row < size, other=0)
+    b = tl.load(away + column, mask=column < size, other=0)
+    acc += a[:, None] * b[None, :] * count
+    tl.store(parts + at, acc, mask=live)
+
+
+@triton.jit
+def vicreg_finish_kernel(
+    parts, row_sums,  # see vicreg_product_kernel
+    student, shift, squares, facts, largest,  # [N, D], [D], [D], [5], [2]: see vicreg_statistics_kernel
+    crosses,  # [RUNS, D]: see vicreg_planes_kernel
+    about,  # [D], what rows are multiplied less, where those of other ranks are in the product; else None
+    product,  # [padded, PLANES * padded]: planes of the product over N - 1, times the scale of the facts
+    dots,  # [pieces of a row, own]: of the product and x_p (GRAM), or of it and what rows are multiplied less; None
+    cross,  # [D] (GRAM)
+    sums, ticket,  # [programs], float64; a zero, which is left zero
+    weights,  # [3] or None
+    loss, invariance, variance, covariance,  # [], or None
+    stride, stride_product, pieces,
+    low, own,  # see vicreg_product_kernel
+    width, size, splits, sums_of_rows, runs, divisor, inv_weight, var_weight, cov_weight,
+    GRAM: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # One program owns a piece of the product on or above the diagonal, and its mirror image: small ones, so that many
+    # loads are in flight. The one that finishes last makes the loss of what all have summed. Where own rows meet all
+    # rows, it owns any piece and no other.
+    PART: tl.constexpr = low is not None
+    i, j = place_in(tl.program_id(0), pieces, PART)
+    row = i * PIECE + tl.arange(0, PIECE)
+    column = j * PIECE + tl.arange(0, PIECE)
+    inside = row < own
+    live = inside[:, None] & (column < size)[None, :]
+    at = row.to(tl.int64)[:, None] * size + column[None, :]
+    acc = add_splits(parts, splits, tl.cast(own, tl.int64) * size, at, live, ACC)
+    left = row
+    if PART:
+        left += low
+    p = tl.load(largest)
+    rows = tl.load(largest + 1).to(ACC)
+    dof = tl.maximum(rows - 1, 1)
+    if RAW:
+        as_it_is = p < 0
+        if as_it_is:  # what the means have brought in
+            if GRAM:
+                a = add_rows(row_sums, sums_of_rows, size, left, inside) / rows
+                b = add_rows(row_sums, sums_of_rows, size, column, column < size) / rows
+                acc -= a[:, None] + b[None, :] - tl.load(facts + 2).to(tl.float32)
+            else:
+                a = mean_of(student, shift, row, row < size, tl.float32)
+                b = mean_of(student, shift, column, column < size, tl.float32)
+                acc -= a[:, None] * b[None, :] * rows
+    value = tl.where(live, acc / dof, 0)
+    if not GRAM:  # the diagonal is no part of the covariance
+        value = tl.where(row[:, None] == column[None, :], 0, value)
+    if GRAM:
+        q = tl.maximum(p, 0)
+        x_left = load_centred(student, shift, stride, left.to(tl.int64), q + 0 * row, inside, ACC)
+        x_right = load_centred(student, shift, stride, column.to(tl.int64), q + 0 * column, column < size, ACC)
+    elif about is not None:
+        x_left = tl.load(about + row, mask=inside, other=0)
+        x_right = tl.load(about + column, mask=column < size, other=0)
+    elif dots is not None:
+        x_left = tl.where(p < 0, mean_of(student, shift, row, inside, ACC), 0)
+        x_right = tl.where(p < 0, mean_of(student, shift, column, column < size, ACC), 0)
+    if dots is not None:
+        if not PART:
+            tl.store(dots + i * size + column, tl.sum(value * x_left[:, None], 0), mask=column < size)
+        if (i != j) | PART:
+            tl.store(dots + j * own + row, tl.sum(value * x_right[None, :], 1), mask=inside)
+    side = tl.arange(0, PIECE)
+    at = row.to(tl.int64)[:, None] * stride_product + (place_of(j * PIECE, PIECE, PLANES) + side)[None, :]
+    mirror = column.to(tl.int64)[:, None] * stride_product + (place_of(i * PIECE, PIECE, PLANES) + side)[None, :]
+    off_diagonal = (i != j) & (not PART)
+    if tl.float64 == ACC:
+        tl.store(product + row.to(tl.int64)[:, None] * size + column[None, :], value, mask=live)
+        mirrored = tl.trans(live) & off_diagonal
+        tl.store(product + column.to(tl.int64)[:, None] * size + row[None, :], tl.trans(value), mask=mirrored)
+    elif product.dtype.element_ty == tl.float16:
+        if p < 0:
+            scaled = value * tl.load(facts + 3).to(tl.float32)
+            store_planes(product + at, scaled, True, PLANES)
+            store_planes(product + mirror, tl.trans(scaled), off_diagonal, PLANES)
+        else:
+            store_planes(as_bfloat16(product) + at, value, True, PLANES)
+            store_planes(as_bfloat16(product) + mirror, tl.trans(value), off_diagonal, PLANES)
+    else:
+        store_planes(product + at, value, True, PLANES)
+        store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)
+    # In float64 as soon as they are few: the columns' own squares are subtracted from their sum.
+    square = tl.sum(tl.sum(value * value, 1).to(tl.float64), 0)
+    tl.store(sums + tl.program_id(0), tl.where(off_diagonal, 2 * square, square))
+    if is_last(ticket):
+        tl.store(ticket, 0)
+        LANES: tl.constexpr = 1024
+        lane = tl.arange(0, LANES)
+        total = tl.zeros((LANES,), tl.float64)
+        for start in range(0, tl.num_programs(0), LANES):
+            total += tl.load(sums + start + lane, mask=start + lane < tl.num_programs(0), other=0)
+        if GRAM:
+            for start in range(0, width, LANES):
+                each = start + lane
+                inside = each < width
+                shared = tl.zeros((LANES,), ACC)
+                for run in range(0, tl.where(p < 0, 0, runs)):
+                    shared += tl.load(crosses + run * width + each, mask=inside, other=0)
+                tl.store(cross + each, shared, mask=inside)
+                alone = tl.load(squares + each, mask=inside & (each != p), other=0) / dof
+                twice = 2 * shared.to(tl.float64) * shared - alone.to(tl.float64) * alone
+                if PART:  # of what all ranks subtract
+                    twice *= tl.cast(own, tl.float64) / tl.load(largest + 1)
+                total += twice
+        energy = tl.sum(total, 0)
+        tl.store(facts + 4, energy)
+        if loss is not None:
+            store_terms(
+                tl.load(facts), tl.load(facts + 1), energy / tl.cast(divisor, tl.float64), weights,
+                loss, invariance, variance, covariance, inv_weight, var_weight, cov_weight, ACC,
+            )  # fmt: skip
