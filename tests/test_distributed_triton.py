@@ -162,7 +162,7 @@ def the_kernels_of_one_process_run_while_ranks_communicate(rank, world):
     """By columns one more sums the splits before the ranks do, and the host waits for nothing."""
     y, g = (x.float().requires_grad_() for x in drawn((4, 16), seed=rank))
     expected = {
-        "gram": "gather wait, gather statistics wait, statistics gather wait, planes product finish bwd, reduce wait",
+        "gram": "gather wait, gather statistics wait, statistics gather wait, planes product finish, reduce wait, bwd",
         "covariance": "statistics, reduce planes product wait, part reduce wait, finish bwd",
     }
     for route, order in expected.items():
@@ -174,7 +174,7 @@ def the_kernels_of_one_process_run_while_ranks_communicate(rank, world):
         assert len(seen) == in_all, "the backward communicates nothing"
         with noted() as seen, torch.no_grad():
             FD.vicreg_loss(y, g, group=dist.group.WORLD, route=route, backend="triton")
-        assert seen == order.replace(",", "").replace("bwd ", "").replace(" bwd", "").split()
+        assert seen == order.replace(",", "").replace(" bwd", "").split()
 
 
 def ranks_that_would_choose_otherwise_leave_out_the_first_ranks_column(rank, world):
@@ -200,9 +200,10 @@ def second_derivatives_are_refused(rank, world):
 
 
 def compiles(rank, world):
-    for route in ROUTES:
+    pair = dist.new_group([0, 1])
+    for route in ROUTES if rank < 2 else ():
         y, g = (x.requires_grad_() for x in drawn((4, 40), seed=rank))
-        loss = VICRegLoss(route=route, backend="triton", detach_teacher=False)
+        loss = VICRegLoss(route=route, group=pair, backend="triton", detach_teacher=False)
         compiled = torch.compile(lambda y, g, loss=loss: loss(y, g).loss, fullgraph=True, backend="aot_eager")
         ours, plain = compiled(y, g), loss(y, g).loss
         assert_close(ours, plain, rtol=1e-12, atol=0)

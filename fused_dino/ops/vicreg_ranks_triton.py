@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,19 +16,22 @@ from .vicreg_plan import BackwardOptions, Grads, Plan, Terms, terms_of
 from .vicreg_tiles import PIECE, is_raw, padded
 from .vicreg_triton import Saved
 
+Sums = tuple[Tensor, Any, Tensor, Tensor]  # errors, N, squares of columns and squared covariances, of all ranks
+
 
 def vicreg_ranks_triton(
     grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None,
     options: BackwardOptions, ranks: Ranks,
 ) -> Terms:  # fmt: skip
     """Fills the gradients, and returns the loss and its terms over the rows of all ranks."""
-    plan, width = options.plan, student.shape[1]
+    plan, own = options.plan, ranks.own if options.plan.gram else None
     student, target = rows_of(student, target)
     with torch.cuda.device_of(student):
-        error, rows, squares, total = (by_rows if plan.gram else by_columns)(
-            grads, student, target, grad_output, weights, options, ranks
-        )
-    return terms_of(error, rows, squares, total, width, weights, plan)
+        run = by_rows if plan.gram else by_columns
+        sums, student, saved = run(student, target, acc_dtype(student, target), plan, ranks)
+        if options.for_student or options.for_target:
+            launches.launch_vicreg_bwd(grads, student, target, grad_output, weights, saved, options, own)
+    return terms_of(*sums, student.shape[1], weights, plan)
 
 
 def own_statistics(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan) -> Saved:
@@ -40,17 +45,15 @@ def own_statistics(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Pl
 
 
 def by_rows(
-    grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None,
-    options: BackwardOptions, ranks: Ranks,
-) -> tuple[Tensor, int, Tensor, Tensor]:  # fmt: skip
+    student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan, ranks: Ranks
+) -> tuple[Sums, Tensor, Saved]:
     """The errors are summed while rows are gathered. Own rows are multiplied with all rows."""
-    plan, dtype, own = options.plan, acc_dtype(student, target), ranks.own
-    gathered = ranks.start_gather(student)
+    own, gathered = ranks.own, ranks.start_gather(student)
     error = own_statistics(student, target, dtype, plan._replace(cov_weight=0.0)).facts[0] * student.numel()
     student = gathered()
     saved = launches.empty_saved(student, dtype, plan, own)
     if not student.shape[0]:
-        return error, 0, saved.squares.zero_(), error
+        return (error, 0, saved.squares.zero_(), error), student, saved
     raw, rows = is_raw(student, dtype), own.stop - own.start
     launches.launch_statistics(saved, student, None, raw, None, None, plan)
     saved.largest[0].copy_(ranks.first(saved.largest[0]))
@@ -62,19 +65,16 @@ def by_rows(
     if parts is None:
         saved.facts[4].zero_()
     else:
-        launches.launch_finish(saved, student, parts, row_sums, crosses, raw, weights, None, plan, own)
-    if options.for_student or options.for_target:
-        launches.launch_vicreg_bwd(grads, student, target, grad_output, weights, saved, options, own)
+        launches.launch_finish(saved, student, parts, row_sums, crosses, raw, None, None, plan, own)
     error, total = ranks.sum(torch.stack([error, saved.facts[4]])).unbind()
-    return error, student.shape[0], saved.squares, total
+    return (error, student.shape[0], saved.squares, total), student, saved
 
 
 def by_columns(
-    grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None,
-    options: BackwardOptions, ranks: Ranks,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan, ranks: Ranks
+) -> tuple[Sums, Tensor, Saved]:
     """Own rows are multiplied about their own means while the means of all ranks are summed."""
-    (n, d), dtype, plan = student.shape, acc_dtype(student, target), options.plan
+    n, d = student.shape
     saved = own_statistics(student, target, dtype, plan)
     first = student[0].double() if n else torch.zeros_like(saved.shift, dtype=torch.float64)
     mean, squares = first + saved.shift, saved.squares
@@ -92,16 +92,10 @@ def by_columns(
     squares, product = moments.sum(moments.squares(squares), product)
     if len(squares) and n:
         saved = saved._replace(shift=(moments.mean - first).to(dtype), squares=squares)
-    total = moments.error
     if plan.covariance:
         saved, about = finish_options(saved, student, moments)
-        launches.launch_finish(
-            saved, student, product[None], None, None, False, weights, None, plan, about=about
-        )  # fmt: skip
-        total = saved.facts[4]
-    if options.for_student or options.for_target:
-        launches.launch_vicreg_bwd(grads, student, target, grad_output, weights, saved, options)
-    return moments.error, moments.rows, squares, total
+        launches.launch_finish(saved, student, product[None], None, None, False, None, None, plan, about=about)
+    return (moments.error, moments.rows, squares, saved.facts[4]), student, saved
 
 
 def about_all(parts: Tensor, saved: Saved, student: Tensor, moments: Moments) -> Tensor:
