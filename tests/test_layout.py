@@ -30,15 +30,17 @@ ARROWS = {
     "losses": {"functional", "hidden", "rows", "registry", "backend", "validation"},
     "features": {"validation"},
     "schedule": {"validation"},
-    "teacher": {"hidden", "live", "preprocess", "features", "validation"},
+    "sizes": {"validation"},
+    "teacher": {"hidden", "live", "preprocess", "features", "sizes", "validation"},
     "terms": {"hidden", "live", "losses", "ops", "reference", "features", "validation"},
     "legacy_checkpoint": set(),
-    "factories": {"preprocess", "losses", "teacher", "validation"},
+    "factories": {"preprocess", "losses", "sizes", "teacher", "validation"},
     "supervision": {
         "distributed",
         "factories",
         "features",
         "losses",
+        "sizes",
         "teacher",
         "terms",
         "schedule",
@@ -51,7 +53,7 @@ ARROWS = {
     "cli": {"", "backend", "functional", "registry", "supervision", "benchmarks", "teacher"},
     "integrations": {"", "supervision"},
     "__main__": {"cli"},
-    "": {"functional", "backend", "losses", "preprocess", "supervision", "teacher", "terms"},
+    "": {"functional", "backend", "losses", "preprocess", "sizes", "supervision", "teacher", "terms"},
 }
 # Other packages that a module may import; modules that are not listed import what they need.
 OUTSIDE = {"kernels": {"triton"}, "reference": {"torch", "einops"}}
