@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .distributed import warn_if_unsynchronised
+from .functional import Backend
 from .legacy_checkpoint import Legacy, adopt, watch_parents
 from .live import live_tensors, reach
 from .schedule import Schedule
+from .sizes import SizeRule, check_img_size
+from .teacher.given import make_preprocess, make_teacher
 from .teacher.held import Taught
 from .terms.base import Parts, Term
-from .validation import check_int, check_scalar
+from .validation import check_flag, check_int, check_scalar
 
 
 class Call(NamedTuple):
@@ -31,9 +34,9 @@ class Call(NamedTuple):
         scale = self.weight if alpha is None else self.weight * alpha
         folded = None if alpha is None and self.weight == 1 else scale
         if self.parts is not None:
-            return self.term.align(self.parts, self.student, features, scale=folded, **self.options)  # type: ignore
+            return self.term.align(self.parts, self.student, features, scale=folded, **self.options)
         if "scale" in self.term.takes:
-            return self.term(self.student, features, scale=folded, **self.options)  # type: ignore[no-any-return]
+            return self.term(self.student, features, scale=folded, **self.options)
         loss, logs = self.term(self.student, features, **self.options)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = getattr(loss, "shape", type(loss).__name__)
@@ -76,7 +79,7 @@ class Supervised(Taught):
         return f"dino_{name}" if key == "value" else f"dino_{name}_{key}"
 
     def _scheduled(self, run: Callable[..., Any], step: int | None, *inputs: Tensor | None) -> dict[str, Tensor]:
-        """Count a step, and return what run(alpha=...) gives under the schedule's weight, or the zero after its stop."""
+        """Count a step, and return what run(alpha=...) gives under the schedule, or the zero after its stop."""
         if step is None:
             self.schedule.advance()
         else:
@@ -98,6 +101,183 @@ class Supervised(Taught):
             raise ValueError("alpha must be left out with as_dict=True, whose weight is the schedule's")
         if step is not None and not as_dict:
             raise ValueError("step must be left out, or as_dict=True given: only the schedule's weight depends on it")
+
+
+class Supervision(Supervised):
+    r"""Adds a loss that aligns your model with a frozen teacher's features: the sum of terms under a schedule.
+
+    Example:
+        >>> teacher = DINOv2Backbone("vits14", pretrained=False)  # random weights; leave pretrained out for DINOv2's
+        >>> supervision = Supervision(teacher, {"token": TokenTerm(in_dim=48, weight=0.5)})
+        >>> images, hidden = torch.rand(2, 3, 256, 256) * 2 - 1, torch.randn(2, 64, 48)
+        >>> list(supervision.loss_dict(images, {"token": hidden}))
+        ['loss_dino', 'dino_token']
+
+    .. math:: loss = \alpha(step) \sum_t w_t L_t
+
+    The teacher is invisible to the trainer, as in DinoSupervision.
+
+    Args:
+        teacher (str or nn.Module): As in DinoSupervision.
+        terms (dict of str to Term): The terms by name, such as ``{"token": TokenTerm(1152)}``. Their parameters are
+            ``terms.<name>.*`` in a checkpoint.
+        schedule (Schedule, optional): When the loss counts, and how much. Default: always, by a weight of 1.
+        img_size (int, sequence of two ints or callable, optional): The teacher's input, as in DinoSupervision. Default:
+            the teacher's own, else 224.
+        preprocess (str or nn.Module): As in DinoSupervision, and so are the options that follow.
+        input_range (sequence of two floats, optional): Values that mean black and white.
+        stopgrad_image (bool): Default: ``True``.
+        backend (str, optional): Backend of the preprocessing; a term has its own. Default: see ``use_backend``.
+
+    Shape:
+        - images: :math:`(B, 3, H, W)` of any size; students: a dict of each term's tensor
+        - Output: a scalar in float32, float64 where an input or a projector is, and a dict of detached scalars
+
+    Raises:
+        ValueError: If an argument is out of range. The message names it, what came and what would do.
+        TypeError: If an argument is of a wrong type.
+    """
+
+    def __init__(
+        self,
+        teacher: str | nn.Module,
+        terms: Mapping[str, Term],
+        schedule: Schedule | None = None,
+        *,
+        img_size: int | Sequence[int] | SizeRule | None = None,
+        preprocess: str | nn.Module = "bilinear",
+        input_range: Sequence[float] | None = None,
+        stopgrad_image: bool = True,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        check_terms(terms)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be None or a Schedule, got {type(schedule).__name__}")
+        if img_size is None:
+            img_size = getattr(teacher, "img_size", None) or 224
+        self.img_size = check_img_size(img_size)
+        self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
+        self.schedule = Schedule(1.0, 0) if schedule is None else schedule
+        self.teacher = make_teacher(teacher, self.img_size, True, None)
+        self.preprocess = make_preprocess(preprocess, self.img_size, input_range, self.teacher, backend)
+        self.teacher_grid = self._find_grid(img_size)
+        for name, term in terms.items():
+            if not stopgrad_image and any(getattr(part, "detach_teacher", False) for part in term.modules()):
+                raise ValueError(f"stopgrad_image=False needs a loss of {name} with detach_teacher=False")
+            term.build(int(self.teacher.embed_dim))
+        self.terms = nn.ModuleDict(terms)
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        students: Mapping[str, Tensor] | None = None,
+        *,
+        features: Mapping[str, Any] | None = None,
+        weight: Tensor | Mapping[str, Tensor] | None = None,
+        index: Tensor | Mapping[str, Tensor] | None = None,
+        token_grid: Sequence[int] | None = None,
+        alpha: float | Tensor | None = None,
+        as_dict: bool = False,
+        step: int | None = None,
+    ) -> Any:
+        """Returns the loss without alpha and warm-up, and its logs; or with ``as_dict`` what ``loss_dict`` returns.
+
+        Wrappers such as DistributedDataParallel reach this method alone.
+
+        Args:
+            images (Tensor, optional): Images, as for ``encode``.
+            students (dict of str to Tensor): Each term's tensor, of the same images.
+            features (dict, optional): What ``encode`` returned, in place of ``images``.
+            weight (Tensor or dict, optional): Weights of the images [B], or a dict by term, for tokens [B] or [B, N]. A
+                row of weight 0 is left out.
+            index (Tensor or dict, optional): Positions [B, N] on the teacher's grid of tokens that are some of its
+                positions, by term where several terms take tokens.
+            token_grid (sequence of two ints, optional): Rows and columns of the tokens in this call.
+            alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
+            as_dict (bool): Returns ``loss_dict``'s result, and counts a step as it does. Default: ``False``.
+            step (int, optional): As in ``loss_dict``; only with ``as_dict``.
+
+        Returns:
+            tuple or dict: The loss, and detached logs: ``dino_<term>``, the term's loss without its weight, and
+            ``dino_<term>_<key>`` for each log of the term.
+
+        Raises:
+            ValueError: If an input does not fit. The message names it.
+            TypeError: If an input is no tensor.
+        """
+        self._check_alpha(alpha, as_dict, step)
+        calls = self._calls(images, students, features, weight, index, token_grid)
+        run = partial(self._sum, calls, images, features)
+        return self._scheduled(run, step, *students_of(calls)) if as_dict else run(alpha)
+
+    def loss_dict(
+        self,
+        images: Tensor | None = None,
+        students: Mapping[str, Tensor] | None = None,
+        step: int | None = None,
+        *,
+        features: Mapping[str, Any] | None = None,
+        weight: Tensor | Mapping[str, Tensor] | None = None,
+        index: Tensor | Mapping[str, Tensor] | None = None,
+        token_grid: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns the weighted loss and its logs, for trainers that add up every key that contains "loss".
+
+        Args:
+            images (Tensor, optional): As in ``forward``.
+            students (dict of str to Tensor): As in ``forward``.
+            step (int, optional): The training step, as in DinoSupervision. Default: counts the calls.
+            features (dict, optional): As in ``forward``, and so are the arguments that follow.
+            weight (Tensor or dict, optional): Weights of rows.
+            index (Tensor or dict, optional): Positions of tokens.
+            token_grid (sequence of two ints, optional): Rows and columns of the tokens.
+
+        Returns:
+            dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
+            From the schedule's ``stop_step`` on ``loss_dino`` alone, an exact zero.
+
+        Raises:
+            ValueError: If an input does not fit. The message names it.
+            TypeError: If an input is no tensor.
+        """
+        if self.training:
+            warn_if_unsynchronised(self)
+        options = {"features": features, "weight": weight, "index": index, "token_grid": token_grid}
+        calls = self._calls(images, students, **options)  # refuses before the step is counted
+        return self._scheduled(partial(self, images, students, **options), step, *students_of(calls))
+
+    def _calls(
+        self, images: Any, students: Any, features: Any, weight: Any, index: Any, token_grid: Any
+    ) -> dict[str, Call]:
+        """Check a call, and return those of its terms."""
+        terms: dict[str, Any] = dict(self.terms.items())
+        if not isinstance(students, Mapping) or students.keys() != terms.keys():
+            got = sorted(map(str, students)) if isinstance(students, Mapping) else type(students).__name__
+            raise ValueError(f"students must be a dict with a tensor for each of the terms {sorted(terms)}, got {got}")
+        batch = self._check_images(images, features)
+        shares = share_out(terms, weight=weight, index=index, token_grid=token_grid)
+        for name, term in terms.items():
+            term.check(f"students[{name!r}]", students[name], batch, **shares[name])
+        return {name: Call(term, students[name], shares[name], term.weight) for name, term in terms.items()}
+
+    def extra_repr(self) -> str:
+        return f"teacher={type(self.teacher).__name__} (frozen, not a submodule)"
+
+
+def students_of(calls: Mapping[str, Call]) -> list[Tensor]:
+    return [call.student for call in calls.values()]
+
+
+def check_terms(terms: Any) -> None:
+    """Check terms by name. Trainers add up every log that contains "loss", so that no name may."""
+    if not isinstance(terms, Mapping) or not terms:
+        raise ValueError(f"terms must be a dict of at least one term by name, got {terms!r}")
+    for name, term in terms.items():
+        if not isinstance(name, str) or not name.isidentifier() or "loss" in name:
+            raise ValueError(f"terms must have names that are identifiers without 'loss', got {name!r}")
+        if not isinstance(term, Term):
+            raise TypeError(f"terms[{name!r}] must be a Term, got {type(term).__name__}")
 
 
 def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import warn_if_unsynchronised
-from ..features import Features
 from ..functional import Backend
 from ..legacy_checkpoint import Legacy
-from ..losses import CosineLoss, MSELoss, VICRegLoss
+from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..sizes import SizeRule, check_img_size
-from ..supervision import Call, Supervised, share_out
+from ..supervision import Call, Supervised, Supervision, share_out
 from ..teacher.given import make_preprocess, make_teacher
 from ..terms.base import Parts
 from ..terms.projector import Projector
 from ..terms.regions import PATCH_TARGETS, Patches, RegionTerm, check_latent_shape
 from ..terms.token_grids import TokenGrids
 from ..terms.tokens import TokenTerm, check_projector
-from ..terms.whole import GlobalTerm, check_latents
-from ..validation import check_choice, check_flag, check_group, check_number, check_size, is_int, plain_int
+from ..terms.whole import GlobalTerm
+from ..validation import check_choice, check_flag, check_number, check_size
+from .arguments import check_token_dim, check_tokens, check_z_text, make_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -177,7 +177,12 @@ class DinoSupervision(Supervised):
             term = self._terms["global"] = GlobalTerm(in_dim, hidden_dim=hidden_dim, out_dim=width, loss=self.loss)
             self.projector = take_projector(term)
         if use_patch:
-            options = {"grid": self.patch_grid, "target": patch_target, "out_dim": width, "loss": self.row_loss}
+            options: dict[str, Any] = {
+                "grid": self.patch_grid,
+                "target": patch_target,
+                "out_dim": width,
+                "loss": self.row_loss,
+            }
             region = self._terms["patch"] = RegionTerm(self.latent_shape, **options)
             self.local_projector = take_projector(region)
             self.patches = Patches(self.patch_target, self.latent_shape, self.patch_grid, self.teacher_grid)
@@ -292,7 +297,7 @@ class DinoSupervision(Supervised):
         students = {"token": ("tokens", tokens)} if tokens is not None else {}
         if z_text is not None:
             latents = {name: ("z_text", z_text) for name in ("global", "patch") if name in self._terms}
-            students = {**latents, **students}
+            students = latents | students
         terms = {name: self._terms[name] for name in students}
         shares = share_out(terms, weight=weight, index=index, token_grid=token_grid)
         calls = {}
@@ -323,51 +328,31 @@ def take_projector(term: Any) -> Any:
     return projector
 
 
-def make_loss(
-    loss_type: str | nn.Module, stopgrad_image: bool, group: ProcessGroup | str | None, backend: str | None
-) -> nn.Module:
-    check_group(group, auto=True)
-    if isinstance(loss_type, nn.Module):
-        if isinstance(loss_type, VICRegLoss) and group != "auto":
-            raise ValueError("group belongs to the loss where loss_type is a module: VICRegLoss(group=...)")
-        if not stopgrad_image and getattr(loss_type, "detach_teacher", False):
-            raise ValueError("stopgrad_image=False needs a loss_type with detach_teacher=False")
-        return loss_type
-    options: dict[str, Any] = {"detach_teacher": stopgrad_image, "backend": backend}
-    check_choice("loss_type", loss_type, ("cosine", "mse", "vicreg"))
-    if loss_type == "vicreg":
-        return VICRegLoss(group=group, **options)
-    return CosineLoss(**options) if loss_type == "cosine" else MSELoss(**options)
+def seed(
+    in_dim: int = 8192, *, teacher: str | nn.Module = "vitl14", loss: str | nn.Module = "cosine", alpha: float = 0.2
+) -> Supervision:
+    r"""Returns the seed's supervision of a latent: the code that people pasted into their trainers, as one term.
 
+    .. math:: loss = \alpha \min(1, step / 5000) \, L(P(z), g)
 
-def check_z_text(z_text: Any, in_dim: int | None) -> None:
-    """Check latents [B, in_dim] of a supervision that was constructed with this in_dim."""
-    if in_dim is None:
-        raise ValueError("z_text must be left out: in_dim=None leaves it no projector; construct with its width")
-    if z_text is None:
-        raise ValueError(f"z_text must be a tensor [B, {in_dim}], got None, and no tokens in its place")
-    check_latents("z_text", z_text, in_dim)
+    P is Linear, GELU, LayerNorm, Linear with 4096 features inside; images are resized bilinearly to 224 x 224.
+    DinoSupervision is the same with the seed's own names, and with regions.
 
+    Args:
+        in_dim (int): Width of the latent. Default: 8192.
+        teacher (str or nn.Module): As in Supervision. Default: ``"vitl14"``.
+        loss (str or nn.Module): As in GlobalTerm. Default: ``"cosine"``.
+        alpha (float): Weight after the warm-up. Default: 0.2.
 
-def check_token_dim(token_dim: Any, projector: Any, token_grid: Any, standardize: bool) -> int | None:
-    """Check token_dim and the options that need it."""
-    check_flag("token_standardize", standardize)
-    if token_dim is None:
-        if projector != "mlp" or token_grid is not None or standardize:
-            raise ValueError("token_dim must be given with token_projector, token_grid or token_standardize, got None")
-        return None
-    if not is_int(token_dim):
-        raise ValueError(f"token_dim must be None or a positive int, got {token_dim!r}")
-    return plain_int(token_dim)
+    Returns:
+        Supervision: Of one term, ``"global"``.
 
+    Raises:
+        ValueError: If an argument is out of range. The message names it.
 
-def check_tokens(tokens: Any, token_dim: int | None) -> None:
-    if tokens is None and token_dim is None:
-        return
-    if token_dim is None:
-        raise ValueError("tokens must be left out: construct with token_dim=C to align tokens [B, N, C]")
-    if tokens is None:
-        raise ValueError(
-            f"tokens must be given, floats of shape [B, N, {token_dim}]: the module was constructed with "
-            f"token_dim={token_dim}"
-        )
+    Example:
+        >>> supervision = seed(64, teacher=DINOv2Backbone("vits14", pretrained=False))
+        >>> list(supervision.loss_dict(torch.zeros(2, 3, 64, 64), {"global": torch.randn(2, 64)}))
+        ['loss_dino', 'dino_global']
+    """
+    return Supervision(teacher, {"global": GlobalTerm(in_dim, loss=loss)}, Schedule(alpha, 5000))

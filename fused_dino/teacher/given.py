@@ -15,9 +15,7 @@ from .backbone import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone, read_statisti
 from .weights import VARIANTS, canonical
 
 
-def make_teacher(
-    teacher: str | nn.Module, img_size: Any, pretrained: bool, dtype: torch.dtype | None
-) -> nn.Module:
+def make_teacher(teacher: str | nn.Module, img_size: Any, pretrained: bool, dtype: torch.dtype | None) -> nn.Module:
     check_flag("pretrained", pretrained)
     check_floating_dtype("teacher_dtype", dtype)
     if isinstance(teacher, str):

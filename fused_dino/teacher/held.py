@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..features import Features, Grid, check_features, grid_of
 from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from ..preprocess import Preprocess
-from ..validation import check_images, check_size, check_tensor, check_values
 from ..sizes import resolve
+from ..validation import check_images, check_size, check_tensor, check_values
 from .backbone import read_patch_size
 
 
@@ -165,7 +165,7 @@ class Taught(nn.Module):
                     f"the features have {patch.shape[1]} patch tokens where img_size={self.img_size} has "
                     f"{rows} x {columns}: give the teacher's patch_size, and strip class and register tokens"
                 )
-        return ready  # type: ignore[no-any-return]
+        return ready
 
     def _find_grid(self, img_size: Any) -> Grid | None:
         """Return the teacher's grid for images of self.img_size, or None for a rule. img_size: as the user wrote it."""

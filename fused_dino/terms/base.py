@@ -22,6 +22,10 @@ class Term(nn.Module):
     Args:
         weight (float): Factor of the term in its supervision's sum. Default: 1.
 
+    Shape:
+        - student: a floating tensor of B rows; what else is the subclass's
+        - Output: a scalar loss, and a dict of detached scalars
+
     Attributes:
         needs (frozenset of str): The features that it reads, ``"global"``, ``"patch"`` or both.
 
@@ -72,7 +76,7 @@ class Term(nn.Module):
 
 
 class Parts(NamedTuple):
-    """The modules and parameters with which an alignment computes. Who registers them under other names gives its own."""
+    """What an alignment computes with. A module that registers its parts under other names gives those."""
 
     projector: nn.Module
     loss: nn.Module
@@ -108,7 +112,9 @@ class Alignment(Term):
 
     def parts(self) -> Parts:
         if self.projector is None:
-            raise RuntimeError(f"{type(self).__name__} has no projector yet: give out_dim, or put it into a supervision")
+            raise RuntimeError(
+                f"{type(self).__name__} has no projector yet: give out_dim, or put it into a supervision"
+            )
         return Parts(self.projector, self.loss)
 
     def check_weight(self, weight: Any, rows: tuple[int, ...]) -> None:
@@ -131,9 +137,7 @@ class Alignment(Term):
         """Return the scaled loss of rows, and the logs of what the loss returned."""
         if weight is not None and weight.ndim < student.ndim - 1:
             weight = weight.unsqueeze(1)
-        return compare(
-            parts.loss, student, target, scale, weight=weight, normalize=self.normalize_weight, **options
-        )
+        return compare(parts.loss, student, target, scale, weight=weight, normalize=self.normalize_weight, **options)
 
 
 def stand_in(features: Mapping[str, Any], rows: int) -> Tensor:

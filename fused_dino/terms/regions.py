@@ -100,7 +100,9 @@ class RegionTerm(Alignment):
     def parts(self) -> Parts:
         return super().parts()._replace(grids=self.patches, queries=self.queries)
 
-    def check(self, name: str, student: Any, batch: int, *, weight: Any = None) -> None:
+    def check(  # type: ignore[override]
+        self, name: str, student: Any, batch: int, *, weight: Any = None
+    ) -> None:
         """Check the maps and the weights [B] or [B, K]."""
         super().check(name, student, batch)
         flat = math.prod(self.latent_shape)
@@ -167,7 +169,9 @@ class Patches(nn.Module):
     that are easy to match. All but "region" ignore where a token lies.
     """
 
-    def __init__(self, target: str, latent_shape: tuple[int, ...], onto: Grid, teacher_grid: Grid | None = None) -> None:
+    def __init__(
+        self, target: str, latent_shape: tuple[int, ...], onto: Grid, teacher_grid: Grid | None = None
+    ) -> None:
         super().__init__()
         self.target = target
         self.onto = onto

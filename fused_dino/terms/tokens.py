@@ -1,4 +1,4 @@
-"""The term of tokens: a denoiser's hidden tokens against the teacher's patch tokens, on a grid or at chosen positions."""
+"""The term of tokens: a denoiser's hidden tokens against the teacher's patch tokens, on a grid or at positions."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TokenTerm(Alignment):
     def parts(self) -> Parts:
         return super().parts()._replace(grids=self.grids)
 
-    def check(
+    def check(  # type: ignore[override]
         self, name: str, student: Any, batch: int, *, weight: Any = None, index: Any = None, token_grid: Any = None
     ) -> None:
         """Check the tokens, their weights [B] or [B, N] and their positions [B, N]."""
@@ -230,5 +230,6 @@ def as_tokens(name: str, x: Any, dim: int, batch: int) -> tuple[Tensor, Grid | N
     if frames:
         return x.flatten(0, 1), None
     raise ValueError(
-        f"{expected}, a map [B, {dim}, h, w] or frames [B, T, N, {dim}] of {batch} images, got {x.dtype} of {list(shape)}"
+        f"{expected}, a map [B, {dim}, h, w] or frames [B, T, N, {dim}] of {batch} images, got {x.dtype} of "
+        f"{list(shape)}"
     )

@@ -70,7 +70,9 @@ class GlobalTerm(Alignment):
         if self.projector is None:
             self.projector = Projector(self.in_dim, self.hidden_dim, width)
 
-    def check(self, name: str, student: Any, batch: int, *, weight: Any = None) -> None:
+    def check(  # type: ignore[override]
+        self, name: str, student: Any, batch: int, *, weight: Any = None
+    ) -> None:
         """Check the latents [B, in_dim] and the weights [B]."""
         check_latents(name, student, self.in_dim)
         super().check(name, student, batch)
