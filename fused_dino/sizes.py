@@ -81,7 +81,7 @@ def check_img_size(img_size: Any, patch: int = 1) -> Size | SizeRule:
     size = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
     if len(size) != 2 or not all(map(is_int, size)):
         raise ValueError(
-            "img_size must be a positive int, a pair (h, w) of them or a callable (h, w, patch) -> (h, w), "
+            "img_size must be a positive int or a pair (h, w) of them, or a rule (h, w, patch) -> (h, w), "
             f"got {img_size!r}"
         )
     h, w = size = plain_int(size[0]), plain_int(size[1])
