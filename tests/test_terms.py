@@ -155,6 +155,20 @@ def test_a_term_without_a_width_says_what_to_do():
         TokenTerm(C, compare="both")
 
 
+def test_any_module_may_be_a_projector():
+    for name, term in {
+        "global": GlobalTerm(C, projector=nn.Linear(C, D)),
+        "region": RegionTerm((2, 4, 4), projector=nn.Linear(2, D)),
+        "token": TokenTerm(C, projector=nn.Identity(), loss=nn.MSELoss()),
+    }.items():
+        student, wide = randn(B, *TERMS[name].student), {**features(), "patch": randn(B, N, C), "global": randn(B, C)}
+        loss, _ = term.double().to(DEVICE)(student, wide if name == "token" else features())
+        assert loss.ndim == 0
+    assert_close(loss, F.mse_loss(student, wide["patch"]))
+    with pytest.raises(ValueError, match=r"^projector must make \[5, 16, 6\]"):
+        TokenTerm(C, projector=nn.Identity())(randn(B, N, C), features())
+
+
 def test_a_projector_that_starts_at_zero_learns_with_a_larger_eps():
     """A norm of 1e-12 divides the first gradient by as much, and Adam's second moments remember it for ever."""
     x, target = randn(64, C), F.normalize(randn(64, D, seed=1), dim=1)
