@@ -41,3 +41,11 @@ def check_features(name: str, features: Any, width: int, batch: int | None = Non
         if patch.shape[1] != rows * columns:
             raise ValueError(f"{name} has {patch.shape[1]} patch tokens on a grid of {rows} x {columns}")
     return features  # type: ignore[return-value]
+
+
+def grid_of(features: Features) -> Grid:
+    """Return the grid of the patch tokens, or raise ValueError where the features do not carry it."""
+    grid = features.get("grid")
+    if grid is None:
+        raise ValueError("features must have 'grid', the (rows, columns) of their patch tokens, as encode returns them")
+    return grid[0], grid[1]
