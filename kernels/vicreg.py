@@ -177,6 +177,7 @@ def vicreg_statistics_kernel(
         tl.store(facts + 1, var)
         tl.store(facts + 2, squared)
         tl.store(facts + 3, scale.to(tl.float64))
+        tl.store(facts + 4, tl.zeros((), tl.float64))
         if loss is not None:
             store_terms(
                 inv, var, tl.zeros((), tl.float64), weights, loss, invariance, variance, covariance,

@@ -158,12 +158,12 @@ def vicreg_finish_kernel(
         if GRAM:
             for start in range(0, width, LANES):
                 each = start + lane
-                inside = each < width
+                there = each < width
                 shared = tl.zeros((LANES,), ACC)
                 for run in range(0, tl.where(p < 0, 0, runs)):
-                    shared += tl.load(crosses + run * width + each, mask=inside, other=0)
-                tl.store(cross + each, shared, mask=inside)
-                alone = tl.load(squares + each, mask=inside & (each != p), other=0) / dof
+                    shared += tl.load(crosses + run * width + each, mask=there, other=0)
+                tl.store(cross + each, shared, mask=there)
+                alone = tl.load(squares + each, mask=there & (each != p), other=0) / dof
                 twice = 2 * shared.to(tl.float64) * shared - alone.to(tl.float64) * alone
                 if PART:  # of what all ranks subtract
                     twice *= tl.cast(own, tl.float64) / tl.load(largest + 1)

@@ -62,9 +62,7 @@ def by_rows(
     if raw:  # rows' sums are those of columns, to which every rank adds
         of_rows = saved.squares.new_zeros(len(student)) if row_sums is None else row_sums.sum(0)
         row_sums = ranks.sum(of_rows).view(1, -1)
-    if parts is None:
-        saved.facts[4].zero_()
-    else:
+    if parts is not None:
         launches.launch_finish(saved, student, parts, row_sums, crosses, raw, None, None, plan, own)
     error, total = ranks.sum(torch.stack([error, saved.facts[4]])).unbind()
     return (error, student.shape[0], saved.squares, total), student, saved
