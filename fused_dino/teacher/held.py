@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class Taught(nn.Module):
         x_img = as_images(x_img)
         h, w = x_img.shape[-2:]
         if isinstance(self.preprocess, Preprocess):
-            size = resolve(self.img_size, h, w, self.patch_size) if callable(self.img_size) else None
+            # A compiler makes a program for each size that a rule gives.
+            size = resolve(self.img_size, index(h), index(w), self.patch_size) if callable(self.img_size) else None
             x = self.preprocess(x_img, dtype, size)
         else:
             x = self.preprocess(x_img)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid | None, im
 
 def grid_of_aspect(count: int, height: int, width: int) -> Grid | None:
     """Return the grid of `count` positions whose rows are to its columns as height to width, or None."""
+    count, height, width = map(index, (count, height, width))  # a compiler makes a program for each grid
     divisor = math.gcd(height, width)
     rows, columns = height // divisor, width // divisor
     times = math.isqrt(count // (rows * columns))
