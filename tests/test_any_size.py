@@ -176,7 +176,8 @@ def test_convolutional_networks():
 def test_a_model_of_one_size_is_refused_by_name():
     swin = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 2, 4), "window_size": 2, "img_size": 64}
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, **SHAPE)
-    for model in (timm.create_model("swin_tiny_patch4_window7_224", **swin), eva, "mixer_s32_224"):
+    bare = timm.models.eva.Eva(patch_size=14, img_size=28, **SHAPE)  # of which timm has no configuration
+    for model in (timm.create_model("swin_tiny_patch4_window7_224", **swin), eva, bare, "mixer_s32_224"):
         with pytest.raises(ValueError, match=r"^img_size must be an int or a pair .* Scaled.* takes one size"):
             DINOv2Backbone(model=model, img_size=RULE, pretrained=False)
 
@@ -234,7 +235,20 @@ def by_assigning(model):
 
 
 def by_replacing(model):
-    model.pos_embed = nn.Parameter(2 * model.pos_embed, requires_grad=False)
+    """Its address alone tells the new tensor from the old: it counts as many writes."""
+    new = nn.Parameter(2 * model.pos_embed, requires_grad=False)
+    while new._version < model.pos_embed._version:
+        new.mul_(1)
+    model.pos_embed = new
+
+
+def where_the_old_ones_were(model):
+    """Memory that is free may go to the next tensor of its size."""
+    new, version = 2 * model.pos_embed, model.pos_embed._version
+    del model.pos_embed
+    model.pos_embed = nn.Parameter(torch.empty_like(new), requires_grad=False)
+    while model.pos_embed._version < version:
+        model.pos_embed.copy_(new)
 
 
 def by_casting(model):
@@ -242,7 +256,9 @@ def by_casting(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [in_place, by_loading, by_assigning, by_replacing, by_casting])
+@pytest.mark.parametrize(
+    "change", [in_place, by_loading, by_assigning, by_replacing, where_the_old_ones_were, by_casting]
+)
 def test_positions_that_change_are_resampled_anew(change):
     backbone, fresh = tiny(), tiny()
     x = image(backbone, (2, 3))

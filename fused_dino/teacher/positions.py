@@ -104,9 +104,8 @@ class Kept:
         with self.lock:
             found = self.results.pop(key, None)
         if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                # Memory that an entry holds is no other tensor's: its address stays that of these bits.
-                found = source.detach(), compute()
+            # Memory that an entry holds is no other tensor's: its address stays that of these bits.
+            found = source.detach(), compute()
         with self.lock:
             self.results[key] = found
             if len(self.results) > LIMIT:
