@@ -38,7 +38,7 @@ class Case:
 def cosine_cases() -> Iterator[Case]:
     def case(name: str, student: torch.Tensor, teacher: torch.Tensor, *more: Any) -> Case:
         options = cosine_triton.RowOptions(*more[3:])
-        return Case(name, partial(cosine_triton.cosine_rows.run, student, teacher, *more[:3], options))
+        return Case(name, partial(cosine_triton.cosine_rows.run, student, teacher, None, *more[:3], options))
 
     def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, grad_stride: int = 1) -> Iterator[Case]:
         count = student.shape[0]
