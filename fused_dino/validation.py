@@ -45,7 +45,7 @@ def check_matching(student: Any, target: Any) -> None:
 
 
 def check_index(index: Any, student: Any, target: Any) -> None:
-    """Check a student [B, M, D], a target [B, N, D] and the index [B, M] of the target's rows that the student's meet."""
+    """Check a student [B, M, D], a target [B, N, D], and the index [B, M] of the rows of target that student meets."""
     check_floating("student", student)
     check_floating("target", target)
     check_tensor("index", index)

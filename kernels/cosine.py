@@ -13,11 +13,11 @@ def inverse(norm, eps):
 
 
 @triton.jit
-def load_row(row, start, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Load a block of a row and upcast it at once. A row of width 0 is not read, and is 0."""
+def load_row(row, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Load a block of a row and upcast it at once."""
     # Half precision must not reach the products, and the interpreter computes wrongly in bf16.
     column = start + tl.arange(0, BLOCK)
-    return tl.load(row + column, mask=column < width, other=0).to(ACC)
+    return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)
 
 
 @triton.jit
@@ -67,13 +67,13 @@ def cosine_rows_kernel(
         if weight is None or row_weight != 0:  # a row that is left out is not read: 0 * NaN is NaN
             s_row = student + row * stride_student
             t_row = target + row * stride_target
-            t_width = WIDTH
             if index is not None:
                 batch = (program + i * programs) // student_rows  # in 32 bits where they hold all rows
                 position = tl.load(index + row).to(tl.int64)
                 inside = (position >= 0) & (position < target_rows)
+                position = tl.where(inside, position, 0)  # in place of a row that target lacks, and weighed by NaN
+                row_weight = tl.where(inside, row_weight, float("nan"))
                 t_row = target + batch.to(tl.int64) * stride_batch + position * stride_target
-                t_width = tl.where(inside, WIDTH, 0)
             factor = loss_scale * row_weight / count
 
             s_inverse = tl.full((), 1, ACC)
@@ -85,7 +85,7 @@ def cosine_rows_kernel(
                 tt = tl.zeros((BLOCK,), ACC)
                 for start in range(0, WIDTH, BLOCK):
                     s = load_row(s_row, start, WIDTH, BLOCK, ACC)
-                    t = load_row(t_row, start, t_width, BLOCK, ACC)
+                    t = load_row(t_row, start, WIDTH, BLOCK, ACC)
                     ss += s * s
                     tt += t * t
                 s_norm = tl.sqrt(tl.sum(ss, 0))
@@ -94,15 +94,15 @@ def cosine_rows_kernel(
                 t_inverse = inverse(t_norm, eps)
                 s_clamped = s_norm < eps
                 t_clamped = t_norm < eps
-            if index is not None:
-                t_inverse = tl.where(inside, t_inverse, float("nan"))  # a row that target lacks is not read, but seen
 
-            st = tl.zeros((BLOCK,), ACC)  # <s, t>, or with ELEMENTS <s, u>, where u is the gradient of s before normalising
+            st = tl.zeros(
+                (BLOCK,), ACC
+            )  # <s, t>, or with ELEMENTS <s, u>, where u is the gradient of s before normalising
             tu = tl.zeros((BLOCK,), ACC)
             dd = tl.zeros((BLOCK,), ACC)
             for start in range(0, WIDTH, BLOCK):
                 s = load_row(s_row, start, WIDTH, BLOCK, ACC) * s_inverse
-                t = load_row(t_row, start, t_width, BLOCK, ACC) * t_inverse
+                t = load_row(t_row, start, WIDTH, BLOCK, ACC) * t_inverse
                 if ELEMENTS:
                     if loss is not None:
                         store_row(loss + row * WIDTH, start, factor * (s - t) * (s - t), WIDTH, BLOCK)
@@ -144,7 +144,7 @@ def cosine_rows_kernel(
                 t_factor = factor * t_inverse
                 for start in range(0, WIDTH, BLOCK):
                     s = load_row(s_row, start, WIDTH, BLOCK, ACC) * s_inverse
-                    t = load_row(t_row, start, t_width, BLOCK, ACC) * t_inverse
+                    t = load_row(t_row, start, WIDTH, BLOCK, ACC) * t_inverse
                     if ELEMENTS:
                         u = gradient_of_elements(
                             grad_output + row * stride_grad_row, stride_grad_column, start, WIDTH, s, t
@@ -184,10 +184,10 @@ def cosine_rows_kernel(
 
 
 @triton.jit
-def gradient_of_elements(row, stride, start, width, s, t):
+def gradient_of_elements(row, stride, start, WIDTH: tl.constexpr, s, t):
     """Return the gradient of (s - t)^2 with respect to s, for a row of grad_output of any stride."""
     column = start + tl.arange(0, s.shape[0])
-    grad = tl.load(row + column.to(tl.int64) * stride, mask=column < width, other=0).to(s.dtype)
+    grad = tl.load(row + column.to(tl.int64) * stride, mask=column < WIDTH, other=0).to(s.dtype)
     return 2 * grad * (s - t)
 
 

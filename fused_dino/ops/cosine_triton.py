@@ -82,7 +82,7 @@ def launch_cosine_rows(
     programs = min(rows, MANY_ROWS // options["num_warps"])
     summed = grad_output is None and reduction == "sum"
     strides = (0, 0) if grad_output is None else (*grad_output.stride(), 0)[:2]
-    subset = (None,) * 4
+    subset: tuple[Any, ...] = (None,) * 4
     if index is not None:
         index = index.contiguous()
         subset = index, index.shape[1], target.shape[1], target.stride(0)
