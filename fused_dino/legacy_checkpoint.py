@@ -1,45 +1,57 @@
-"""Loading of the seed's checkpoints, by renaming their keys. The seed is the eager code that DinoSupervision replaces.
+"""Loading of checkpoints that the code which a supervision replaces wrote, by renaming their keys.
 
-The seed keeps `dino_t_head`, `dino_local_head` and the teacher, `dino_model`, as attributes of the user's own model.
-Here they live in one submodule of it. So the keys are searched for at a DinoSupervision's prefix and at its parent's.
+The seed, the eager code that DinoSupervision replaces, keeps `dino_t_head`, `dino_local_head` and the teacher,
+`dino_model`, as attributes of the user's own model; REPA keeps `projectors`. Here they live in one submodule of it. So
+the keys are searched for at a supervision's prefix and at its parent's.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-RENAMED = {"dino_t_head": "projector", "dino_local_head": "local_projector"}
-DROPPED = "dino_model"
+
+class Legacy(NamedTuple):
+    """The names of somebody's checkpoints: whose they are, those that are renamed, and the one that is dropped."""
+
+    whose: str
+    renamed: dict[str, str]
+    dropped: str | None = None
 
 
-def adopt(module: nn.Module, state_dict: dict[str, Any], prefix: str, theirs: str, taken: Any = ()) -> None:
-    """Rename the seed's keys under `theirs` in place to those of `module` under `prefix`, and warn of what it did.
+def adopt(module: Any, state_dict: dict[str, Any], prefix: str, theirs: str, taken: Any = ()) -> None:
+    """Rename keys under `theirs` in place to those of `module` under `prefix` by its `legacy`, and warn of what it did.
 
     taken: names under `theirs` that belong to other modules, whose keys stay. A key that fits nothing, such as that of
     a local head where the module has none, stays too, and strict loading reports it.
     """
+    if module.legacy is None:
+        return
+    whose, renamed, gone = module.legacy
+    parts = {name for name, _ in module.named_modules()}
     moved, dropped = 0, 0
     for key in list(state_dict):
-        name, _, rest = key.removeprefix(theirs).partition(".")
-        if not key.startswith(theirs) or not rest or name in taken:
+        rest = key.removeprefix(theirs)
+        first = rest.partition(".")[0]
+        if not key.startswith(theirs) or first == rest or first in taken:
             continue
-        new = f"{prefix}{RENAMED.get(name)}.{rest}"
-        if name == DROPPED:
+        if first == gone:
             del state_dict[key]
             dropped += 1
-        elif RENAMED.get(name) in module._modules and new not in state_dict:
-            state_dict[new] = state_dict.pop(key)
-            moved += 1
+        for old, name in renamed.items():
+            new = prefix + name + rest.removeprefix(old)
+            if rest.startswith(f"{old}.") and name in parts and new not in state_dict:
+                state_dict[new] = state_dict.pop(key)
+                moved += 1
     if not moved and not dropped:
         return
-    message = f"loading a checkpoint of the seed: {moved} tensors renamed"
+    message = f"loading a checkpoint of {whose}: {moved} tensors renamed"
     if dropped:
-        message += f", {dropped} of {theirs}{DROPPED} dropped (the teacher is loaded on its own)"
+        message += f", {dropped} of {theirs}{gone} dropped (the teacher is loaded on its own)"
     step = "schedule.step"
     if moved and prefix + step not in state_dict:
         state_dict[prefix + step] = module.get_buffer(step).clone()
@@ -56,12 +68,12 @@ def adopt_from_parent(parent: nn.Module, state_dict: dict[str, Any], prefix: str
 
 
 def is_supervision(module: nn.Module | None) -> bool:
-    return getattr(type(module), "loads_legacy", False)
+    return getattr(module, "legacy", None) is not None
 
 
 @cache
 def watch_parents() -> None:
-    """Make every module that is later given a supervision as a child load the seed's names too.
+    """Make every module that is later given a supervision as a child load its legacy names too.
 
     torch passes a child only the keys under its own prefix, so that the parent has to rename them. A module cannot find
     its parent in another way.

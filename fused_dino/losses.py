@@ -14,8 +14,6 @@ from . import functional as FD
 from .backend import on_reference
 from .functional import Backend, Reduction, VICRegOutput
 from .hidden import move
-from .registry import OPS
-from .rows import rows_loss
 from .validation import check_choice, check_flag, check_group
 
 if TYPE_CHECKING:
@@ -281,37 +279,3 @@ def default_group() -> ProcessGroup | None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
-
-
-def logs_of(out: Tensor | VICRegOutput) -> dict[str, Tensor]:
-    """Return what a supervision logs of the global loss."""
-    if not isinstance(out, VICRegOutput):
-        return {"dino_global": out.detach()}
-    terms = zip(("dino_vic_inv", "dino_vic_var", "dino_vic_cov"), out[1:], strict=True)
-    return {"dino_global": out.loss.detach(), **dict(terms)}
-
-
-OURS = (CosineLoss, MSELoss, VICRegLoss)  # a subclass may have a forward of its own
-
-
-def weighed(
-    loss: Any, student: Tensor, target: Tensor, weight: float, alpha: float | Tensor | None
-) -> tuple[Any, Tensor]:
-    """Return what the loss returned, and weight * alpha * its scalar. An op that takes `scale` applies the factor."""
-    factor = weight if alpha is None else weight * alpha
-    if (
-        type(loss) in OURS
-        and OPS[loss.op.__name__].rowwise
-        and loss.options["reduction"] != "none"
-        and loss.options["scale"] is None
-        and not (loss._forward_hooks or loss._forward_pre_hooks)
-    ):
-        settings = {**loss.options, "scale": None if alpha is None and weight == 1 else factor}
-        target = target.detach() if loss.detach_teacher else target
-        scaled, value = rows_loss(loss.op.__name__, student, target, None, **settings)
-        return value, scaled
-    out = loss(student, target)
-    value = out.loss if isinstance(out, VICRegOutput) else out
-    if not isinstance(value, Tensor) or value.ndim:
-        raise TypeError(f"loss_type must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
-    return out, value * (factor.to(value) if isinstance(factor, Tensor) else factor)

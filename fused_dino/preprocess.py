@@ -62,12 +62,17 @@ class Preprocess(nn.Module):
         }  # fmt: skip
         FD.preprocess(torch.zeros(1, 3, 1, 1), size, **on_reference(self.options))
 
-    def forward(self, images: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Preprocess images. out_dtype: the result's dtype, unless the module's own options name one."""
+    def forward(
+        self, images: Tensor, out_dtype: torch.dtype | None = None, size: int | Sequence[int] | None = None
+    ) -> Tensor:
+        """Preprocess images.
+
+        out_dtype: the result's dtype, unless the module's own options name one; size: in place of the module's own.
+        """
         options = self.options
         if out_dtype is not None and options["out_dtype"] is None:
             options = {**options, "out_dtype": out_dtype}
-        return FD.preprocess(images, self.size, **options)
+        return FD.preprocess(images, self.size if size is None else size, **options)
 
     def range_of(self, dtype: torch.dtype) -> tuple[float, float]:
         """Return the values (low, high) that mean black and white in images of a dtype."""

@@ -9,15 +9,30 @@ from .validation import check_int, check_number
 
 
 class Schedule(nn.Module):
-    """The weight of the loss: alpha * min(1, step / warmup_steps) before stop_step, and 0 from it on.
+    """The weight of a supervision's loss: alpha * min(1, step / warmup_steps) before stop_step, and 0 from it on.
 
     `step` is an int64 buffer, so that a checkpoint resumes it, a graph capture replays it and torch.compile does not
     compile anew for each value.
+
+    Args:
+        alpha (float): Weight after the warm-up. Default: 0.2.
+        warmup_steps (int): Steps over which the weight rises linearly. Default: 5000.
+        stop_step (int, optional): Step from which the loss is an exact zero. Default: never.
+
+    Shape:
+        - step: an int64 scalar, the steps that were counted
+
+    Raises:
+        ValueError: If a number is not finite, or a step no int of at least 0.
+
+    Example:
+        >>> Schedule(alpha=0.5, warmup_steps=10).factor(step=5)
+        0.25
     """
 
     step: Tensor
 
-    def __init__(self, alpha: float, warmup_steps: int, stop_step: int | None = None) -> None:
+    def __init__(self, alpha: float = 0.2, warmup_steps: int = 5000, stop_step: int | None = None) -> None:
         super().__init__()
         self.alpha = check_number("alpha", alpha)
         self.warmup_steps = check_int("warmup_steps", warmup_steps, 0)

@@ -1,330 +1,301 @@
-"""DinoSupervision: it aligns projected latents and tokens with a frozen teacher's features of images."""
+"""A supervision: a teacher, its terms and a schedule. It answers as a trainer wants it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .distributed import warn_if_unsynchronised
-from .factories import Features, check_latent_shape, check_latents, make_loss, make_preprocess, make_teacher
 from .functional import Backend
-from .legacy_checkpoint import adopt, watch_parents
-from .live import dtype_of, live_tensors, reach
-from .losses import CosineLoss, logs_of, weighed
-from .patches import LOCAL_HIDDEN_DIM, PATCH_TARGETS, Patches
-from .projector import Projector
+from .legacy_checkpoint import Legacy, adopt, watch_parents
+from .live import live_tensors, reach
 from .schedule import Schedule
-from .taught import Taught
-from .tokens import TokenGrids, check_token_dim, check_tokens, make_token_projector, project
-from .validation import check_choice, check_flag, check_int, check_number, check_scalar, check_size
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-PATCH_LOGS = ("dino_patch", "dino_token")  # of the terms that use the teacher's patch tokens
+from .sizes import SizeRule, check_img_size
+from .teacher.given import make_preprocess, make_teacher
+from .teacher.held import Taught
+from .terms.base import Parts, Term
+from .validation import check_flag, check_int, check_scalar
 
 
-class DinoSupervision(Taught):
-    r"""Adds a loss that aligns your model's latent, or its hidden tokens, with a frozen teacher's features.
+class Call(NamedTuple):
+    """A term, what it gets in one call, its factor in the sum, and the parts that it uses in place of its own."""
+
+    term: Any
+    student: Tensor
+    options: dict[str, Any]
+    weight: float
+    parts: Parts | None = None
+
+    def run(self, features: Any, alpha: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss times weight and alpha, and the logs."""
+        scale = self.weight if alpha is None else self.weight * alpha
+        folded = None if alpha is None and self.weight == 1 else scale
+        if self.parts is not None:
+            return self.term.align(self.parts, self.student, features, scale=folded, **self.options)
+        if "scale" in self.term.takes:
+            return self.term(self.student, features, scale=folded, **self.options)
+        loss, logs = self.term(self.student, features, **self.options)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = getattr(loss, "shape", type(loss).__name__)
+            raise TypeError(f"{type(self.term).__name__} must return a scalar tensor as its loss, got {got}")
+        return loss * (scale.to(loss) if isinstance(scale, Tensor) else scale), {"value": loss.detach(), **logs}
+
+
+class Supervised(Taught):
+    """What every supervision does with the calls of its terms."""
+
+    schedule: Schedule
+    legacy: Legacy | None = None  # names in others' checkpoints
+
+    def __init__(self) -> None:
+        super().__init__()
+        watch_parents()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        adopt(self, state_dict, prefix, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _sum(
+        self, calls: Mapping[str, Call], x_img: Any, features: Any, alpha: Any, zeros: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the terms' losses, and their logs by the names of a trainer's log."""
+        needs = frozenset().union(*(call.term.needs for call in calls.values()))
+        features = self._features(x_img, features, next(iter(calls.values())).student.device, needs)
+        if alpha is not None:
+            alpha = check_scalar("alpha", alpha, self.schedule.step.device)
+        losses, logs = list(zeros), {}
+        for name, call in calls.items():
+            loss, found = call.run(features, alpha)
+            losses.append(loss)
+            logs.update({self._log_name(name, key): value for key, value in found.items()})
+            if "is_global" in found:
+                self._warn_once()
+        return sum(losses[1:], losses[0]), logs
+
+    def _log_name(self, name: str, key: str) -> str:
+        return f"dino_{name}" if key == "value" else f"dino_{name}_{key}"
+
+    def _scheduled(self, run: Callable[..., Any], step: int | None, *inputs: Tensor | None) -> dict[str, Tensor]:
+        """Count a step, and return what run(alpha=...) gives under the schedule, or the zero after its stop."""
+        if step is None:
+            self.schedule.advance()
+        else:
+            step = check_int("step", step, 0)
+        if self.schedule.stopped(step):
+            return {"loss_dino": self._zero(*inputs)}
+        loss, logs = run(alpha=self.schedule.factor(step))
+        return {"loss_dino": self.schedule.cut(loss, step), **logs}
+
+    def _zero(self, *inputs: Tensor | None, without: str = "") -> Tensor:
+        """Return 0 that gives inputs and parameters a zero gradient. without: a child that is left out."""
+        parts = [part for name, part in self.named_children() if name != without]
+        tensors = [x for part in parts for x in live_tensors(part) if x.is_floating_point()]
+        tensors += [x for x in (*self._parameters.values(), *inputs) if x is not None]
+        return reach(*tensors)
+
+    def _check_alpha(self, alpha: Any, as_dict: bool, step: Any) -> None:
+        if as_dict and alpha is not None:
+            raise ValueError("alpha must be left out with as_dict=True, whose weight is the schedule's")
+        if step is not None and not as_dict:
+            raise ValueError("step must be left out, or as_dict=True given: only the schedule's weight depends on it")
+
+
+class Supervision(Supervised):
+    r"""Adds a loss that aligns your model with a frozen teacher's features: the sum of terms under a schedule.
 
     Example:
         >>> teacher = DINOv2Backbone("vits14", pretrained=False)  # random weights; leave pretrained out for DINOv2's
-        >>> dino = DinoSupervision(in_dim=64, teacher=teacher, hidden_dim=32, input_range=(-1, 1))
-        >>> z_text, images = torch.randn(2, 64), torch.rand(2, 3, 256, 256) * 2 - 1
-        >>> losses = dino.loss_dict(z_text, images)
-        >>> losses["loss_dino"].backward()
-        >>> list(losses)
-        ['loss_dino', 'dino_global']
+        >>> supervision = Supervision(teacher, {"token": TokenTerm(in_dim=48, weight=0.5)})
+        >>> images, hidden = torch.rand(2, 3, 256, 256) * 2 - 1, torch.randn(2, 64, 48)
+        >>> list(supervision.loss_dict(images, {"token": hidden}))
+        ['loss_dino', 'dino_token']
 
-    .. math::
-        loss = w_{global} \, L(P(z), g) + w_{patch} \operatorname{mean}(1 - \cos(P_l(z_k), g_k))
-        + w_{token} \operatorname{mean}(1 - \cos(P_t(h_n), g_n))
+    .. math:: loss = \alpha(step) \sum_t w_t L_t
 
-    with the projectors P, the latent z and its regions, hidden tokens h, and the teacher's global token and patch
-    tokens g. ``loss_dict`` weighs it: ``loss_dino = alpha * min(1, step / warmup_steps) * loss``.
-
-    The teacher is frozen, in eval mode, and in no ``modules()``, ``parameters()`` or ``state_dict()``: no optimizer,
-    EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along. A deep copy, such as an EMA's, shares
-    its memory until one of the two is moved, cast or loaded. A weight that is written in place is written in both.
+    The teacher is invisible to the trainer, as in DinoSupervision.
 
     Args:
-        in_dim (int, optional): Width of ``z_text``. None aligns tokens alone. Default: 8192.
-        teacher (str or nn.Module): A DINOv2 variant (see DINOv2Backbone), another model of timm's by name,
-            or a module with ``embed_dim`` that returns {'global': [B, D], 'patch': [B, N, D] or None}. Its ``mean``,
-            ``std`` and ``patch_size`` are read where it has them, else ImageNet's and 14. Default: ``"vitl14"``.
-        img_size (int or sequence of two ints): The teacher's input, multiples of its patch size. Default: 224.
-        loss_type (str or nn.Module): Loss of the global term: ``"cosine"``, ``"mse"`` (normalised), ``"vicreg"``, or a
-            module (student [B, D], target [B, D]) -> scalar. Default: ``"cosine"``.
-        alpha (float): Weight of the loss in ``loss_dict``. Default: 0.2.
-        warmup_steps (int): Steps over which that weight rises linearly. Default: 5000.
-        stop_step (int, optional): Step from which ``loss_dict`` gives an exact zero that still reaches every parameter,
-            and the teacher does not run. Default: never.
-        w_global (float): Weight of the global term. Default: 1.
-        use_patch (bool): Aligns regions too: ``z_text``, read as a map, pooled to ``patch_grid``. Default: ``False``.
-        w_patch (float): Weight of the regions' term. Default: 0.2.
-        patch_grid (sequence of two ints): Rows and columns of regions. Default: (2, 2).
-        latent_shape (sequence of three ints): Channels, rows and columns of ``z_text`` as a map. Default: (4, 32, 32).
-        patch_target (str): Target of a region: ``"region"`` pools the teacher's tokens in it, ``"mean"`` all tokens,
-            ``"nearest"`` takes the most similar token, ``"attention"`` a mean by learnt queries, which may collapse
-            onto tokens that are easy to match. Default: ``"region"``.
-        token_dim (int, optional): Width of hidden tokens [B, N, token_dim], to be aligned with the teacher's patch
-            tokens. Default: there are none.
-        w_token (float): Weight of the tokens' term. Default: 0.5.
-        token_projector (str or nn.Module): ``"mlp"`` (REPA's, arXiv 2410.06940), ``"conv"`` (a 3 x 3 convolution over
-            the grid), or a module [B, N, token_dim] -> [B, N, D]. Default: ``"mlp"``.
-        token_grid (sequence of two ints, optional): Rows and columns of the tokens. Default: the teacher's where N is
-            its count, else a square. The smaller grid is resampled bilinearly to the larger.
-        token_standardize (bool): Brings each channel of the teacher's tokens to mean 0 and deviation 1 over an image's
-            positions, with 1e-6 added to the deviation. Default: ``False``.
-        stopgrad_image (bool): False lets the gradient pass through the teacher to the image, which must be floats.
-            Default: ``True``.
-        hidden_dim (int): Hidden width of the projector. The local projector's is 256, the tokens' 2048. Default: 4096.
-        pretrained (bool): Weights of a teacher given by name; False gives random ones. Default: ``True``.
-        teacher_dtype (torch.dtype, optional): Dtype to cast the teacher to. Default: the one of its weights.
-        group (ProcessGroup or str, optional): Ranks over whose rows VICReg's statistics are taken: ``"auto"`` (all
-            processes once torch.distributed is initialised), None (this process) or a group. A ``loss_type`` that is a
-            module has its own. Default: ``"auto"``.
-        preprocess (str or nn.Module): ``"bilinear"``, ``"bicubic"``, or a module (images) -> the teacher's input, such
-            as ``Preprocess(224, antialias=True)``. Default: ``"bilinear"``.
-        input_range (sequence of two floats, optional): Values that mean black and white in the images; a preprocess
-            module has its own. ``check(images)`` says whether a batch lies in it. Default: ``(-1, 1)`` for floats,
-            ``(0, 255)`` for uint8.
-        backend (str, optional): Backend of every op but those of given modules: ``"auto"``, ``"reference"``,
-            ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
+        teacher (str or nn.Module): As in DinoSupervision.
+        terms (dict of str to Term): The terms by name, such as ``{"token": TokenTerm(1152)}``. Their parameters are
+            ``terms.<name>.*`` in a checkpoint.
+        schedule (Schedule, optional): When the loss counts, and how much. Default: always, by a weight of 1.
+        img_size (int, sequence of two ints or callable, optional): The teacher's input, as in DinoSupervision. Default:
+            the teacher's own, else 224.
+        preprocess (str or nn.Module): As in DinoSupervision, and so are the options that follow.
+        input_range (sequence of two floats, optional): Values that mean black and white.
+        stopgrad_image (bool): Default: ``True``.
+        backend (str, optional): Backend of the preprocessing; a term has its own. Default: see ``use_backend``.
 
     Shape:
-        - z_text: :math:`(B, in\_dim)`; x_img: :math:`(B, 3, H, W)` of any size; tokens: :math:`(B, N, token\_dim)`
-        - Output: a scalar in float32, float64 where an input or the projector is, and a dict of detached scalars
+        - images: :math:`(B, 3, H, W)` of any size; students: a dict of each term's tensor
+        - Output: a scalar in float32, float64 where an input or a projector is, and a dict of detached scalars
 
     Raises:
         ValueError: If an argument is out of range. The message names it, what came and what would do.
         TypeError: If an argument is of a wrong type.
     """
 
-    loads_legacy = True
-    projector: Projector
-    local_projector: Projector
-    token_projector: nn.Module
-
     def __init__(
         self,
-        in_dim: int | None = 8192,
+        teacher: str | nn.Module,
+        terms: Mapping[str, Term],
+        schedule: Schedule | None = None,
         *,
-        teacher: str | nn.Module = "vitl14",
-        img_size: int | Sequence[int] = 224,
-        loss_type: str | nn.Module = "cosine",
-        alpha: float = 0.2,
-        warmup_steps: int = 5000,
-        stop_step: int | None = None,
-        w_global: float = 1.0,
-        use_patch: bool = False,
-        w_patch: float = 0.2,
-        patch_grid: Sequence[int] = (2, 2),
-        latent_shape: Sequence[int] = (4, 32, 32),
-        patch_target: str = "region",
-        token_dim: int | None = None,
-        w_token: float = 0.5,
-        token_projector: str | nn.Module = "mlp",
-        token_grid: Sequence[int] | None = None,
-        token_standardize: bool = False,
-        stopgrad_image: bool = True,
-        hidden_dim: int = 4096,
-        pretrained: bool = True,
-        teacher_dtype: torch.dtype | None = None,
-        group: ProcessGroup | str | None = "auto",
+        img_size: int | Sequence[int] | SizeRule | None = None,
         preprocess: str | nn.Module = "bilinear",
         input_range: Sequence[float] | None = None,
+        stopgrad_image: bool = True,
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
-        watch_parents()
-        self.img_size = check_size(img_size, "img_size")
-        self.w_global = check_number("w_global", w_global)
-        self.w_patch = check_number("w_patch", w_patch)
-        self.w_token = check_number("w_token", w_token)
-        self.schedule = Schedule(alpha, warmup_steps, stop_step)
-        self.patch_target = check_choice("patch_target", patch_target, PATCH_TARGETS)
-        self.patch_grid = check_size(patch_grid, "patch_grid")
-        self.use_patch = check_flag("use_patch", use_patch)
+        check_terms(terms)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be None or a Schedule, got {type(schedule).__name__}")
+        if img_size is None:
+            img_size = getattr(teacher, "img_size", None) or 224
+        self.img_size = check_img_size(img_size)
         self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
-        self.in_dim = in_dim
-        self.token_dim = check_token_dim(token_dim, token_projector, token_grid, token_standardize)
-        self.group = group
-        self.loss = make_loss(loss_type, stopgrad_image, group, backend)
-        if in_dim is None and (token_dim is None or use_patch):
-            raise ValueError("in_dim must be z_text's width, or None with token_dim given and use_patch=False")
-        self.latent_shape = shape = check_latent_shape(latent_shape, in_dim if use_patch else None)
-
-        self.teacher = make_teacher(teacher, self.img_size, pretrained, teacher_dtype)
+        self.schedule = Schedule(1.0, 0) if schedule is None else schedule
+        self.teacher = make_teacher(teacher, self.img_size, True, None)
         self.preprocess = make_preprocess(preprocess, self.img_size, input_range, self.teacher, backend)
         self.teacher_grid = self._find_grid(img_size)
-
-        width = int(self.teacher.embed_dim)
-        if in_dim is not None:
-            self.projector = Projector(in_dim, hidden_dim, width)
-        self.patch_queries: nn.Parameter | None = None
-        if use_patch:
-            self.local_projector = Projector(shape[0], LOCAL_HIDDEN_DIM, width)
-            self.patches = Patches(self.patch_target, shape, self.patch_grid, self.teacher_grid)
-            if self.patch_target == "attention":
-                self.patch_queries = nn.Parameter(0.02 * torch.randn(self.patches.count, width))
-        if token_dim is not None:
-            self.token_grids = TokenGrids(token_grid, self.teacher_grid, token_standardize)
-            grids = self.token_grids.token_grid, self.teacher_grid
-            self.token_projector = make_token_projector(token_projector, token_dim, width, *grids)
-        # For regions and tokens. Their targets are detached already, except for the queries, which need a gradient.
-        self.row_loss = CosineLoss(detach_teacher=False, backend=backend)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        adopt(self, state_dict, prefix, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, term in terms.items():
+            if not stopgrad_image and any(getattr(part, "detach_teacher", False) for part in term.modules()):
+                raise ValueError(f"stopgrad_image=False needs a loss of {name} with detach_teacher=False")
+            term.build(int(self.teacher.embed_dim))
+        self.terms = nn.ModuleDict(terms)
 
     def forward(
         self,
-        z_text: Tensor | None = None,
-        x_img: Tensor | None = None,
+        images: Tensor | None = None,
+        students: Mapping[str, Tensor] | None = None,
         *,
-        features: Features | None = None,
-        tokens: Tensor | None = None,
+        features: Mapping[str, Any] | None = None,
+        weight: Tensor | Mapping[str, Tensor] | None = None,
+        index: Tensor | Mapping[str, Tensor] | None = None,
+        token_grid: Sequence[int] | None = None,
         alpha: float | Tensor | None = None,
         as_dict: bool = False,
         step: int | None = None,
     ) -> Any:
-        """Returns the loss without alpha and warm-up, and its terms; or with ``as_dict`` what ``loss_dict`` returns.
+        """Returns the loss without alpha and warm-up, and its logs; or with ``as_dict`` what ``loss_dict`` returns.
 
-        Wrappers such as DistributedDataParallel reach this method alone: ``DDP(dino)(z_text, x_img, as_dict=True)``.
+        Wrappers such as DistributedDataParallel reach this method alone.
 
         Args:
-            z_text (Tensor, optional): Latents [B, in_dim], cast to the projector's dtype. None with ``tokens``: the
-                loss is the tokens' alone, and all other parameters get an exact zero gradient.
-            x_img (Tensor, optional): Images, as for ``encode``.
-            features (dict, optional): What ``encode`` returned, in place of ``x_img``.
-            tokens (Tensor, optional): Hidden tokens [B, N, token_dim], cast to the token projector's dtype.
+            images (Tensor, optional): Images, as for ``encode``.
+            students (dict of str to Tensor): Each term's tensor, of the same images.
+            features (dict, optional): What ``encode`` returned, in place of ``images``.
+            weight (Tensor or dict, optional): Weights of the images [B], or a dict by term, for tokens [B] or [B, N]. A
+                row of weight 0 is left out.
+            index (Tensor or dict, optional): Positions [B, N] on the teacher's grid of tokens that are some of its
+                positions, by term where several terms take tokens.
+            token_grid (sequence of two ints, optional): Rows and columns of the tokens in this call.
             alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
             as_dict (bool): Returns ``loss_dict``'s result, and counts a step as it does. Default: ``False``.
             step (int, optional): As in ``loss_dict``; only with ``as_dict``.
 
         Returns:
-            tuple or dict: The loss, and detached logs: dino_global; dino_patch with ``use_patch``; dino_token with
-            ``token_dim``; dino_vic_inv, dino_vic_var, dino_vic_cov with VICReg; dino_patch_is_global and
-            dino_token_is_global, 1 each, where the teacher gives no patch tokens and its global token stands for them.
+            tuple or dict: The loss, and detached logs: ``dino_<term>``, the term's loss without its weight, and
+            ``dino_<term>_<key>`` for each log of the term.
 
         Raises:
             ValueError: If an input does not fit. The message names it.
             TypeError: If an input is no tensor.
         """
-        if as_dict:
-            if alpha is not None:
-                raise ValueError("alpha must be left out with as_dict=True, whose weight is the schedule's")
-            return self._dict(self._losses, step, z_text, x_img, features, tokens)
-        if step is not None:
-            raise ValueError("step must be left out, or as_dict=True given: only the schedule's weight depends on it")
-        return self._losses(z_text, x_img, features=features, tokens=tokens, alpha=alpha)
-
-    def _losses(
-        self, z_text: Any, x_img: Any, *, features: Features | None, tokens: Any, alpha: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        self._check(z_text, x_img, features, tokens)
-        features = self._features(x_img, features, (tokens if z_text is None else z_text).device)
-        if alpha is not None:
-            alpha = check_scalar("alpha", alpha, self.schedule.step.device)
-        losses, logs = [], {}
-        if z_text is None:
-            losses.append(self._zero(tokens=False))
-        else:
-            z_text, target = z_text.to(dtype_of(self.projector) or z_text.dtype), self._global_token(features)
-            out, loss = weighed(self.loss, self.projector(z_text), target, self.w_global, alpha)
-            losses.append(loss)
-            logs.update(logs_of(out))
-            if self.use_patch:
-                logs["dino_patch"], loss = weighed(self.row_loss, *self._regions(z_text, features), self.w_patch, alpha)
-                losses.append(loss)
-        if tokens is not None:
-            logs["dino_token"], loss = weighed(self.row_loss, *self._tokens(tokens, features), self.w_token, alpha)
-            losses.append(loss)
-        if features.get("patch") is None and (replaced := [name for name in PATCH_LOGS if name in logs]):
-            logs.update({f"{name}_is_global": torch.ones_like(logs[name]) for name in replaced})
-            self._warn_once()
-        return sum(losses[1:], losses[0]), logs
+        self._check_alpha(alpha, as_dict, step)
+        calls = self._calls(images, students, features, weight, index, token_grid)
+        run = partial(self._sum, calls, images, features)
+        return self._scheduled(run, step, *students_of(calls)) if as_dict else run(alpha)
 
     def loss_dict(
         self,
-        z_text: Tensor | None = None,
-        x_img: Tensor | None = None,
+        images: Tensor | None = None,
+        students: Mapping[str, Tensor] | None = None,
         step: int | None = None,
         *,
-        features: Features | None = None,
-        tokens: Tensor | None = None,
+        features: Mapping[str, Any] | None = None,
+        weight: Tensor | Mapping[str, Tensor] | None = None,
+        index: Tensor | Mapping[str, Tensor] | None = None,
+        token_grid: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """Returns the weighted loss and its logs, for trainers that add up every key that contains "loss".
 
         Args:
-            z_text (Tensor, optional): As in ``forward``.
-            x_img (Tensor, optional): As in ``forward``.
-            step (int, optional): The training step. Default: counts the calls of this method in training mode with
-                gradients enabled, the first being 1, in the buffer ``step``. A call that is refused does not count.
-            features (dict, optional): As in ``forward``.
-            tokens (Tensor, optional): As in ``forward``.
+            images (Tensor, optional): As in ``forward``.
+            students (dict of str to Tensor): As in ``forward``.
+            step (int, optional): The training step, as in DinoSupervision. Default: counts the calls.
+            features (dict, optional): As in ``forward``, and so are the arguments that follow.
+            weight (Tensor or dict, optional): Weights of rows.
+            index (Tensor or dict, optional): Positions of tokens.
+            token_grid (sequence of two ints, optional): Rows and columns of the tokens.
 
         Returns:
             dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
-            From ``stop_step`` on ``loss_dino`` alone, an exact zero.
+            From the schedule's ``stop_step`` on ``loss_dino`` alone, an exact zero.
 
         Raises:
             ValueError: If an input does not fit. The message names it.
             TypeError: If an input is no tensor.
         """
-        if self.training and self.group is not None:
+        if self.training:
             warn_if_unsynchronised(self)
-        return self._dict(self, step, z_text, x_img, features, tokens)
+        options = {"features": features, "weight": weight, "index": index, "token_grid": token_grid}
+        calls = self._calls(images, students, **options)  # refuses before the step is counted
+        return self._scheduled(partial(self, images, students, **options), step, *students_of(calls))
 
-    def _dict(
-        self, run: Callable[..., Any], step: int | None, z_text: Any, x_img: Any, features: Any, tokens: Any
-    ) -> dict[str, Tensor]:
-        self._check(z_text, x_img, features, tokens)  # before the step is counted
-        if step is None:
-            self.schedule.advance()
-        else:
-            step = check_int("step", step, 0)
-        if self.schedule.stopped(step):
-            return {"loss_dino": self._zero(z_text, tokens)}
-        loss, logs = run(z_text, x_img, features=features, tokens=tokens, alpha=self.schedule.factor(step))
-        return {"loss_dino": self.schedule.cut(loss, step), **logs}
-
-    def _regions(self, z_text: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """Return the student and the target of the patch loss, [B, K, D] each."""
-        student, tokens = self.local_projector(self.patches(z_text)), self._patch_tokens(features)
-        if tokens is not None:
-            return student, self.patches.targets(tokens, student, self.patch_queries)
-        if self.patch_queries is not None:
-            student = student + reach(self.patch_queries).to(student.dtype)
-        return student, self._global_token(features).unsqueeze(1).expand(-1, self.patches.count, -1)
-
-    def _tokens(self, tokens: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """Return the student and the target of the token loss, [B, L, D] each."""
-        student, target = project(self.token_projector, tokens, self.teacher.embed_dim), self._patch_tokens(features)
-        if target is not None:
-            return self.token_grids(student, target)
-        return student, self._global_token(features).unsqueeze(1).expand(-1, tokens.shape[1], -1)
-
-    def _zero(self, *inputs: Tensor | None, tokens: bool = True) -> Tensor:
-        """Return 0 that gives inputs and parameters a zero gradient; tokens=False leaves the token projector out."""
-        parts = [part for name, part in self.named_children() if tokens or name != "token_projector"]
-        tensors = [x for part in parts for x in live_tensors(part) if x.is_floating_point()]
-        tensors += [x for x in (self.patch_queries, *inputs) if x is not None]
-        return reach(*tensors)
-
-    def _check(self, z_text: Any, x_img: Any, features: Any, tokens: Any) -> None:
-        check_tokens(tokens, self.token_dim)
-        if z_text is not None or tokens is None:
-            check_latents(z_text, self.in_dim)
-        batch = self._check_images(x_img, features)
-        for name, x in (("z_text", z_text), ("tokens", tokens)):
-            if x is not None and len(x) != batch:
-                raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(x.shape)}")
+    def _calls(
+        self, images: Any, students: Any, features: Any, weight: Any, index: Any, token_grid: Any
+    ) -> dict[str, Call]:
+        """Check a call, and return those of its terms."""
+        terms: dict[str, Any] = dict(self.terms.items())
+        if not isinstance(students, Mapping) or students.keys() != terms.keys():
+            got = sorted(map(str, students)) if isinstance(students, Mapping) else type(students).__name__
+            raise ValueError(f"students must be a dict with a tensor for each of the terms {sorted(terms)}, got {got}")
+        batch = self._check_images(images, features)
+        shares = share_out(terms, weight=weight, index=index, token_grid=token_grid)
+        for name, term in terms.items():
+            term.check(f"students[{name!r}]", students[name], batch, **shares[name])
+        return {name: Call(term, students[name], shares[name], term.weight) for name, term in terms.items()}
 
     def extra_repr(self) -> str:
-        return f"teacher={type(self.teacher).__name__} (frozen, not a submodule), w_global={self.w_global}"
+        return f"teacher={type(self.teacher).__name__} (frozen, not a submodule)"
+
+
+def students_of(calls: Mapping[str, Call]) -> list[Tensor]:
+    return [call.student for call in calls.values()]
+
+
+def check_terms(terms: Any) -> None:
+    """Check terms by name. Trainers add up every log that contains "loss", so that no name may."""
+    if not isinstance(terms, Mapping) or not terms:
+        raise ValueError(f"terms must be a dict of at least one term by name, got {terms!r}")
+    for name, term in terms.items():
+        if not isinstance(name, str) or not name.isidentifier() or "loss" in name:
+            raise ValueError(f"terms must have names that are identifiers without 'loss', got {name!r}")
+        if not isinstance(term, Term):
+            raise TypeError(f"terms[{name!r}] must be a Term, got {type(term).__name__}")
+
+
+def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:
+    """Return the options of a call by term. One that is a dict names its terms; else it goes to all that take it."""
+    shares: dict[str, dict[str, Any]] = {name: {} for name in terms}
+    for option, value in options.items():
+        takers = [name for name, term in terms.items() if option in term.takes]
+        if value is None:
+            continue
+        if not takers:
+            raise ValueError(f"{option} must be left out: none of the terms {', '.join(terms)} takes it")
+        if not isinstance(value, Mapping):
+            if option == "index" and len(takers) > 1:
+                raise ValueError(f"index must be a dict by term, since several take one: {', '.join(takers)}")
+            value = dict.fromkeys(takers, value)
+        for name, its in value.items():
+            if name not in takers:
+                raise ValueError(f"{option} is given to {name!r}; the terms that take it are {', '.join(takers)}")
+            if its is not None:
+                shares[name][option] = its
+    return shares

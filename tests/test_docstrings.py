@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import fused_dino
-from fused_dino import functional
+from fused_dino import functional, recipes
 
 METHODS = {
     fused_dino.DinoSupervision: ("forward", "loss_dict", "encode", "check"),
+    fused_dino.Supervision: ("forward", "loss_dict"),
     fused_dino.VICRegLoss: ("preset",),
 }
 PUBLIC = {
     **{f"functional.{name}": getattr(functional, name) for name in functional.__all__},
-    **{name: getattr(fused_dino, name) for name in fused_dino.__all__ if name != "functional"},
+    **{f"recipes.{name}": getattr(recipes, name) for name in recipes.__all__},
+    **{name: getattr(fused_dino, name) for name in fused_dino.__all__ if name not in ("functional", "recipes")},
     **{f"{owner.__name__}.{name}": getattr(owner, name) for owner, names in METHODS.items() for name in names},
 }
 SECTIONS = ("Args", "Attributes", "Shape", "Returns", "Raises", "Example")
@@ -88,7 +90,9 @@ def test_it_tells_of_errors_and_results(name):
         assert issubclass(getattr(builtins, error), Exception)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if "." not in name or name.startswith("functional.")])
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLIC if "." not in name or name.startswith(("functional.", "recipes."))]
+)
 def test_its_example_runs(name):
     """With what its module imports, torch and the package's own names."""
     thing = PUBLIC[name]

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from conftest import make_supervision
 from fused_dino import functional as FD
-from fused_dino.grids import Regrid, bilinear
+from fused_dino.terms.grids import Regrid, bilinear
 from proving import DTYPES, IMPLEMENTATIONS
 from table import OPS
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.testing import assert_close
 
-from fused_dino.grids import Regrid, average, bilinear, product, regrid
+from fused_dino.terms.grids import Regrid, average, bilinear, product, regrid
 
 GRIDS = [
     ((4, 4), (2, 2)),

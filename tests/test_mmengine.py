@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, Registry
 from mmengine.runner import Runner
 
-from fused_dino import CosineLoss, DinoSupervision, MSELoss, Preprocess, VICRegLoss
+from fused_dino import CosineLoss, DinoSupervision, MSELoss, Preprocess, Scaled, VICRegLoss
 from fused_dino.integrations import mmengine as integration
 
 EXAMPLES = Path(__file__).parent.parent / "examples/mmengine"
@@ -50,6 +50,20 @@ def test_a_module_of_ones_own_builds_in_ones_own_registry(builder):
     assert type(dino.loss) is OwnLoss
     with pytest.raises(KeyError, match="OwnLoss"):
         MODELS.build({**SUPERVISION, "teacher": TEACHER, "loss_type": {"type": "OwnLoss"}})
+
+
+def test_a_supervision_builds_from_its_terms(builder):
+    config = {
+        "type": "Supervision",
+        "teacher": {**TEACHER, "img_size": {"type": "Scaled", "ratio": 0.875}},
+        "terms": {"token": {"type": "TokenTerm", "in_dim": 6, "loss": {"type": "MSELoss"}}},
+        "schedule": {"type": "Schedule", "alpha": 0.5, "warmup_steps": 0},
+    }
+    dino = builder.build(config)
+    out = dino.loss_dict(torch.zeros(2, 3, 32, 64), {"token": torch.randn(2, 8, 6)})
+    assert out.keys() == {"loss_dino", "dino_token"}
+    assert dino.img_size == Scaled(7 / 8)
+    assert type(dino.terms["token"].loss) is MSELoss
 
 
 def test_dtypes_by_name(builder):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from conftest import TinyTeacher, check_slope, grads, make_supervision
 from fused_dino import CosineLoss, DinoSupervision, Preprocess
-from fused_dino.patches import PATCH_TARGETS, attend, most_similar, nearest
+from fused_dino.terms.regions import PATCH_TARGETS, attend, most_similar, nearest
 from proving import DEVICE, IMPLEMENTATIONS
 
 LATENT = (4, 4, 4)
@@ -134,9 +134,11 @@ def test_the_image_gets_a_gradient_through_every_target(teacher, batch, target):
 
 def test_features_of_the_call_are_detached_and_queries_are_not(teacher, batch):
     module = make(teacher, "attention")
-    features = {name: value.requires_grad_() for name, value in module.encode(batch[1]).items()}
+    features = module.encode(batch[1])
+    for name in ("global", "patch"):
+        features[name].requires_grad_()
     module(batch[0], features=features)[0].backward()
-    assert all(value.grad is None for value in features.values())
+    assert all(features[name].grad is None for name in ("global", "patch"))
     assert module.patch_queries.grad.abs().sum() > 0
 
 

@@ -37,10 +37,10 @@ def test_trap_5_registers_are_no_patches(backbone, x):
     tokens = backbone.model.forward_features(x)
     out = backbone(x)
     assert tokens.shape == (2, 1 + 4 + 6, 32)
-    assert set(out) == {"global", "patch"}
+    assert set(out) == {"global", "patch", "grid"}
     assert torch.equal(out["global"], tokens[:, 0])
     assert torch.equal(out["patch"], tokens[:, 5:])
-    assert backbone.grid == (2, 3)
+    assert out["grid"] == backbone.grid == (2, 3)
 
 
 def test_models_that_cannot_serve_are_refused_at_construction():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fused_dino import DINOv2Backbone
-from fused_dino.weight_files import MARKS, official_names
+from fused_dino.teacher.weight_files import MARKS, official_names
 from test_teacher_parity import assert_same, image, randomised
 
 timm = pytest.importorskip("timm")

@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_dino import DinoSupervision
 from fused_dino.teacher import DINOv2Backbone
-from fused_dino.weights import canonical
+from fused_dino.teacher.weights import canonical
 
 timm = pytest.importorskip("timm")
 

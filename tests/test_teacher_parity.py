@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dino.teacher import DINOv2Backbone
-from fused_dino.weight_files import official_names
+from fused_dino.teacher.weight_files import official_names
 
 SIZES = [
     pytest.param((518, 518), id="training-grid"),  # position embeddings as they are

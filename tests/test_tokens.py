@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from conftest import TinyTeacher, check_slope, grads, make_supervision
 from fused_dino import Preprocess
-from fused_dino.tokens import find_grid, standardize
+from fused_dino.terms.token_grids import find_grid, standardize
 from proving import DEVICE, IMPLEMENTATIONS
 
 C = 10
@@ -29,6 +29,10 @@ def make(teacher, **options):
 
 def hidden(count=16, batch=6, dtype=torch.float32):
     return torch.randn(batch, count, C, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def square(images):
+    return images[..., :60, :]
 
 
 def onto(x, grid, size):
@@ -58,7 +62,7 @@ CASES = [  # img_size, the tokens' grid as an argument, their grid, the grid whe
 def test_is_the_formula_in_value_and_gradient(teacher, batch, size, argument, grid, meeting, projector, backend):
     options = {"token_grid": argument, "token_projector": projector, "preprocess": Preprocess(size)}
     module = make(teacher, in_dim=None, img_size=size, backend=backend, **options).to(DEVICE, torch.float64)
-    x, h = (v.to(DEVICE, torch.float64) for v in (batch[1][:2], hidden(grid[0] * grid[1], 2)))
+    x, h = (v.to(DEVICE, torch.float64) for v in (square(batch[1])[:2], hidden(grid[0] * grid[1], 2)))
     h.requires_grad_()
     target = module.encode(x)["patch"]
     loss, logs = module(x_img=x, tokens=h)
@@ -186,7 +190,7 @@ def test_casts_happen_at_the_boundary_and_autocast_stays_outside(teacher, batch)
 
 
 def test_the_image_gets_a_gradient_only_when_asked(teacher, batch):
-    x, h = batch[1].double().requires_grad_(), hidden(9, dtype=torch.float64)
+    x, h = square(batch[1]).double().requires_grad_(), hidden(9, dtype=torch.float64)
     options = {"in_dim": None, "token_projector": "conv", "token_standardize": True}
     with pytest.raises(RuntimeError, match="not have been used"):
         torch.autograd.grad(make(teacher, **options).double()(x_img=x, tokens=h)[0], x)
@@ -211,7 +215,7 @@ def test_copies_and_checkpoints_carry_it(teacher, batch, projector):
 def test_compiles_as_one_graph(fresh_compiler, teacher, batch, options):
     module = make(teacher, token_standardize=True, warmup_steps=2, **options)
     twin = copy.deepcopy(module)
-    arguments = {"z_text": None if "in_dim" in options else batch[0], "x_img": batch[1], "tokens": hidden(9)}
+    arguments = {"z_text": None if "in_dim" in options else batch[0], "x_img": square(batch[1]), "tokens": hidden(9)}
     a = module.loss_dict(**arguments)
     b = torch.compile(twin.loss_dict, fullgraph=True, backend="aot_eager")(**arguments)
     assert_close(a, b)
@@ -251,10 +255,16 @@ def test_wrapped_by_a_trainer_every_parameter_has_a_gradient_in_every_step(teach
         dist.destroy_process_group()
 
 
-def test_a_grid_is_the_argument_the_teachers_or_a_square():
-    assert find_grid(12, (2, 6), (3, 4)) == (2, 6)
+def test_a_grid_is_the_argument_the_images_or_the_teachers():
+    assert find_grid(12, (2, 6), (3, 4), (60, 60)) == (2, 6)
+    assert find_grid(16, None, (2, 8), (60, 60)) == (4, 4)
+    assert find_grid(16, None, (2, 8), (60, 240)) == (2, 8)
+    assert find_grid(64, None, (8, 8), (60, 240)) == (4, 16)
+    assert find_grid(64, None, (8, 8), (60, 70)) == (8, 8)
     assert find_grid(16, None, (2, 8)) == (2, 8)
-    assert find_grid(16, None, (3, 8)) == (4, 4)
+    for images in (None, (60, 70)):
+        with pytest.raises(ValueError, match=r"^token_grid must be given"):  # a square is of square images alone
+            find_grid(16, None, (3, 8), images)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from .. import __version__, explain_backend, registry
-from ..weights import TIMEOUT, is_cached
+from ..teacher.weights import TIMEOUT, is_cached
 from .checkup import checked
 
 OPS = tuple(name for name in registry.OPS if "(" not in name)  # as they are called

@@ -13,11 +13,28 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, Registry
-from torch import nn
 
-from .. import CosineLoss, DinoSupervision, DINOv2Backbone, MSELoss, Preprocess, Projector, VICRegLoss
+from .. import (
+    Area,
+    CosineLoss,
+    DinoSupervision,
+    DINOv2Backbone,
+    GlobalTerm,
+    MSELoss,
+    Preprocess,
+    Projector,
+    RegionTerm,
+    Scaled,
+    Schedule,
+    Supervision,
+    TokenTerm,
+    VICRegLoss,
+)
 
-MODULES = (DinoSupervision, DINOv2Backbone, Projector, Preprocess, CosineLoss, MSELoss, VICRegLoss)
+MODULES: tuple[type[Any], ...] = (
+    DinoSupervision, Supervision, GlobalTerm, RegionTerm, TokenTerm, Schedule, DINOv2Backbone, Projector, Preprocess,
+    CosineLoss, MSELoss, VICRegLoss, Scaled, Area,
+)  # fmt: skip
 
 
 def register(registry: Registry) -> None:
@@ -40,10 +57,10 @@ def register(registry: Registry) -> None:
         registry.register_module(name=module.__name__, module=builder(module, registry))
 
 
-def builder(module: type[nn.Module], registry: Registry) -> Callable[..., nn.Module]:
+def builder(module: type[Any], registry: Registry) -> Callable[..., Any]:
     """Return what a registry calls in the module's place: arguments that are configs are built first."""
 
-    def build(*args: Any, **options: Any) -> nn.Module:
+    def build(*args: Any, **options: Any) -> Any:
         return module(*args, **{name: built(name, value, registry) for name, value in options.items()})
 
     build.__name__ = build.__qualname__ = module.__name__
@@ -54,6 +71,8 @@ def builder(module: type[nn.Module], registry: Registry) -> Callable[..., nn.Mod
 def built(name: str, value: Any, registry: Registry) -> Any:
     if isinstance(value, dict) and "type" in value:
         return registry.build(value)
+    if isinstance(value, dict):  # the terms of a supervision, by name
+        return {key: built(key, part, registry) for key, part in value.items()}
     return dtype_of_name(name, value) if name.endswith("dtype") and isinstance(value, str) else value
 
 

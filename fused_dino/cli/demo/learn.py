@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +60,10 @@ class Student(nn.Module):
     def words(self, captions: list[str]) -> Tensor:
         return bag_of_words(captions, BUCKETS).to(self.device)
 
-    def forward(self, words: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, words: Tensor, features: Mapping[str, Any]) -> dict[str, Tensor]:
         return self.supervision.loss_dict(self.head(words), features=features)
 
-    def learn(self, captions: list[str], features: dict[str, Tensor], parallel: nn.Module | None = None) -> float:
+    def learn(self, captions: list[str], features: Mapping[str, Any], parallel: nn.Module | None = None) -> float:
         """Take a step of AdamW and return the loss before it, without alpha and warm-up. parallel: this in DDP."""
         losses = (parallel or self)(self.words(captions), features)
         self.optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .validation import check_int
+from ..validation import check_int
 
 
 class Projector(nn.Sequential):

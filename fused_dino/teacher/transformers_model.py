@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..sizes import Size
 from .weight_files import PREPROCESSOR, read_statistics
 
 CLASSES = {
@@ -80,11 +81,14 @@ def read_own_statistics(core: Any) -> dict[str, tuple[float, float, float]]:
     return known | (read_statistics(Path(file)) if isinstance(file, str) else {})
 
 
-def call_options(model: Any, img_size: tuple[int, int]) -> dict[str, bool]:
-    """Return the arguments with which a known model takes images of this size and returns names; {} for any other."""
+def call_options(model: Any, size: Size | None) -> dict[str, bool]:
+    """Return the arguments with which a known model takes images of this size, or of any, and returns names.
+
+    Any other model has none of them.
+    """
     if not is_known(model):
         return {}
-    resized = model.config.model_type == SIGLIP and img_size != (model.config.image_size,) * 2
+    resized = model.config.model_type == SIGLIP and size != (model.config.image_size,) * 2
     return {"return_dict": True} | ({"interpolate_pos_encoding": True} if resized else {})
 
 

@@ -1,4 +1,4 @@
-"""The frozen teacher, which makes {'global': [B, D], 'patch': [B, N, D]} of normalised images."""
+"""The frozen teacher, which makes {'global': [B, D], 'patch': [B, N, D], 'grid': ...} of normalised images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..features import Features
+from ..hidden import FRESH
+from ..live import dtype_of
+from ..sizes import Size, SizeRule, check_img_size
+from ..validation import check_flag, check_tensor, check_triple, is_int, plain_int
 from .embedding import from_patches, take_patches
-from .hidden import FRESH
-from .live import dtype_of
+from .positions import resampling_of, take_any_size
 from .transformers_model import (
     CLASSES,
     call_options,
@@ -25,8 +29,7 @@ from .transformers_model import (
     split_tokens,
     without_head,
 )
-from .validation import check_flag, check_tensor, check_triple, is_int, plain_int
-from .weights import PATCH_SIZE, canonical, load_dinov2
+from .weights import PATCH_SIZE, canonical, create_timm, load_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -47,7 +50,9 @@ class DINOv2Backbone(nn.Module):
             the names of hub (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m), transformers
             (facebook/dinov2-small, facebook/dinov2-with-registers-small) and REPA (dinov2-vit-s, dinov2reg-vit-s).
             Default: ``"vitl14"``.
-        img_size (int or sequence of two ints): Height and width in pixels, multiples of the patch size. Default: 224.
+        img_size (int, sequence of two ints or callable): Height and width in pixels, multiples of the patch size. A
+            rule ``(h, w, patch) -> (h, w)``, as ``Scaled(7 / 8)`` and ``Area(224 * 224)`` are, lets every call have its
+            own, and a supervision ask the rule by its images' size. Default: 224.
         use_timm_fallback (bool): Whether ``"auto"`` tries timm where hub fails. Default: ``True``.
         source (str): ``"hub"``, the official model from torch hub, which RUNS THE CODE of
             github.com/facebookresearch/dinov2 at a pinned revision in this process; ``"timm"``, timm's model with the
@@ -61,8 +66,8 @@ class DINOv2Backbone(nn.Module):
         pretrained (bool): False gives random weights without network, through timm unless ``source="hub"``. Default:
             ``True``.
         dtype (torch.dtype, optional): Dtype of the weights. Default: the one in which they are stored.
-        pos_embed (str): How position embeddings reach ``img_size``: ``"official"`` as the official code resamples them,
-            ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224;
+        pos_embed (str): How position embeddings reach an input's size: ``"official"`` as the official code resamples
+            them, ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224;
             ``"transformers"`` as transformers does. The last two need ``source`` not to be hub. Default:
             ``"official"``.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
@@ -80,35 +85,40 @@ class DINOv2Backbone(nn.Module):
         patch_size (int): Side of a patch in pixels.
         mean (tuple of three floats): Mean of images in 0..1 that the model was trained with.
         std (tuple of three floats): Their deviation.
-        grid (tuple of two ints): Rows and columns of patch tokens.
+        grid (tuple of two ints): Rows and columns of patch tokens, or None where ``img_size`` is a rule.
         source (str): Where the weights came from: hub, timm, local, random or model.
 
     Shape:
         - x: :math:`(B, 3, H, W)`, normalised with mean and std; or patches :math:`(B, N, 3 p^2)`, as
-          ``preprocess(patch_size=p)`` writes them
-        - Output: a dict of ``'global'`` :math:`(B, D)`, the normalised class token, and ``'patch'`` :math:`(B, N, D)`,
-          the normalised patch tokens row by row, without class and register tokens
+          ``preprocess(patch_size=p)`` writes them for a fixed ``img_size``
+        - Output: a dict of ``'global'`` :math:`(B, D)`, the normalised class token, ``'patch'`` :math:`(B, N, D)`, the
+          normalised patch tokens row by row, without class and register tokens, and ``'grid'``, rows and columns
+          of patches in x
 
     Raises:
-        ValueError: If an argument is out of range. The message names it.
+        ValueError: If an argument is out of range, or ``img_size`` a rule and the model built for one size. The message
+            names it.
         TypeError: If ``dtype`` or ``model`` is none.
         FileNotFoundError: If ``weights`` is missing.
         RuntimeError: If no source gives the weights. The message has each attempt with its cause.
 
     Example:
         >>> backbone = DINOv2Backbone("vits14", pretrained=False)
-        >>> {name: list(x.shape) for name, x in backbone(torch.zeros(1, 3, 224, 224)).items()}
-        {'global': [1, 384], 'patch': [1, 256, 384]}
+        >>> features = backbone(torch.zeros(1, 3, 224, 224))
+        >>> features["global"].shape, features["patch"].shape, features["grid"]
+        (torch.Size([1, 384]), torch.Size([1, 256, 384]), (16, 16))
 
     Source: DINOv2 (arXiv 2304.07193), registers (arXiv 2309.16588).
     """
 
     model: nn.Module
+    img_size: Any  # Size or SizeRule
+    grid: Any  # Grid, or None with a rule
 
     def __init__(
         self,
         variant: str = "vitl14",
-        img_size: int | Sequence[int] = 224,
+        img_size: int | Sequence[int] | SizeRule = 224,
         use_timm_fallback: bool = True,
         *,
         source: str = "auto",
@@ -129,12 +139,13 @@ class DINOv2Backbone(nn.Module):
             raise ValueError(
                 "model brings its own weights and position embeddings: leave out source, weights, pos_embed"
             )
+        self.img_size = check_img_size(img_size, PATCH_SIZE if model is None else 1)
+        size = None if callable(self.img_size) else self.img_size
         if model is None:
             self.variant = canonical(variant)
-            self.img_size = check_img_size(img_size, PATCH_SIZE)
             self.model, self.source = load_dinov2(
                 self.variant,
-                self.img_size,
+                size,
                 use_timm_fallback=use_timm_fallback,
                 source=source,
                 weights=weights,
@@ -143,53 +154,66 @@ class DINOv2Backbone(nn.Module):
             )
         else:
             self.variant = model if isinstance(model, str) else type(model).__name__
-            self.img_size = check_img_size(img_size)
-            found = create_timm(model, self.img_size, pretrained) if isinstance(model, str) else model
+            found = create_timm(model, size, pretrained) if isinstance(model, str) else model
             self.model = without_head(found)
             self.source = "model"
         self.model.to(dtype=dtype)
         self.embed_dim = read_embed_dim(self.model)
         self.patch_size = read_patch_size(self.model)
-        self.call_options = call_options(self.model, self.img_size)
+        self.call_options = call_options(self.model, size)
         self.prefix_tokens = read_prefix_tokens(self.model)
         self.mean = read_statistic(self.model, "mean", IMAGENET_MEAN)
         self.std = read_statistic(self.model, "std", IMAGENET_STD)
-        check_img_size(self.img_size, self.patch_size)
-        check_fixed_size(self.model, self.img_size)
-        self.grid = self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+        self.grid = None
+        if size is None:
+            own = resampling_of("timm" if model is not None else pos_embed, self.variant.endswith("_reg"))
+            take_any_size(self.model, self.img_size, own)
+        else:
+            check_img_size(size, self.patch_size)
+            check_fixed_size(self.model, size)
+            self.grid = size[0] // self.patch_size, size[1] // self.patch_size
         take_patches(self.model, self.patch_size)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
-        """Return {'global': [B, D], 'patch': [B, N, D] or None} of normalised floats x.
+    def forward(self, x: Tensor) -> Features:
+        """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
-        x: [B, 3, H, W]; or patches [B, N, 3 p p] of img_size's grid, row by row, each in the order of a Conv2d's
-        weight, for models whose patch embedding is a convolution by patches, as a ViT's is: it becomes one matrix
-        product.
-        It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and grid.
+        x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
+        img_size's grid, row by row, each in the order of a Conv2d's weight, for models whose patch embedding is a
+        convolution by patches, as a ViT's is: it becomes one matrix product.
+        It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
-        (h, w), (rows, columns), p = self.img_size, self.grid, self.patch_size
-        patches = x.ndim == 3
-        expected = (rows * columns, 3 * p * p) if patches else (3, h, w)
-        if x.shape[1:] != expected or not x.is_floating_point():
-            raise ValueError(
-                f"x must be floating of shape [B, 3, {h}, {w}], or patches [B, {rows * columns}, {3 * p * p}], got "
-                f"{x.dtype} of shape {list(x.shape)}"
-            )
+        h, w = self.size_of(x)
+        p = self.patch_size
+        rows, columns = h // p, w // p
         run = getattr(self.model, "forward_features", self.model)
         run = partial(run, **self.call_options) if self.call_options else run
         x = x.to(dtype_of(self.model) or x.dtype)
-        features = from_patches(self.model, run, x, self.img_size, p) if patches else run(x)
+        features = from_patches(self.model, run, x, (h, w), p) if x.ndim == 3 else run(x)
         pooled, patch = self.split(features)
         if pooled.shape[1:] != (self.embed_dim,):
             raise ValueError(f"model gave global features {list(pooled.shape)} where embed_dim is {self.embed_dim}")
-        if patch is not None and patch.shape[1:] != (self.grid[0] * self.grid[1], self.embed_dim):
+        if patch is not None and patch.shape[1:] != (rows * columns, self.embed_dim):
             raise ValueError(
-                f"model gave patch tokens {list(patch.shape)} where img_size {self.img_size} at patch_size "
-                f"{self.patch_size} has {self.grid[0]} x {self.grid[1]} of width {self.embed_dim}"
+                f"model gave patch tokens {list(patch.shape)} where images of {h} x {w} at patch_size {p} have "
+                f"{rows} x {columns} of width {self.embed_dim}"
             )
-        return {"global": pooled, "patch": patch}
+        return {"global": pooled, "patch": patch, "grid": (rows, columns)}
+
+    def size_of(self, x: Tensor) -> Size:
+        """Return the height and width of images or patches x, or raise ValueError if this model does not take them."""
+        p, grid = self.patch_size, self.grid
+        if grid is None:
+            fits = x.ndim == 4 and x.shape[1] == 3 and all(side > 0 and side % p == 0 for side in x.shape[2:])
+            expected = f"[B, 3, H, W] with multiples of {p} as H and W, since img_size is a rule"
+        else:
+            h, w = size = grid[0] * p, grid[1] * p
+            fits = x.shape[1:] == ((grid[0] * grid[1], 3 * p * p) if x.ndim == 3 else (3, h, w))
+            expected = f"[B, 3, {h}, {w}], or patches [B, {grid[0] * grid[1]}, {3 * p * p}]"
+        if not fits or not x.is_floating_point():
+            raise ValueError(f"x must be floating of shape {expected}, got {x.dtype} of shape {list(x.shape)}")
+        return (x.shape[2], x.shape[3]) if grid is None else size
 
     def split(self, features: Any) -> tuple[Tensor, Tensor | None]:
         """Return (global [B, D], patch [B, N, D] or None) from any kind of features that a model may return."""
@@ -243,33 +267,6 @@ class DINOv2Backbone(nn.Module):
         return f"{self.variant}, img_size={self.img_size}, embed_dim={self.embed_dim}, source={self.source}, frozen"
 
 
-def check_img_size(img_size: int | Sequence[int], patch_size: int = 1) -> tuple[int, int]:
-    """Return img_size as (h, w), or raise ValueError unless both are positive multiples of patch_size."""
-    size = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
-    if len(size) != 2 or not all(map(is_int, size)):
-        raise ValueError(f"img_size must be a positive int or a pair (h, w) of them, got {img_size!r}")
-    h, w = size = plain_int(size[0]), plain_int(size[1])
-    if h % patch_size or w % patch_size:
-        below = tuple(max(side // patch_size, 1) * patch_size for side in size)
-        above = tuple(-(-side // patch_size) * patch_size for side in size)
-        raise ValueError(
-            f"img_size must be a multiple of the patch size {patch_size}, got {img_size!r}; "
-            f"the nearest: {' or '.join(map(str, sorted({below, above})))}"
-        )
-    return h, w
-
-
-def create_timm(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:
-    import timm
-
-    if ":" not in name and not timm.is_model(name):  # with one it is a place, such as hf-hub:owner/name
-        raise ValueError(f"model is {name!r}, which timm {timm.__version__} does not know; see timm.list_models()")
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=img_size)
-    except TypeError:  # convolutional networks take no img_size
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
-
-
 def read_embed_dim(model: nn.Module) -> int:
     """Return the features' width. num_features comes first, since embed_dim is the width of Swin's first stage."""
     for name in ("num_features", "embed_dim"):
@@ -314,7 +311,7 @@ def read_statistic(model: nn.Module, name: str, default: tuple[float, ...]) -> t
     return check_triple(f"{name} of {type(model).__name__}", numbers, positive=name == "std")
 
 
-def check_fixed_size(model: nn.Module, img_size: tuple[int, int]) -> None:
+def check_fixed_size(model: nn.Module, img_size: Size) -> None:
     """Raise ValueError if a timm model takes images of one size only, and img_size is another."""
     embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != img_size:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hidden import move
-from .ops.plain import forward_mode
-from .reference.dtypes import acc_dtype, without_autocast
-
-Grid = tuple[int, int]  # (rows, columns)
+from ..features import Grid
+from ..hidden import move
+from ..ops.plain import forward_mode
+from ..reference.dtypes import acc_dtype, without_autocast
 
 
 class Product(torch.autograd.Function):

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .factories import Features, check_features
-from .hidden import apply_to_teacher, check_loaded, own_before_loading, share
-from .preprocess import Preprocess
-from .teacher import read_patch_size
-from .validation import check_images, check_size, check_tensor, check_values
+from ..features import Features, Grid, check_features, grid_of
+from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
+from ..preprocess import Preprocess
+from ..sizes import resolve
+from ..validation import check_images, check_size, check_tensor, check_values
+from .backbone import read_patch_size
 
 
 class Taught(nn.Module):
     """Holds `teacher` outside of its submodules: parameters(), modules() and state_dict() lack it, and .to() moves it.
 
-    img_size, preprocess and stopgrad_image are those of DinoSupervision; teacher_grid: (rows, columns) of its tokens.
+    img_size, preprocess and stopgrad_image are those of a supervision; teacher_grid: (rows, columns) of its tokens, or
+    None where img_size is a rule.
     """
 
     teacher: Any  # no submodule: see __setattr__
     preprocess: nn.Module
-    img_size: tuple[int, int]
-    teacher_grid: tuple[int, int]
+    img_size: Any
+    patch_size: int
+    teacher_grid: Grid | None
     stopgrad_image: bool
 
     def __init__(self) -> None:
@@ -62,11 +66,13 @@ class Taught(nn.Module):
         """Returns the teacher's features of images, detached: to cache, or to compute ahead.
 
         Args:
-            x_img (Tensor): Images [B, 3, H, W] of any size, floats in -1..1 or uint8 in 0..255 unless ``input_range``
-                or ``preprocess`` says otherwise. They are moved to the teacher's device.
+            x_img (Tensor): Images [B, 3, H, W] of any size, or frames [B, T, 3, H, W], which count as B T images. They
+                are floats in -1..1 or uint8 in 0..255 unless ``input_range`` or ``preprocess`` says otherwise, and are
+                moved to the teacher's device.
 
         Returns:
-            dict: ``'global'`` [B, D] and ``'patch'`` [B, N, D] or None, in the teacher's dtype.
+            dict: ``'global'`` [B, D] and ``'patch'`` [B, N, D] or None, in the teacher's dtype; ``'grid'``, the rows
+            and columns of the patch tokens; ``'image_size'``, the height and width of the images.
 
         Raises:
             ValueError: If the images, or the teacher's result, are not of these shapes. The message names them.
@@ -105,10 +111,24 @@ class Taught(nn.Module):
         if weight is not None:
             x_img = x_img.to(weight.device, non_blocking=True)
         dtype = None if weight is None else weight.dtype
-        x = self.preprocess(x_img, dtype) if isinstance(self.preprocess, Preprocess) else self.preprocess(x_img)
+        x_img = as_images(x_img)
+        h, w = x_img.shape[-2:]
+        if isinstance(self.preprocess, Preprocess):
+            # A compiler makes a program for each size that a rule gives.
+            size = resolve(self.img_size, index(h), index(w), self.patch_size) if callable(self.img_size) else None
+            x = self.preprocess(x_img, dtype, size)
+        else:
+            x = self.preprocess(x_img)
         check_tensor("preprocess's result", x)
         found = self.teacher(x if dtype is None else x.to(dtype))
-        return check_features("teacher's result", found, self.teacher.embed_dim, len(x))
+        found = check_features("teacher's result", found, self.teacher.embed_dim, len(x))
+        grid = self.teacher_grid or (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        return {
+            "global": found["global"],
+            "patch": found.get("patch"),
+            "grid": found.get("grid") or grid,
+            "image_size": (h, w),
+        }
 
     def _check_images(self, x_img: Any, features: Any) -> int:
         """Check that one of the two is given, and return its batch size."""
@@ -118,44 +138,48 @@ class Taught(nn.Module):
             return len(check_features("features", features, self.teacher.embed_dim)["global"])
         if x_img is None:
             raise ValueError("give x_img, the images, or features, what encode returned for them; got neither")
+        images = as_images(x_img)
         if isinstance(self.preprocess, Preprocess):
-            check_images(x_img, "x_img")
+            check_images(images, "x_img")
         check_tensor("x_img", x_img)
         if not self.stopgrad_image and not x_img.is_floating_point():
             raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
-        return len(x_img)
+        return len(images)
 
-    def _features(self, x_img: Any, features: Features | None, device: torch.device) -> Features:
-        """Return the features that are given, or else those of the images, on the student's device."""
+    def _features(
+        self, x_img: Any, features: Mapping[str, Any] | None, device: torch.device, needs: frozenset[str]
+    ) -> Features:
+        """Return the features that are given, or else those of the images, on the student's device with their grid.
+
+        They are detached with stopgrad_image. needs: which of them are read.
+        """
         if features is None:
             features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
-        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
+        ready: Any = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
+        if self.stopgrad_image:
+            ready = {name: x.detach() if isinstance(x, Tensor) else x for name, x in ready.items()}
+        ready["grid"] = ready.get("grid") or self.teacher_grid
+        patch = ready.get("patch")
+        if patch is not None and "patch" in needs:
+            rows, columns = grid_of(ready)
+            if patch.shape[1] != rows * columns:
+                raise ValueError(
+                    f"the features have {patch.shape[1]} patch tokens where img_size={self.img_size} has "
+                    f"{rows} x {columns}: give the teacher's patch_size, and strip class and register tokens"
+                )
+        return ready
 
-    def _patch_tokens(self, features: Features) -> Tensor | None:
-        """Return patch tokens [B, N, D], detached with stopgrad_image, or None if the teacher gives none."""
-        tokens = features.get("patch")
-        if tokens is None:
+    def _find_grid(self, img_size: Any) -> Grid | None:
+        """Return the teacher's grid for images of self.img_size, or None for a rule. img_size: as the user wrote it."""
+        self.patch_size = patch = read_patch_size(self.teacher)
+        built = getattr(self.teacher, "img_size", None)
+        if callable(self.img_size):
+            if built is not None and not callable(built):
+                raise ValueError(f"img_size is {self.img_size} and the teacher was built for {built}")
             return None
-        h, w = self.teacher_grid
-        if tokens.shape[1] != h * w:
-            raise ValueError(
-                f"the features have {tokens.shape[1]} patch tokens where img_size={self.img_size} has {h} x {w}: "
-                "give the teacher's patch_size, and strip class and register tokens"
-            )
-        return tokens.detach() if self.stopgrad_image else tokens
-
-    def _global_token(self, features: Features) -> Tensor:
-        """Return the global token [B, D], detached with stopgrad_image."""
-        token: Tensor = features["global"]
-        return token.detach() if self.stopgrad_image else token
-
-    def _find_grid(self, img_size: Any) -> tuple[int, int]:
-        """Return the teacher's grid for images of self.img_size. img_size: as the user wrote it, for errors."""
-        patch = read_patch_size(self.teacher)
         if self.img_size[0] % patch or self.img_size[1] % patch:
             raise ValueError(f"img_size must be a multiple of the teacher's patch size {patch}, got {img_size!r}")
-        built = getattr(self.teacher, "img_size", None)
-        if built is not None and check_size(built, "the teacher's img_size") != self.img_size:
+        if built is not None and not callable(built) and check_size(built, "the teacher's img_size") != self.img_size:
             raise ValueError(f"img_size is {self.img_size} and the teacher was built for {built}")
         return self.img_size[0] // patch, self.img_size[1] // patch
 
@@ -167,3 +191,8 @@ class Taught(nn.Module):
                 "the teacher gives no patch tokens: every region and token is aligned with its global token",
                 stacklevel=4,
             )
+
+
+def as_images(x_img: Any) -> Any:
+    """Return frames [B, T, 3, H, W] as images [B T, 3, H, W], and anything else as it is."""
+    return x_img.flatten(0, 1) if isinstance(x_img, Tensor) and x_img.ndim == 5 else x_img

@@ -5,7 +5,6 @@ Caches come first, and one process per cache directory downloads.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import socket
@@ -17,10 +16,10 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from ..sizes import Size
+from .positions import resampling_of, resize_pos_embed, square_side
 from .weight_files import PATCH_KEY, PREPROCESSOR, find_file, read_config, read_statistics, read_weights
 
 PATCH_SIZE = 14
@@ -69,7 +68,7 @@ def canonical(variant: str) -> str:
 
 def load_dinov2(
     variant: str,
-    img_size: tuple[int, int],
+    img_size: Size | None,
     *,
     use_timm_fallback: bool = True,
     source: str = "auto",
@@ -79,7 +78,7 @@ def load_dinov2(
 ) -> tuple[nn.Module, str]:
     """Return the model for a key of VARIANTS, and the source of its weights: "hub", "timm", "local" or "random".
 
-    Arguments and errors: see DINOv2Backbone.
+    Arguments and errors: see DINOv2Backbone. img_size: None keeps the size of the training.
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}; use one of {', '.join(SOURCES)}")
@@ -206,7 +205,7 @@ def load_hub(variant: str, pretrained: bool) -> nn.Module:
     return torch.hub.load(str(code), entry, source="local", **options)
 
 
-def load_timm(variant: str, img_size: tuple[int, int], pretrained: bool, pos_embed: str) -> nn.Module:
+def load_timm(variant: str, img_size: Size | None, pretrained: bool, pos_embed: str) -> nn.Module:
     """Build timm's architecture with the weights that timm publishes, or with random ones."""
     if not pretrained:
         return new_timm(variant, img_size)
@@ -222,13 +221,14 @@ def load_timm(variant: str, img_size: tuple[int, int], pretrained: bool, pos_emb
     return timm_from_file(variant, img_size, path, pos_embed)
 
 
-def new_timm(variant: str, img_size: tuple[int, int]) -> Any:
+def new_timm(variant: str, img_size: Size | None) -> Any:
     import timm
 
-    return timm.create_model(VARIANTS[variant].timm, pretrained=False, num_classes=0, img_size=img_size)
+    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    return timm.create_model(VARIANTS[variant].timm, pretrained=False, num_classes=0, **size)
 
 
-def timm_from_file(variant: str, img_size: tuple[int, int], path: Path, pos_embed: str) -> nn.Module:
+def timm_from_file(variant: str, img_size: Size | None, path: Path, pos_embed: str) -> nn.Module:
     """Build timm's architecture with the weights of a file or folder, in their dtype.
 
     The names are official, timm's or transformers'. A preprocessor_config.json beside them gives mean and std.
@@ -241,12 +241,11 @@ def timm_from_file(variant: str, img_size: tuple[int, int], path: Path, pos_embe
     try:
         state = read_weights(file)
         check_variant(state, model, read_config(file))
-        positions = resize_pos_embed(
-            state["pos_embed"],
-            model.patch_embed.grid_size,
-            antialias=pos_embed == "timm" or variant.endswith("_reg"),
-            offset=0.1 if pos_embed == "official" and not variant.endswith("_reg") else 0.0,
-        )
+        side = square_side(state["pos_embed"])
+        if img_size is None:
+            model.set_input_size((side * PATCH_SIZE,) * 2)
+        options = resampling_of(pos_embed, variant.endswith("_reg"))._asdict()
+        positions = resize_pos_embed(state["pos_embed"], (side, side), model.patch_embed.grid_size, **options)
         state = checkpoint_filter_fn(state, model)
         state["pos_embed"] = positions[:, -model.pos_embed.shape[1] :]  # timm keeps no class position beside registers
         model.load_state_dict(state, strict=True, assign=True)
@@ -259,6 +258,19 @@ def timm_from_file(variant: str, img_size: tuple[int, int], path: Path, pos_embe
     for name, value in read_statistics(file.parent / PREPROCESSOR).items():
         setattr(model, name, value)
     return model.to(torch.get_default_device())
+
+
+def create_timm(name: str, img_size: Size | None, pretrained: bool) -> nn.Module:
+    """Build any of timm's models, for images of one size or, with None, of every size that it can take."""
+    import timm
+
+    if ":" not in name and not timm.is_model(name):  # with one it is a place, such as hf-hub:owner/name
+        raise ValueError(f"model is {name!r}, which timm {timm.__version__} does not know; see timm.list_models()")
+    size: dict[str, Any] = {"dynamic_img_size": True} if img_size is None else {"img_size": img_size}
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+    except TypeError:  # convolutional networks take neither
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
 
 
 def check_variant(state: dict[str, Tensor], model: Any, config: dict[str, Any]) -> None:
@@ -275,29 +287,3 @@ def check_variant(state: dict[str, Tensor], model: Any, config: dict[str, Any]) 
     heads, expected = config.get("num_attention_heads"), model.blocks[0].attn.num_heads
     if str(config.get("model_type")).startswith("dinov2") and heads != expected:
         raise ValueError(f"config.json beside it has num_attention_heads {heads}, and not {expected}")
-
-
-def resize_pos_embed(
-    positions: Tensor, grid: tuple[int, int], *, antialias: bool = False, offset: float = 0.0
-) -> Tensor:
-    """Resample positions [1, P + g*g, D] with P = 0 or 1 prefix tokens to [1, P + h*w, D], bicubic in float32.
-
-    DINOv2 without registers gives the scale (h + offset) / g, with an offset of 0.1, and so samples at slightly
-    different points than one that gives the size h, as transformers does. DINOv2 with registers, and timm, give the
-    size and antialias. A grid of the same size stays as it is.
-
-    Source: `interpolate_pos_encoding` in facebookresearch/dinov2, dinov2/models/vision_transformer.py, and in
-    transformers, models/dinov2/modeling_dinov2.py.
-    """
-    g = math.isqrt(positions.shape[1])
-    if positions.shape[1] - g * g not in (0, 1):
-        raise ValueError(f"its pos_embed has {positions.shape[1]} positions, which is no square grid")
-    if (g, g) == tuple(grid):
-        return positions
-    prefix, patches = positions.split([positions.shape[1] - g * g, g * g], dim=1)
-    target: dict[str, Any] = {"size": tuple(grid)}
-    if offset:
-        target = {"scale_factor": tuple((side + offset) / g for side in grid)}
-    patches = rearrange(patches.float(), "b (h w) d -> b d h w", h=g)
-    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **target)
-    return torch.cat([prefix, rearrange(patches, "b d h w -> b (h w) d").to(prefix.dtype)], dim=1)

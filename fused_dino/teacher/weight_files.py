@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .validation import check_triple
+from ..validation import check_triple
 
 IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PREPROCESSOR = "preprocessor_config.json"

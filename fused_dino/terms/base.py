@@ -1,0 +1,146 @@
+"""What a term is, and the alignment that the terms of this package share: a projector, a loss and rows to compare."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ..features import Features
+from ..validation import check_flag, check_number, check_tensor, is_int
+from .comparison import accepts, compare, make_loss
+
+
+class Term(nn.Module):
+    """A part of a supervision's loss: what a student's tensor and the teacher's features make of each other.
+
+    A subclass writes ``forward``. A supervision hands it whatever its ``forward`` names among ``weight``, ``index``,
+    ``token_grid`` and ``scale``. A term that does not take ``scale`` has its loss multiplied afterwards.
+
+    Args:
+        weight (float): Factor of the term in its supervision's sum. Default: 1.
+
+    Shape:
+        - student: a floating tensor of B rows; what else is the subclass's
+        - Output: a scalar loss, and a dict of detached scalars
+
+    Attributes:
+        needs (frozenset of str): The features that it reads, ``"global"``, ``"patch"`` or both.
+
+    Raises:
+        ValueError: If ``weight`` is no finite number.
+
+    Example:
+        >>> class Distance(Term):
+        ...     def forward(self, student, features):
+        ...         return (student - features["global"]).square().mean(), {}
+        >>> loss, logs = Distance(weight=0.5)(torch.zeros(2, 3), {"global": torch.ones(2, 3)})
+        >>> loss.item()
+        1.0
+    """
+
+    needs: frozenset[str] = frozenset({"global"})
+    takes: ClassVar[frozenset[str]] = frozenset()  # the names of forward's parameters
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = check_number("weight", weight)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.takes = frozenset(inspect.signature(cls.forward).parameters)
+
+    def build(self, width: int) -> None:
+        """Make what depends on the width of the teacher's features. A supervision calls it once, at construction."""
+
+    def check(self, name: str, student: Any, batch: int, **options: Any) -> None:
+        """Check a student's tensor and the options of a call before anything is computed.
+
+        name: what the caller calls the tensor, for errors; batch: how many images there are; options: those of
+        ``weight``, ``index`` and ``token_grid`` that were given.
+        """
+        check_tensor(name, student)
+        if student.ndim < 1 or len(student) != batch:
+            raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(student.shape)}")
+
+    def forward(self, student: Tensor, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar loss and its logs.
+
+        student: the model's tensor; features: of the same images, on its device, detached unless the supervision's
+        stopgrad_image is False. Logs are detached scalars by names without "loss": key k of a term t is logged as
+        dino_t_k, and "value" as dino_t. A term without a "value" has its loss logged there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward(student, features)")
+
+
+class Parts(NamedTuple):
+    """What an alignment computes with. A module that registers its parts under other names gives those."""
+
+    projector: nn.Module
+    loss: nn.Module
+    grids: Any = None
+    queries: Tensor | None = None
+
+
+class Alignment(Term):
+    """A term that projects the student and compares rows with the teacher's by a loss."""
+
+    projector: nn.Module | None
+    projector_name = "projector"  # of the argument that gave it, for errors
+
+    def __init__(
+        self,
+        projector: nn.Module | None,
+        out_dim: int | None,
+        loss: str | nn.Module,
+        eps: float | None,
+        weight: float,
+        normalize_weight: bool,
+        backend: str | None,
+    ) -> None:
+        super().__init__(weight)
+        if projector is not None and not isinstance(projector, nn.Module):
+            raise TypeError(f"projector must be a module or a name, got {type(projector).__name__}")
+        if out_dim is not None and not is_int(out_dim):
+            raise ValueError(f"out_dim must be None, the teacher's width, or a positive int, got {out_dim!r}")
+        self.projector = projector
+        self.loss = make_loss(loss, eps, backend)
+        self.normalize_weight = check_flag("normalize_weight", normalize_weight)
+        self.out_dim = out_dim
+
+    def parts(self) -> Parts:
+        if self.projector is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no projector yet: give out_dim, or put it into a supervision"
+            )
+        return Parts(self.projector, self.loss)
+
+    def check_weight(self, weight: Any, rows: tuple[int, ...]) -> None:
+        """Check the rows' weights. rows: the shape of all rows, of which the weights may have the first dimension."""
+        if weight is None:
+            return
+        check_tensor("weight", weight)
+        if not accepts(self.loss, "weight"):
+            raise ValueError(
+                f"weight must be left out for {type(self.loss).__name__}, whose rows count together; "
+                "give a dict of the other terms' weights"
+            )
+        if tuple(weight.shape) not in (rows[:1], rows):
+            shapes = " or ".join(str(list(shape)) for shape in dict.fromkeys((rows[:1], rows)))
+            raise ValueError(f"weight must be of shape {shapes}, got {list(weight.shape)}")
+
+    def compare(
+        self, parts: Parts, student: Tensor, target: Tensor, weight: Tensor | None, scale: Any, **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scaled loss of rows, and the logs of what the loss returned."""
+        if weight is not None and weight.ndim < student.ndim - 1:
+            weight = weight.unsqueeze(1)
+        return compare(parts.loss, student, target, scale, weight=weight, normalize=self.normalize_weight, **options)
+
+
+def stand_in(features: Mapping[str, Any], rows: int) -> Tensor:
+    """Return the global token in place of each of so many patch tokens, [B, rows, D]."""
+    token: Tensor = features["global"]
+    return token.unsqueeze(1).expand(-1, rows, -1)

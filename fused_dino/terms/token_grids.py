@@ -1,0 +1,143 @@
+"""The grids of hidden tokens: which grid they have, and the one on which they meet the teacher's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..features import Grid
+from ..reference.dtypes import upcast
+from ..validation import check_choice, check_flag, check_number, check_size, is_int
+from .grids import Regrid, bilinear, regrid
+
+STANDARDIZE_EPS = 1e-6
+MEETINGS = ("larger", "smaller", "teacher")
+
+
+class TokenGrids(nn.Module):
+    """Brings projected tokens [B, N, D] and the teacher's [B, M, D] onto one grid, bilinearly (align_corners=False).
+
+    compare: the grid where they meet, "larger" in rows and in columns, "smaller" in both, or the "teacher"'s.
+    standardize: the teacher's tokens are first brought to deviation 1 over the positions, without alpha of their mean,
+
+        (t_n - alpha mean_n t) / (std_n t + 1e-6)      per image and channel
+
+    with alpha its number, and std_n divided by the positions, or by one less with unbiased. token_grid: of the
+    projected tokens, or None: see find_grid. teacher_grid: of the teacher's, where it is known beforehand.
+    """
+
+    def __init__(
+        self,
+        token_grid: Sequence[int] | None,
+        teacher_grid: Grid | None,
+        standardize: bool | float = False,
+        unbiased: bool = False,
+        compare: str = "larger",
+    ) -> None:
+        super().__init__()
+        self.token_grid = None if token_grid is None else check_grid(token_grid)
+        self.standardize, self.alpha = standardize is not False, check_alpha(standardize)
+        self.unbiased = check_flag("unbiased", unbiased)
+        if unbiased and not self.standardize:
+            raise ValueError("unbiased is of the deviation by which standardize divides; give standardize, too")
+        self.compare = check_choice("compare", compare, MEETINGS)
+        self.known: tuple[Grid, Grid] | None = None
+        self.resample: Regrid | None = None
+        self.resample_teacher: Regrid | None = None
+        if teacher_grid is not None:
+            grid = self.token_grid or teacher_grid
+            self.known, onto = (grid, teacher_grid), self.meeting(grid, teacher_grid)
+            self.resample = Regrid(bilinear, grid, onto) if onto != grid else None
+            self.resample_teacher = Regrid(bilinear, teacher_grid, onto) if onto != teacher_grid else None
+
+    def meeting(self, grid: Grid, teacher_grid: Grid) -> Grid:
+        """Return the grid on which the two are compared."""
+        if self.compare == "teacher":
+            return teacher_grid
+        choose = max if self.compare == "larger" else min
+        return choose(grid[0], teacher_grid[0]), choose(grid[1], teacher_grid[1])
+
+    def student(self, x: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
+        """Bring what lies on the student's grid, [B, N, *], to where both meet."""
+        if (grid, teacher_grid) == self.known:
+            return x if self.resample is None else self.resample(x)
+        return resample(x, grid, self.meeting(grid, teacher_grid))
+
+    def teacher(self, tokens: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
+        """Bring the teacher's tokens to where both meet. Standardised ones are float32 (float64 for float64)."""
+        tokens = self.prepare(tokens)
+        if (grid, teacher_grid) == self.known:
+            return tokens if self.resample_teacher is None else self.resample_teacher(tokens)
+        return resample(tokens, teacher_grid, self.meeting(grid, teacher_grid))
+
+    def prepare(self, tokens: Tensor) -> Tensor:
+        return standardize(tokens, self.alpha, self.unbiased) if self.standardize else tokens
+
+    def extra_repr(self) -> str:
+        return f"token_grid={self.token_grid}, compare={self.compare}, standardize={self.standardize and self.alpha}"
+
+
+def resample(tokens: Tensor, grid: Grid, onto: Grid) -> Tensor:
+    """Resample as Regrid does, with weights that are computed in this call, on the tokens' device."""
+    if grid == onto:
+        return tokens
+    return regrid(tokens, *(bilinear(size, to, tokens.device) for size, to in zip(grid, onto, strict=True)))
+
+
+def standardize(tokens: Tensor, alpha: float = 1.0, unbiased: bool = False) -> Tensor:
+    """Standardise each channel over the positions. One that is constant becomes 0 with an alpha of 1.
+
+    The deviation of a single position is 0, unbiased or not.
+    """
+    (tokens,) = upcast(tokens)
+    correction = int(unbiased and tokens.shape[1] > 1)
+    std, mean = torch.std_mean(tokens, dim=1, correction=correction, keepdim=True)
+    return (tokens - alpha * mean) / (std + STANDARDIZE_EPS)
+
+
+def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid | None, image_size: Grid | None = None) -> Grid:
+    """Return token_grid if it is given, else the grid of the images' aspect ratio, else the teacher's: which fits.
+
+    A number of tokens fits several grids. So a square is taken from square images alone, and a grid that is neither
+    the images' nor the teacher's has to be told.
+    """
+    if token_grid is not None:
+        if count != token_grid[0] * token_grid[1]:
+            raise ValueError(f"tokens must be {token_grid[0]} x {token_grid[1]}, by token_grid, and N is {count}")
+        return token_grid
+    if image_size is not None and (grid := grid_of_aspect(count, *image_size)) is not None:
+        return grid
+    if teacher_grid is not None and count == teacher_grid[0] * teacher_grid[1]:
+        return teacher_grid
+    images = "images of unknown size" if image_size is None else f"images of {image_size[0]} x {image_size[1]}"
+    teacher = "" if teacher_grid is None else f" and the teacher's grid is {teacher_grid[0]} x {teacher_grid[1]}"
+    raise ValueError(
+        f"token_grid must be given, as (rows, columns): {count} tokens have no grid of the shape of {images}{teacher}"
+    )
+
+
+def grid_of_aspect(count: int, height: int, width: int) -> Grid | None:
+    """Return the grid of `count` positions whose rows are to its columns as height to width, or None."""
+    count, height, width = map(index, (count, height, width))  # a compiler makes a program for each grid
+    divisor = math.gcd(height, width)
+    rows, columns = height // divisor, width // divisor
+    times = math.isqrt(count // (rows * columns))
+    return (times * rows, times * columns) if times and times**2 * rows * columns == count else None
+
+
+def check_grid(token_grid: Any) -> Grid:
+    if is_int(token_grid):
+        raise ValueError(f"token_grid must be None or two positive ints (rows, columns), got {token_grid!r}")
+    return check_size(token_grid, "token_grid")
+
+
+def check_alpha(standardize: Any) -> float:
+    """Return the share of the mean that is taken away: 1 for True."""
+    if isinstance(standardize, bool):
+        return 1.0
+    return check_number("standardize", standardize, minimum=0)
