@@ -34,8 +34,8 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k eps",
     ),
     "cosine: a dtype": (
-        "s = load_row(s_row, start, width, BLOCK, ACC)\n",
-        "s = load_row(s_row, start, width, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
+        "s = load_row(s_row, start, WIDTH, BLOCK, ACC)\n",
+        "s = load_row(s_row, start, WIDTH, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
     "cosine: a row that is left out": (
