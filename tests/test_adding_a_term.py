@@ -127,6 +127,14 @@ def test_it_adds_up_beside_a_term_of_the_package(gram):
         supervision(images, students, index={"gram": torch.zeros(2, 16, dtype=torch.int64)})
 
 
+def test_it_compiles_as_one_graph(gram, fresh_compiler):
+    torch.manual_seed(0)
+    term, student, weight = gram.GramTerm(), torch.randn(2, 6, 5), torch.tensor([1.0, 0.0])
+    inputs = given(torch.randn(2, 16, 3), (4, 4), image_size=(64, 96))
+    compiled = torch.compile(term, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(student, inputs, weight)[0], term(student, inputs, weight)[0])
+
+
 def test_its_row_has_it_tested_like_every_other(tree):
     run = python(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", ROW, "tests/test_layout.py", "-k", "gram")
     assert run.returncode == 0, run.stdout + run.stderr
