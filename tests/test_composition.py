@@ -1,7 +1,9 @@
 """Supervision composes a teacher, terms and a schedule: the sum and the logs, its checkpoints, and sizes in buckets."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -134,9 +136,12 @@ def test_the_teacher_is_invisible_and_a_stopped_loss_reaches_everything(teacher,
 def test_a_module_may_be_replaced_after_construction(teacher, batch):
     """As adapters and quantisation replace it: the terms hold none of DinoSupervision's modules."""
     module = make_supervision(teacher, token_dim=C, use_patch=True, latent_shape=(4, 4, 4))
+    old = [weakref.ref(x) for x in (module.projector, module.local_projector, module.token_projector)]
     module.projector, module.local_projector, module.token_projector = (nn.Linear(n, 24) for n in (64, 4, C))
     module(*batch, tokens=hidden())[0].backward()
     assert all(p.grad.any() for p in module.parameters())
+    gc.collect()
+    assert [x() for x in old] == [None] * 3
 
 
 def test_weights_and_indices_go_to_the_terms_that_are_named(teacher, batch, students):

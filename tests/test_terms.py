@@ -10,18 +10,18 @@ from torch import nn
 from torch.testing import assert_close
 
 from conftest import check_slope
-from fused_dino import CosineLoss, GlobalTerm, MSELoss, RegionTerm, Term, TokenTerm, VICRegLoss
+from fused_dino import CosineLoss, GlobalTerm, MSELoss, RegionTerm, Term, TokenTerm, VICRegLoss, use_backend
 from proving import DEVICE, IMPLEMENTATIONS
 
 B, N, D, C = 5, 16, 6, 8
 
 
 class Row(NamedTuple):
-    """A term with its projector built, a student's shape without B, and the shape of its rows without B."""
+    """A term with its projector built, a student's shape without B, and of an Alignment the shape of its rows."""
 
     make: Callable[..., Term]
     student: tuple[int, ...]
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] | None = None  # without B
 
 
 TERMS = {
@@ -33,6 +33,7 @@ TERMS = {
     "token map": Row(lambda **options: TokenTerm(C, out_dim=D, **options), (C, 4, 4), (N,)),
 }
 each = pytest.mark.parametrize("name", TERMS)
+each_alignment = pytest.mark.parametrize("name", [name for name, row in TERMS.items() if row.rows is not None])
 
 
 def make(name, **options):
@@ -52,39 +53,61 @@ def features(batch=B, grid=(4, 4)):
 @each
 @pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 def test_its_gradient_is_the_slope(name, backend):
-    term = make(name, backend=backend)
-    check_slope(lambda x: term(x, features())[0], randn(B, *TERMS[name].student).requires_grad_())
+    term = make(name)
+    with use_backend(backend):
+        check_slope(lambda x: term(x, features())[0], randn(B, *TERMS[name].student).requires_grad_())
 
 
 @each
 def test_logs_are_detached_scalars_without_loss_in_their_names(name):
-    loss, logs = make(name)(randn(B, *TERMS[name].student).requires_grad_(), features())
+    term = make(name)
+    loss, logs = term(randn(B, *TERMS[name].student).requires_grad_(), features())
     assert loss.ndim == 0
     assert loss.requires_grad
-    assert_close(logs["value"], loss.detach())
+    if "scale" in term.takes:  # a supervision logs the loss of the others
+        assert_close(logs["value"], loss.detach())
     for key, value in logs.items():
         assert "loss" not in key
         assert value.ndim == 0
         assert not value.requires_grad
 
 
-@each
-@pytest.mark.parametrize("loss", ["cosine", "mse"])
-def test_a_row_of_weight_zero_is_left_out_whatever_it_holds(name, loss):
-    term, student = make(name, loss=loss), randn(B, *TERMS[name].student)
-    kept = [0, 2, 3]
-    expected = term(student[kept], {k: v[kept] if k != "grid" else v for k, v in features().items()})[0]
+def some(found, kept):
+    """Return the features of the images that are kept."""
+    return {key: value if key == "grid" else value[kept] for key, value in found.items()}
+
+
+def check_left_out(term, name):
+    student, kept = randn(B, *TERMS[name].student), [0, 2, 3]
+    expected = term(student[kept], some(features(), kept))[0]
     poisoned = student.clone()
     poisoned[[1, 4]] = float("nan")
     poisoned.requires_grad_()
     weight = torch.tensor([1, 0, 1, 1, 0], dtype=torch.bool, device=DEVICE)
     found, _ = term(poisoned, features(), weight)
     assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    if loss == "cosine":
-        assert term(student, features(), weight.new_zeros(B))[0] == 0
+    return term(student, features(), weight.new_zeros(B))[0]
 
 
 @each
+def test_an_image_of_weight_zero_is_left_out_whatever_it_holds(name):
+    assert check_left_out(make(name), name) == 0
+
+
+@each_alignment
+def test_an_image_of_weight_zero_is_left_out_of_mse(name):
+    check_left_out(make(name, loss="mse"), name)
+
+
+@each
+def test_images_count_by_their_weights(name):
+    term, student, weight = make(name), randn(B, *TERMS[name].student), randn(B, seed=4).abs()
+    losses = torch.stack([term(student[[i]], some(features(), [i]))[0] for i in range(B)])
+    found, _ = term(student, features(), weight)
+    assert_close(found, (weight * losses).sum() / weight.sum(), rtol=1e-12, atol=1e-14)
+
+
+@each_alignment
 def test_weights_of_rows_are_those_of_the_formula(name):
     term, rows = make(name), TERMS[name].rows
     student, weight = randn(B, *TERMS[name].student), randn(B, *rows, seed=4).abs()
@@ -106,7 +129,7 @@ class Rows(nn.Module):
         return self.found.mean()
 
 
-@each
+@each_alignment
 def test_any_loss_of_rows_will_do(name):
     student = randn(B, *TERMS[name].student)
     cosine = make(name)(student, features())[0]
@@ -117,7 +140,7 @@ def test_any_loss_of_rows_will_do(name):
     assert list(vicreg) == ["value", "vic_inv", "vic_var", "vic_cov"]
 
 
-@each
+@each_alignment
 def test_losses_whose_rows_count_together_refuse_weights(name):
     for loss in ("vicreg", Rows()):
         term = make(name, loss=loss)
@@ -129,8 +152,7 @@ def test_losses_whose_rows_count_together_refuse_weights(name):
 def test_what_does_not_fit_is_named(name):
     term, student = make(name), randn(B, *TERMS[name].student)
     term.check("z", student, B, weight=torch.ones(B))
-    wide = torch.cat([student, student], 1 if "map" in name else -1)
-    for wrong in (wide, student.long(), student[0], student.numpy() if DEVICE == "cpu" else [1.0]):
+    for wrong in (student.long(), student[0], student.numpy() if DEVICE == "cpu" else [1.0]):
         with pytest.raises((ValueError, TypeError), match=r"^z must"):
             term.check("z", wrong, B)
     with pytest.raises(ValueError, match=r"^z must (have|be)"):
@@ -138,6 +160,13 @@ def test_what_does_not_fit_is_named(name):
     for weight in (torch.ones(B + 1), torch.ones(B, 3), torch.ones(1)):
         with pytest.raises(ValueError, match=r"^weight must be of shape"):
             term.check("z", student, B, weight=weight)
+
+
+@each_alignment
+def test_a_student_of_another_width_is_named(name):
+    student = randn(B, *TERMS[name].student)
+    with pytest.raises(ValueError, match=r"^z must"):
+        make(name).check("z", torch.cat([student, student], 1 if "map" in name else -1), B)
 
 
 def test_a_term_without_a_width_says_what_to_do():

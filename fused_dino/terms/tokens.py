@@ -224,11 +224,10 @@ def as_tokens(name: str, x: Any, dim: int, batch: int) -> tuple[Tensor, Grid | N
         if shape[0] != batch:
             raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(shape)}")
         return x, None
-    frames = len(shape) == 4 and shape[3] == dim and shape[0] * shape[1] == batch
-    if len(shape) == 4 and shape[1] == dim and shape[0] == batch and not frames:
-        return rearrange(x, "b c h w -> b (h w) c"), (shape[2], shape[3])
-    if frames:
+    if len(shape) == 4 and shape[3] == dim and shape[0] * shape[1] == batch:
         return x.flatten(0, 1), None
+    if len(shape) == 4 and shape[1] == dim and shape[0] == batch:
+        return rearrange(x, "b c h w -> b (h w) c"), (shape[2], shape[3])
     raise ValueError(
         f"{expected}, a map [B, {dim}, h, w] or frames [B, T, N, {dim}] of {batch} images, got {x.dtype} of "
         f"{list(shape)}"
