@@ -151,7 +151,8 @@ def on_meta(name: str, img_size: Any = SIDE) -> DINOv2Backbone:
     """Build a teacher without memory, weights or network."""
     argument: dict[str, Any] = {"variant" if name in VARIANTS else "model": name}
     with torch.device("meta"):
-        return DINOv2Backbone(**argument, img_size=img_size, pretrained=False)
+        teacher = DINOv2Backbone(**argument, img_size=img_size, pretrained=False)
+    return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
 
 
 def at_224(h: int, w: int, patch: int) -> Size:
@@ -164,8 +165,8 @@ def describe(name: str, family: Family) -> Teacher:
         teacher = on_meta(name, at_224)
     except ValueError:  # of one size only
         teacher = on_meta(name)
-    images = torch.empty(1, 3, SIDE, SIDE, device="meta")
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("meta"):
+        images = torch.empty(1, 3, SIDE, SIDE)
         kernels = count(lambda: teacher(images))
     config: Any = teacher.model.pretrained_cfg
     licence = licence_of(config)
