@@ -281,7 +281,10 @@ def check_terms(terms: Any) -> None:
 
 
 def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:
-    """Return the options of a call by term. One that is a dict names its terms; else it goes to all that take it."""
+    """Return the options of a call by term. One that is a dict names its terms; else it goes to all that take it.
+
+    Weights leave images out of the loss, so that a term without them would have to be told.
+    """
     shares: dict[str, dict[str, Any]] = {name: {} for name in terms}
     for option, value in options.items():
         takers = [name for name, term in terms.items() if option in term.takes]
@@ -290,6 +293,9 @@ def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, 
         if not takers:
             raise ValueError(f"{option} must be left out: none of the terms {', '.join(terms)} takes it")
         if not isinstance(value, Mapping):
+            if option == "weight" and len(takers) < len(terms):
+                others = ", ".join(name for name in terms if name not in takers)
+                raise ValueError(f"weight must be a dict by term, since {others} takes none")
             if option == "index" and len(takers) > 1:
                 raise ValueError(f"index must be a dict by term, since several take one: {', '.join(takers)}")
             value = dict.fromkeys(takers, value)

@@ -92,6 +92,11 @@ def test_a_strangers_term_is_scaled_and_logged(teacher, batch):
     assert_close(out["dino_near"], expected.detach())
     with pytest.raises(ValueError, match=r"^weight must be left out: none of the terms near takes it"):
         module(batch[1], {"near": student}, weight=torch.ones(6))
+    both, students = make(teacher, terms={"near": Distance(), **terms()}), {"near": student, "patch": batch[0]}
+    students.update({"global": batch[0], "token": hidden()})
+    with pytest.raises(ValueError, match=r"^weight must be a dict by term, since near takes none"):
+        both(batch[1], students, weight=torch.ones(6))
+    both(batch[1], students, weight={"token": torch.ones(6)})
 
 
 def test_checkpoints_copies_and_hooks_keep_every_name(teacher, batch, students, tmp_path):
