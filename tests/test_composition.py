@@ -7,9 +7,13 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import fused_dino as fd
@@ -136,6 +140,41 @@ def test_the_teacher_is_invisible_and_a_stopped_loss_reaches_everything(teacher,
     assert loss == 0
     loss.backward()
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (*module.parameters(), students["token"]))
+
+
+def test_it_is_built_on_meta_with_a_real_teacher(teacher, batch, students):
+    source = make(teacher)
+    with torch.device("meta"):
+        module = make(teacher)
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    module.to_empty(device="cpu")
+    module.load_state_dict(source.state_dict())
+    assert torch.equal(module(batch[1], students)[0], source(batch[1], students)[0])
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp1", "fsdp2"])
+def test_wrapped_it_learns_the_same(teacher, batch, students, wrap, tmp_path):
+    plain = make(teacher, schedule=Schedule(0.5, 0, stop_step=2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        twin = copy.deepcopy(plain)
+        on_cpu = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        wrapped = {
+            "ddp": DistributedDataParallel,
+            "fsdp1": lambda module: FullyShardedDataParallel(module, **on_cpu),
+            "fsdp2": lambda module: fully_shard(module, mesh=init_device_mesh("cpu", (1,))),
+        }[wrap](twin)
+        for _ in range(2):  # the second is the zero after the stop
+            outs = []
+            for module in (plain, wrapped):
+                module.zero_grad()
+                outs.append(module(batch[1], students, as_dict=True))
+                outs[-1]["loss_dino"].backward()
+            assert_close(*outs)
+            for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+                assert_close(getattr(q.grad, "to_local", lambda q=q: q.grad)().view_as(p), p.grad)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_module_may_be_replaced_after_construction(teacher, batch):
