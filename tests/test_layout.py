@@ -23,7 +23,7 @@ ARROWS = {
     "backend": {"registry", "ops"},
     "distributed": set(),
     "ops": {"kernels", "reference", "distributed"},
-    "rows": {"reference", "backend", "validation"},
+    "rows": {"reference", "backend", "ops", "validation"},
     "vicreg": {"reference", "backend", "distributed", "validation"},
     "functional": {"rows", "vicreg", "backend", "validation"},
     "preprocess": {"functional", "backend", "validation"},

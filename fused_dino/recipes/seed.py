@@ -222,7 +222,7 @@ class DinoSupervision(Supervised):
                 or frames, as TokenTerm takes them.
             weight (Tensor or dict, optional): Weights of the images [B], or a dict by term (``"global"``, ``"patch"``,
                 ``"token"``), for tokens [B] or [B, N]. A row of weight 0 is left out.
-            index (Tensor, optional): Positions [B, N] on the teacher's grid of tokens that are some of its positions.
+            index (Tensor, optional): Positions [B, N] of the tokens on ``token_grid``, else on the teacher's grid.
             token_grid (sequence of two ints, optional): Rows and columns of the tokens in this call.
             alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
             as_dict (bool): Returns ``loss_dict``'s result, and counts a step as it does. Default: ``False``.
