@@ -16,6 +16,7 @@ PACKAGE = ROOT / "fused_dino"
 ARROWS = {
     "validation": set(),
     "hidden": set(),
+    "counting": set(),
     "kernels": set(),
     "live": set(),
     "reference": set(),
@@ -70,7 +71,7 @@ ARROWS = {
         "validation",
     },
     "benchmarks": {"", "functional"},
-    "cli": {"", "backend", "functional", "registry", "supervision", "benchmarks", "teacher"},
+    "cli": {"", "backend", "counting", "functional", "registry", "sizes", "supervision", "benchmarks", "teacher"},
     "integrations": {"", "supervision"},
     "__main__": {"cli"},
     "": {

@@ -119,6 +119,7 @@ def may_keep(source: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     plain = type(source) in (Tensor, nn.Parameter) and not source.is_inference() and not source.requires_grad
+    plain = plain and not source.is_meta  # it has no bits to know again
     # A graph that is captured replays its own kernels, in memory of its own.
     return plain and not (source.is_cuda and torch.cuda.is_current_stream_capturing())
 
