@@ -103,6 +103,16 @@ def test_a_strangers_term_is_scaled_and_logged(teacher, batch):
     both(batch[1], students, weight={"token": torch.ones(6)})
 
 
+def test_logs_that_a_trainer_would_add_to_the_loss_are_refused(teacher, batch):
+    class Loud(Distance):
+        def forward(self, student, features):
+            return super().forward(student, features)[0], {"raw_loss": student.mean()}
+
+    module = make(teacher, terms={"near": Loud()})
+    with pytest.raises(ValueError, match=r"^logs of near must have names without 'loss'.*raw_loss"):
+        module(batch[1], {"near": torch.zeros(6, 24)})
+
+
 def test_checkpoints_copies_and_hooks_keep_every_name(teacher, batch, students, tmp_path):
     """A round trip through torch.distributed.checkpoint, which reads names from state_dict() and nothing else."""
     options = {"use_patch": True, "latent_shape": (4, 4, 4), "patch_target": "attention", "token_dim": C}
@@ -211,6 +221,9 @@ def test_weights_and_indices_go_to_the_terms_that_are_named(teacher, batch, stud
         ("weight must be of shape", {"weight": {"token": torch.ones(6, 15)}}),
         ("index must have a position for each", {"index": torch.zeros(6, 4, dtype=torch.long)}),
         ("token_grid must be", {"token_grid": 4}),
+        ("tokens must be 3 x 5, by token_grid, and N is 16", {"token_grid": (3, 5)}),
+        ("images must be \\[B, 3, H, W\\]", {"images": torch.zeros(6, 1, 56, 56)}),
+        ("give images, the images, or features", {"images": None}),
         ("step must be left out", {"step": 3}),
         ("alpha must be left out", {"alpha": 0.5, "as_dict": True}),
     ],
@@ -233,6 +246,7 @@ def test_bad_calls_are_named_and_count_no_step(teacher, batch, students, message
         ("terms must be a dict of at least one term", {"terms": [Distance()]}),
         ("terms must have names that are identifiers without 'loss'", {"terms": {"my_loss": Distance()}}),
         ("terms must have names that are identifiers without 'loss'", {"terms": {"a.b": Distance()}}),
+        ("terms must have names that are identifiers .* and no dict's", {"terms": {"keys": Distance()}}),
         (r"terms\['near'\] must be a Term, got Linear", {"terms": {"near": nn.Linear(2, 2)}}),
         ("schedule must be None or a Schedule", {"terms": {"near": Distance()}, "schedule": 0.5}),
         ("stopgrad_image=False needs a loss of global with detach_teacher=False",
