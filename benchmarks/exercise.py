@@ -51,9 +51,10 @@ def normal(device: str, *shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 def cosine(device: str) -> Iterator[Case]:
-    def case(name: str, shape: tuple[int, int], dtype: torch.dtype, loss: Any = FD.cosine_loss, **options: Any) -> Case:
+    def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, loss: Any = FD.cosine_loss, **options: Any) -> Case:
         inputs = [normal(device, *shape, dtype=dtype) for _ in range(2)]
-        return f"{loss.__name__} {shape[0]} x {shape[1]} {dtype}, {name}", partial(gradients, loss, *inputs, **options)
+        sizes = " x ".join(map(str, shape))
+        return f"{loss.__name__} {sizes} {dtype}, {name}", partial(gradients, loss, *inputs, **options)
 
     yield case("to both", (5, 200), BF16, grads=2)
     yield case("programs of several rows", (MANY_ROWS, 40), BF16)
@@ -67,6 +68,9 @@ def cosine(device: str) -> Iterator[Case]:
     yield elements("a value an element", (5, 200), F32)
     yield elements("a value an element, as they are", (5, 5000), BF16, normalize=False)
     yield case("forward", (5, 200), F16, grads=0)
+    index = torch.tensor([[2, 0, 2], [1, 1, 0]], device=device)
+    yield case("with an index", (2, 3, 200), BF16, index=index)
+    yield case("with an index and weights", (2, 3, 1000), F32, index=index, weight=torch.arange(3.0, device=device))
     yield case("as they are", (5, 200), F32, FD.mse_loss, normalize=False)
     yield case("elements, forward", (5, 200), F32, FD.mse_loss, reduction="none", grads=0)
 

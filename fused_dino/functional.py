@@ -133,6 +133,7 @@ def cosine_loss(
     student: Tensor,
     target: Tensor,
     *,
+    index: Tensor | None = None,
     weight: Tensor | None = None,
     scale: float | Tensor | None = None,
     reduction: Reduction = "mean",
@@ -149,9 +150,14 @@ def cosine_loss(
     Args:
         student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
         target (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
+        index (Tensor, optional): Position in ``target`` of each row of ``student``, where the student has a subset of
+            the tokens: row ``[b, m]`` meets ``target[b, index[b, m]]``. int32 or int64, from 0 to N - 1. A value out
+            of range raises on a CPU. On a GPU, and under a transform or a compiler, its row and gradient are NaN. The
+            kernel reads the rows in place. A target that requires a gradient is refused.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
             the sum of the weights, and is 0 where that is 0. A row of weight 0 is left out, whatever it holds: NaN and
-            infinity reach neither value nor gradient. A weight that requires a gradient is refused.
+            infinity reach neither value nor gradient. Its index may be anything, such as -1 for padding. A weight that
+            requires a gradient is refused.
         scale (float or Tensor, optional): Factor of the loss: a number, or a scalar tensor on the same device without a
             gradient. Faster than multiplying the result: it is folded into the gradient that the forward computes.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. A mean over no rows is NaN, as in torch. Default:
@@ -161,23 +167,26 @@ def cosine_loss(
 
     Shape:
         - student, target: :math:`(..., D)`
-        - Output: scalar, or :math:`(...)` with ``reduction="none"``
+        - With index :math:`(B, M)`: student :math:`(B, M, D)`, target :math:`(B, N, D)`
+        - Output: scalar, or :math:`(...)` with ``reduction="none"``, one value for each row of ``student``
 
     Returns:
         Tensor: float32, or float64 if an input is.
 
     Raises:
         ValueError: If shapes, devices or dtypes do not fit. The message names the argument and what would do.
-        TypeError: If an input is no dense tensor.
+        TypeError: If an input is no dense tensor, or ``index`` is neither int32 nor int64.
         NotImplementedError: If the backend has no such op.
 
     Example:
         >>> loss = cosine_loss(torch.randn(8, 64, requires_grad=True), torch.randn(8, 64))
         >>> loss.backward()
+        >>> kept = torch.rand(2, 9).argsort(1)[:, :4]
+        >>> loss = cosine_loss(torch.randn(2, 4, 64), torch.randn(2, 9, 64), index=kept)
 
     Source: negative cosine similarity of SimSiam (arXiv 2011.10566), plus one.
     """
-    options = {"eps": check_number("eps", eps, minimum=0)}
+    options: dict[str, Any] = {"index": index, "eps": check_number("eps", eps, minimum=0)}
     return rows_loss("cosine_loss", student, target, weight, scale, reduction, backend, **options)[0]
 
 

@@ -73,6 +73,7 @@ class CosineLoss(Loss):
     Shape:
         - student, target: :math:`(..., D)`
         - weight, of a call: broadcastable to :math:`(...)`; a row of weight 0 is left out, whatever it holds
+        - index, of a call: :math:`(B, M)` for a student :math:`(B, M, D)` and a target :math:`(B, N, D)`
         - Output: as the function's
 
     Raises:
@@ -97,9 +98,11 @@ class CosineLoss(Loss):
     ) -> None:
         super().__init__(detach_teacher, scale=scale, reduction=reduction, eps=eps, backend=backend)
 
-    def forward(self, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the function's result of student and target [..., D], with weight [...]."""
-        return self.compute(student, target, weight=weight)
+    def forward(
+        self, student: Tensor, target: Tensor, weight: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Return the function's result of student and target [..., D], with weight [...] and index [B, M]."""
+        return self.compute(student, target, weight=weight, index=index)
 
 
 class MSELoss(Loss):

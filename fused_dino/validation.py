@@ -44,6 +44,41 @@ def check_matching(student: Any, target: Any) -> None:
         raise ValueError(f"target must be on the student's device {student.device}, got {target.device}")
 
 
+def check_index(index: Any, student: Any, target: Any) -> None:
+    """Check a student [B, M, D], a target [B, N, D], and the index [B, M] of the rows of target that student meets."""
+    check_floating("student", student)
+    check_floating("target", target)
+    check_tensor("index", index)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+    if student.ndim != 3 or student.shape[-1] < 1:
+        raise ValueError(f"student must be [B, M, D] with an index, and D at least 1, got shape {list(student.shape)}")
+    batch, rows, width = student.shape
+    if target.ndim != 3 or target.shape[0] != batch or target.shape[2] != width:
+        raise ValueError(f"target must be [{batch}, N, {width}] with an index, got shape {list(target.shape)}")
+    if index.shape != student.shape[:2]:
+        raise ValueError(f"index must be [{batch}, {rows}], one for each row of student, got {list(index.shape)}")
+    if not student.device == target.device == index.device:
+        raise ValueError(
+            f"index must be on the device of student and target, got {index.device} with {student.device} and "
+            f"{target.device}"
+        )
+    if rows and not target.shape[1]:
+        raise ValueError(f"target must have the rows that index names, got shape {list(target.shape)}")
+    if target.requires_grad:
+        raise ValueError("target requires a gradient, which is not computed with an index; give target.detach()")
+
+
+def check_positions(index: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    """Check the values of an index, except those of rows whose weight is 0."""
+    outside = (index < 0) | (index >= target.shape[1])
+    outside = outside if weight is None else outside & (weight != 0)
+    if outside.any():
+        raise ValueError(
+            f"index must be from 0 to {target.shape[1] - 1}, target's last position, got {index[outside][0].item()}"
+        )
+
+
 def check_weight(weight: Any, student: Tensor) -> Tensor | None:
     """Return the weight expanded to one number per row."""
     if weight is None:

@@ -38,9 +38,11 @@ class Case:
 
 
 def cosine_cases() -> Iterator[Case]:
-    def case(name: str, student: torch.Tensor, teacher: torch.Tensor, *more: Any) -> Case:
+    def case(
+        name: str, student: torch.Tensor, teacher: torch.Tensor, *more: Any, index: torch.Tensor | None = None
+    ) -> Case:
         options = cosine_triton.RowOptions(*more[3:])
-        return Case(name, partial(cosine_triton.cosine_rows.run, student, teacher, *more[:3], options))
+        return Case(name, partial(cosine_triton.cosine_rows.run, student, teacher, index, *more[:3], options))
 
     def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, grad_stride: int = 1) -> Iterator[Case]:
         count = student.shape[0]
@@ -51,12 +53,23 @@ def cosine_cases() -> Iterator[Case]:
         yield case(f"{name} to student", student, teacher, None, None, rows, *how, True, False)
         yield case(f"{name} weighted to both", student, teacher, rows, rows[0], rows, *how, True, True)
 
+    def indexed(name: str, student: torch.Tensor, teacher: torch.Tensor) -> Iterator[Case]:
+        """Each image has half of the rows."""
+        count = student.shape[0]
+        rows = student.new_empty(count, dtype=cosine_triton.acc_dtype(student, teacher))
+        index = torch.empty(2, count // 2, dtype=torch.int64, device=student.device)
+        how = "cosine", "sum", count, 1e-12
+        yield case(f"{name} indexed", student, teacher, None, None, None, *how, True, False, index=index)
+        yield case(f"{name} indexed, weighted", student, teacher, rows, rows[0], rows, *how, True, False, index=index)
+
     for width in cosine_triton.CONFIGURATIONS:
         for name, dtype in DTYPES.items():
             x = torch.empty(2, width, dtype=dtype)
             yield from cases(name, x, x)
         bf16, fp32 = (torch.empty(2, width, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
         yield from cases("bf16/fp32", bf16, fp32)
+        for name, dtype in DTYPES.items():
+            yield from indexed(name, torch.empty(4, width, dtype=dtype), torch.empty(2, 3, width, dtype=dtype))
         yield from cases("unaligned bf16", bf16[:, 1:], bf16[:, 1:], grad_stride=3)
         for kind in ("mse", "raw"):
             how = kind, "sum", 2, 1e-12

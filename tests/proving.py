@@ -68,6 +68,7 @@ class Op:
     forward_arguments(*inputs), backward_arguments(*inputs, *forward's results): what the two take for inputs of
         `shape`, a NamedTuple as its fields.
     inputs: their names; all are of one shape.
+    frozen: those of them that get no gradient.
     shape(rows, width): of inputs with so many examples, whose last dimension is so wide.
     rowwise: each row of [..., D] has a loss of its own: it takes a reduction and one weight a row.
     more_sizes: rows and widths, beside the common ones, at which its kernels must write every element.
@@ -85,6 +86,7 @@ class Op:
     forward_arguments: Callable[..., tuple] = lambda *inputs: inputs
     backward_arguments: Callable[..., tuple] = lambda *tensors: tensors
     inputs: tuple[str, ...] = ("student", "target")
+    frozen: tuple[str, ...] = ()
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, width: (rows, width)
     rowwise: bool = False
     more_sizes: tuple[tuple[int, int], ...] = ((1, 1),)
@@ -117,11 +119,12 @@ class Op:
 
     @property
     def differentiated(self) -> tuple[tuple[str, ...], ...]:
-        """The inputs that need a gradient, call by call: all of them; of an op by rows then the first alone.
+        """The inputs that need a gradient, call by call: all that get one; of an op by rows then the first alone.
 
         Its forward writes the gradient of a student whose teacher needs none.
         """
-        return (self.inputs, self.inputs[:1]) if self.rowwise else (self.inputs,)
+        all_of_them = tuple(name for name in self.inputs if name not in self.frozen)
+        return (all_of_them, all_of_them[:1]) if self.rowwise else (all_of_them,)
 
 
 def grad_output_of(out: Tensor) -> Tensor:

@@ -162,21 +162,37 @@ def test_offsets_of_bytes_past_two_to_the_31st(axis):
         run()
 
 
-@each_op
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_element_is_written(op, dtype, monkeypatch):
+@pytest.fixture
+def full_of_nan(monkeypatch):
     """New memory is full of NaN, so that an element which a kernel leaves unwritten shows."""
     new_empty = torch.Tensor.new_empty
 
-    def full_of_nan(*size, **options):
+    def filled(*size, **options):
         out = new_empty(*size, **options)
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_element_is_written(op, dtype, full_of_nan):
     for size in ((4, 33), (2, 5000), (9, 90), *op.more_sizes):
         inputs = op.draw(op.shape(*size), dtype)
         for options in op.reductions:
             assert not any(x.isnan().any() for x in results(op, inputs, "triton", **options))
+
+
+@rowwise_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_rows_of_weight_0_are_written(op, reduction, dtype, full_of_nan):
+    weight = torch.tensor([0.0, 1.0, 0.0], device=DEVICE)
+    for width in (33, 5000):
+        found = results(op, op.draw((3, width), dtype), "triton", weight=weight, reduction=reduction)
+        for rows in (x for x in found if x.ndim):
+            assert (rows[weight == 0] == 0).all()
+            assert not rows.isnan().any()
 
 
 def outputs_of(op, inputs):

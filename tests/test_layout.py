@@ -16,6 +16,7 @@ PACKAGE = ROOT / "fused_dino"
 ARROWS = {
     "validation": set(),
     "hidden": set(),
+    "counting": set(),
     "kernels": set(),
     "live": set(),
     "reference": set(),
@@ -23,7 +24,7 @@ ARROWS = {
     "backend": {"registry", "ops"},
     "distributed": set(),
     "ops": {"kernels", "reference", "distributed"},
-    "rows": {"reference", "backend", "validation"},
+    "rows": {"reference", "backend", "ops", "validation"},
     "vicreg": {"reference", "backend", "distributed", "validation"},
     "functional": {"rows", "vicreg", "backend", "validation"},
     "preprocess": {"functional", "backend", "validation"},
@@ -70,7 +71,7 @@ ARROWS = {
         "validation",
     },
     "benchmarks": {"", "functional"},
-    "cli": {"", "backend", "functional", "registry", "supervision", "benchmarks", "teacher"},
+    "cli": {"", "backend", "counting", "functional", "registry", "sizes", "supervision", "benchmarks", "teacher"},
     "integrations": {"", "supervision"},
     "__main__": {"cli"},
     "": {

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # What is broken: the line of the kernel that its name begins with, what becomes of it, and the test that catches it.
 MUTATIONS = {
     "cosine: a mask": (
-        "return tl.load(row + column, mask=column < width, other=0).to(ACC)",
+        "return tl.load(row + column, mask=column < WIDTH, other=0).to(ACC)",
         "return tl.load(row + column).to(ACC)",
         "test_kernels.py::test_nothing_out_of_bounds_is_touched",
     ),
@@ -34,19 +34,49 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k eps",
     ),
     "cosine: a dtype": (
-        "s = load_row(s_row, start, width, BLOCK, ACC)\n",
-        "s = load_row(s_row, start, width, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
+        "s = load_row(s_row, start, WIDTH, BLOCK, ACC)\n",
+        "s = load_row(s_row, start, WIDTH, BLOCK, ACC).to(tl.bfloat16).to(ACC)\n",
         "test_ops.py::test_is_as_accurate_as_eager",
     ),
     "cosine: a row that is left out": (
-        "width = tl.where(left, WIDTH, 0)",
-        "width = WIDTH",
+        "if weight is None or row_weight != 0:",
+        "if weight is None or row_weight != -1:",
         "test_masks.py::test_rows_left_out_do_not_count",
     ),
-    "cosine: a gradient that is not finite": (
-        "factor = tl.where(left, factor, 0)",
-        "factor *= 1",
-        "test_masks.py::test_a_gradient_that_is_not_finite_where_a_row_is_left_out",
+    "cosine: a read of a row that is left out": (
+        "row_weight = tl.load(weight + row * stride_weight).to(ACC)",
+        "row_weight = tl.load(weight + row * stride_weight).to(ACC) + 0 * tl.load(student + row * stride_student)",
+        "test_cosine_kernel.py::test_rows_of_weight_0_are_not_read_and_cost_no_arithmetic",
+    ),
+    "cosine: memory of a row that is left out": (
+        "clear_row(grad_student + row * WIDTH, WIDTH, BLOCK, ACC)",
+        "tl.store(grad_student + row * WIDTH, 0.0)",
+        "test_kernels.py::test_rows_of_weight_0_are_written -k cosine",
+    ),
+    "cosine: a position of another image": (
+        "batch.to(tl.int64) * stride_batch",
+        "batch.to(tl.int64) * stride_target",
+        "test_cosine_index.py::test_is_the_loss_of_each_row_and_the_one_it_names",
+    ),
+    "cosine: an image's offset of 32 bits": (
+        "batch.to(tl.int64) * stride_batch",
+        "batch * stride_batch",
+        "test_kernels.py::test_offsets_past_two_to_the_31st -k index",
+    ),
+    "cosine: a position of 32 bits": (
+        "position = tl.load(index + row).to(tl.int64)",
+        "position = tl.load(index + row).to(tl.int32)",
+        "test_cosine_index.py::test_a_position_out_of_range_is_nan_where_its_value_is_not_read",
+    ),
+    "cosine: a position below 0": (
+        "inside = (position >= 0) & (position < target_rows)",
+        "inside = position < target_rows",
+        "test_cosine_kernel.py::test_nothing_out_of_bounds_is_touched",
+    ),
+    "cosine: a position that target lacks": (
+        'row_weight = tl.where(inside, row_weight, float("nan"))',
+        "row_weight *= 1",
+        "test_cosine_index.py::test_a_position_out_of_range_is_nan_where_its_value_is_not_read",
     ),
     "cosine: a missing row": (
         "tl.store(loss + row, factor * distance)",

@@ -76,7 +76,7 @@ def silence(stream: TextIO) -> None:
 def make_parser() -> Parser:
     parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, time it, check it.")
     parser.add_argument("--version", action="version", version=f"fused-dino {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor,teachers}")
     from ..benchmarks.arguments import add_arguments  # beyond a link, which main has checked
 
     add_demo(commands)
@@ -91,6 +91,11 @@ def make_parser() -> Parser:
     doctor.add_argument("--json", action="store_true", dest="json_", help="print one JSON document")
     doctor.add_argument("--online", action="store_true", help="also ask whether the places of the weights answer")
     doctor.set_defaults(command=run_doctor)
+    text = "List what can teach: its size, its cost at 224, what its images are normalised by, and its licence."
+    teachers = commands.add_parser("teachers", help="list what can teach, its cost and its licence", description=text)
+    teachers.add_argument("names", nargs="*", metavar="NAME", help="only these: names, or patterns such as 'eva02*'")
+    teachers.add_argument("--json", action="store_true", dest="json_", help="print one JSON document")
+    teachers.set_defaults(command=run_teachers)
     return parser
 
 
@@ -134,6 +139,12 @@ def run_bench(**options: Any) -> int:
 
 def run_doctor(**options: Any) -> int:
     from .doctor import run
+
+    return run(**options)
+
+
+def run_teachers(**options: Any) -> int:
+    from .teachers import run
 
     return run(**options)
 

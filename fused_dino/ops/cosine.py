@@ -11,6 +11,9 @@ holds: its value and its gradients are 0.
 
 The forward writes the student's gradient for a grad_output of 1, with weight and scale in it, where
 `stores_gradient` says so. The first backward returns it, scaled in place. Later backwards compute it from the rows.
+
+With an index [B, M] the student is [B M, D] and the target [B, N, D]: row b M + m meets target[b, index[b, m]]. The
+target then gets no gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.cosine import cosine_distance, leave_out, prepare
+from ..reference.cosine import cosine_distance, leave_out, prepare, take_rows
 from ..reference.dtypes import acc_dtype, upcast
 from .cosine_torch import cosine_rows_torch
 from .cosine_triton import RowOptions, cosine_rescale_, cosine_rows
@@ -30,17 +33,20 @@ from .standardize import Standardization, count_rows, standardize
 
 
 def forward(
-    student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, options: RowOptions, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    student: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None, scale: Tensor | None,
+    options: RowOptions, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss, the loss without scale, and the student's gradient where it is stored, else an empty tensor."""
     run = cosine_rows if backend == "triton" else cosine_rows_torch
-    return run(student, target, weight, scale, None, options)[:3]
+    return run(student, target, index, weight, scale, None, options)[:3]
 
 
 def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_grad: tuple[bool, bool]) -> tuple:
     """Return the gradients of student and target."""
-    student, target, weight, scale, stored = saved
+    student, target, index, weight, scale, stored = saved
     (grad,), options = grads, ctx.options
+    if index is not None and needs_grad[1]:
+        raise NotImplementedError("target gets no gradient where index is given; give target.detach()")
     may_return = options.student_grad and not needs_grad[1] and not torch.compiler.is_compiling()
     if may_return and not hasattr(ctx, "returned"):
         ctx.returned = True  # once only: it may become p.grad, and anyone may change it
@@ -50,13 +56,15 @@ def backward(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor], needs_gr
     run = cosine_rows if ctx.backend == "triton" else cosine_rows_torch
     grad = grad.expand(student.shape[0]) if grad.ndim == 0 else grad
     kind, reduction, divisor, eps = options[:4]
-    return run(student, target, weight, scale, grad, RowOptions(kind, reduction, divisor, eps, *needs_grad))[2:]
+    return run(student, target, index, weight, scale, grad, RowOptions(kind, reduction, divisor, eps, *needs_grad))[2:]
 
 
 def formula(
-    student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, options: RowOptions
-) -> Tensor:
+    student: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None, scale: Tensor | None,
+    options: RowOptions,
+) -> Tensor:  # fmt: skip
     """Return the loss by eager formulas, for higher derivatives."""
+    target = target if index is None else take_rows(target, index).flatten(0, 1)
     kind, reduction = options.kind, options.reduction
     if kind == "cosine":
         values = cosine_distance(leave_out(student, weight), leave_out(target, weight), options.eps)
@@ -69,19 +77,19 @@ def formula(
 
 
 def vmap(
-    apply: Callable, info: Any, in_dims: tuple, student: Tensor, target: Tensor, weight: Tensor | None,
-    scale: Tensor | None, options: RowOptions, backend: str,
+    apply: Callable, info: Any, in_dims: tuple, student: Tensor, target: Tensor, index: Tensor | None,
+    weight: Tensor | None, scale: Tensor | None, options: RowOptions, backend: str,
 ) -> tuple:  # fmt: skip
     """Run one call over the rows of all batches, which share no value, and reduce the rows of each batch."""
     batch = info.batch_size
-    rows = batched_rows(batch, in_dims[:3], student, target, weight)
+    rows = batched_rows(batch, in_dims[:4], student, target, index, weight)
     each = "elements" if options.reduction == "elements" else "rows"
     values = apply(*rows, None, RowOptions(options.kind, each, options.divisor, options.eps), backend)[0]
     values = values.unflatten(0, (batch, values.shape[0] // batch))
     unscaled = values.sum(1) if options.reduction == "sum" else values
     loss = unscaled
     if scale is not None:
-        loss = unscaled * (scale if in_dims[3] is None else scale.view(batch, *(1 for _ in unscaled.shape[1:])))
+        loss = unscaled * (scale if in_dims[4] is None else scale.view(batch, *(1 for _ in unscaled.shape[1:])))
     return (loss, unscaled, unscaled.new_empty(0)), (0, 0, None)
 
 
@@ -110,9 +118,10 @@ def stores_gradient(student: Tensor, target: Tensor, reduction: str) -> bool:
 
 def rows_loss(
     student: Tensor,  # [..., D]
-    target: Tensor,  # [..., D]
+    target: Tensor,  # [..., D], or [B, N, D] with an index
     *,
     kind: str,
+    index: Tensor | None = None,  # [B, M]
     weight: Tensor | None,  # [...]
     scale: Tensor | None,  # []
     reduction: str,
@@ -122,7 +131,7 @@ def rows_loss(
     """Return the loss, and the loss without scale and without a gradient."""
     leading, width = student.shape[:-1], student.shape[-1]
     if student.ndim != 2:  # a view would be a node of the graph
-        student, target = (x.reshape(-1, width) for x in (student, target))
+        student, target = student.reshape(-1, width), target if index is not None else target.reshape(-1, width)
     elements = kind != "cosine" and reduction == "none"
     divisor = 1
     if reduction == "mean":
@@ -134,7 +143,7 @@ def rows_loss(
             weight = weight / torch.where(total == 0, 1, total)
     row_reduction = {"none": "elements" if elements else "rows"}.get(reduction, "sum")
     options = RowOptions(kind, row_reduction, divisor, eps, stores_gradient(student, target, row_reduction))
-    loss, unscaled, _ = cosine_function(student, target, weight, scale, options, backend)
+    loss, unscaled, _ = cosine_function(student, target, index, weight, scale, options, backend)
     unscaled = loss.detach() if scale is None else unscaled
     return (loss, unscaled) if reduction != "none" else (loss.reshape((*leading, *loss.shape[1:])), unscaled)
 

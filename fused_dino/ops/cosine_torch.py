@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..reference.cosine import take_rows
 from ..reference.dtypes import upcast
 from .blocks import blocks
 from .cosine_triton import RowOptions, cosine_rows_empty
@@ -122,11 +123,12 @@ def in_blocks(
 
 
 def cosine_rows_torch(
-    student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, grad_output: Tensor | None,
-    options: RowOptions,
+    student: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None, scale: Tensor | None,
+    grad_output: Tensor | None, options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what cosine_rows_empty allocates."""
-    loss, unscaled, *grads = cosine_rows_empty(student, target, weight, scale, grad_output, options)
+    loss, unscaled, *grads = cosine_rows_empty(student, target, index, weight, scale, grad_output, options)
+    target = target if index is None else take_rows(target, index).flatten(0, 1)
     kind, reduction, divisor, eps, *needs_grad = options
     elements = reduction == "elements"
     row_weight = (loss.new_ones(()) if weight is None else weight.unsqueeze(-1)) / divisor

@@ -34,7 +34,8 @@ class RowOptions(NamedTuple):
 
 def cosine_rows_empty(
     student: Tensor,  # [N, D]
-    target: Tensor,  # [N, D]
+    target: Tensor,  # [N, D], or [batch, positions, D] with an index
+    index: Tensor | None,  # [batch, N / batch]
     weight: Tensor | None,  # [N]
     scale: Tensor | None,  # []
     grad_output: Tensor | None,  # [N], or [N, D] by elements; None in the forward
@@ -63,8 +64,8 @@ def launch_options(loss: Tensor, width: int, eps: float) -> dict[str, Any]:
 
 
 def launch_cosine_rows(
-    out: tuple[Tensor, ...], student: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None,
-    grad_output: Tensor | None, row_options: RowOptions,
+    out: tuple[Tensor, ...], student: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None,
+    scale: Tensor | None, grad_output: Tensor | None, row_options: RowOptions,
 ) -> None:  # fmt: skip
     """Fill `out`, the results that cosine_rows_empty allocated."""
     from ..kernels.cosine import cosine_rows_kernel
@@ -81,13 +82,18 @@ def launch_cosine_rows(
     programs = min(rows, MANY_ROWS // options["num_warps"])
     summed = grad_output is None and reduction == "sum"
     strides = (0, 0) if grad_output is None else (*grad_output.stride(), 0)[:2]
+    subset: tuple[Any, ...] = (None,) * 4
+    if index is not None:
+        index = index.contiguous()
+        subset = index, index.shape[1], target.shape[1], target.stride(0)
     with torch.cuda.device_of(student):  # the tensor's GPU need not be the current one; no-op on a CPU
         launch(cosine_rows_kernel, (programs,),
             student, target, weight, scale, grad_output,
             loss if grad_output is None else None, unscaled if unscaled.numel() else None,
             loss.new_empty(programs) if summed else None, ticket(student) if summed else None,
             grad_student if needs_grad[0] else None, grad_target if needs_grad[1] else None,
-            student.stride(0), target.stride(0), 0 if weight is None else weight.stride(0), *strides, rows, divisor,
+            student.stride(0), target.stride(-2), 0 if weight is None else weight.stride(0), *strides, rows, divisor,
+            *subset,
             KIND=kind, REDUCTION=reduction, **options,
         )  # fmt: skip
 

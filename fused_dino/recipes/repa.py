@@ -18,9 +18,11 @@ from ..validation import check_int
 class NegativeCosine(CosineLoss):
     """Minus the cosine similarity, as REPA's code has it: one less than CosineLoss, with its gradient."""
 
-    def forward(self, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, student: Tensor, target: Tensor, weight: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
         """Return minus the mean similarity of rows [..., D]."""
-        return super().forward(student, target, weight) - 1
+        return super().forward(student, target, weight, index) - 1
 
 
 def repa(

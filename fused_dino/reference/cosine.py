@@ -33,15 +33,24 @@ def cosine_distance(student: Tensor, target: Tensor, eps: float) -> Tensor:
     return 1 - (s * t).sum(-1)
 
 
+def take_rows(target: Tensor, index: Tensor) -> Tensor:
+    """Return target[b, index[b, m]], or NaN where it has no such row: [B, N, D], [B, M] -> [B, M, D]."""
+    outside = (index < 0) | (index >= target.shape[1])
+    at = index.long().masked_fill(outside, 0).unsqueeze(-1).expand(-1, -1, target.shape[-1])
+    return target.gather(1, at).masked_fill(outside.unsqueeze(-1), float("nan"))
+
+
 def cosine_loss(
     student: Tensor,  # [..., D]
-    target: Tensor,  # [..., D]
+    target: Tensor,  # [..., D], or [B, N, D] with an index
     *,
+    index: Tensor | None = None,  # [B, M]
     weight: Tensor | None,  # [...]
     reduction: str,
     eps: float,
 ) -> Tensor:
     """Return the cosine distance per row, reduced."""
+    target = target if index is None else take_rows(target, index)
     student, target = (leave_out(x, weight) for x in (student, target))
     return reduce(cosine_distance(student, target, eps), weight, reduction)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sizes import Size
+from .licences import licence_of, warn_of
 from .positions import resampling_of, resize_pos_embed, square_side
 from .weight_files import PATCH_KEY, PREPROCESSOR, find_file, read_config, read_statistics, read_weights
 
@@ -268,9 +269,12 @@ def create_timm(name: str, img_size: Size | None, pretrained: bool) -> nn.Module
         raise ValueError(f"model is {name!r}, which timm {timm.__version__} does not know; see timm.list_models()")
     size: dict[str, Any] = {"dynamic_img_size": True} if img_size is None else {"img_size": img_size}
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
     except TypeError:  # convolutional networks take neither
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    if pretrained:
+        warn_of(name, licence_of(getattr(model, "pretrained_cfg", None)))
+    return model
 
 
 def check_variant(state: dict[str, Tensor], model: Any, config: dict[str, Any]) -> None:

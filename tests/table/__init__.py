@@ -5,12 +5,12 @@ from pkgutil import iter_modules
 
 from proving import Op
 
-from .cosine import COSINE, MSE
+from .cosine import COSINE, INDEXED, MSE
 from .resize import PREPROCESS
 from .standardize import STANDARDIZE
 from .vicreg import VICREG
 
-OPS = (COSINE, MSE, STANDARDIZE, PREPROCESS, VICREG)
+OPS = (COSINE, INDEXED, MSE, STANDARDIZE, PREPROCESS, VICREG)
 for module in iter_modules(__path__):
     rows = vars(import_module(f"table.{module.name}")).values()
     OPS += tuple(row for row in rows if isinstance(row, Op) and row not in OPS)

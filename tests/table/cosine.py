@@ -1,6 +1,7 @@
-"""cosine_loss and mse_loss."""
+"""cosine_loss, the same with an index, and mse_loss."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton
 from fused_dino.ops.cosine_triton import RowOptions, cosine_rows
-from fused_dino.reference.cosine import reduce
+from fused_dino.reference.cosine import reduce, take_rows
 from proving import Case, Op
 
 
@@ -45,13 +46,40 @@ def mse_scales(
 
 def forward_arguments(kind: str, student: Tensor, target: Tensor) -> tuple:
     """Arguments of cosine_rows for the loss alone."""
-    return student, target, None, None, None, *RowOptions(kind, "sum", len(student), 1e-12)
+    return student, target, None, None, None, None, *RowOptions(kind, "sum", len(student), 1e-12)
 
 
 def backward_arguments(kind: str, student: Tensor, target: Tensor, loss: Tensor, *outputs: Tensor) -> tuple:
     """Arguments of cosine_rows for both gradients."""
     options = RowOptions(kind, "sum", len(student), 1e-12, student_grad=True, target_grad=True)
-    return student, target, None, None, loss.expand(len(student)), *options
+    return student, target, None, None, None, loss.expand(len(student)), *options
+
+
+def index_of(student: Tensor) -> Tensor:
+    """Positions [B, M] in a target of M - 1 rows: each of them, and some of them more than once."""
+    batch, rows = student.shape[:2]
+    return (2 * torch.arange(batch * rows, device=student.device) + 1).view(batch, rows) % (rows - 1)
+
+
+def indexed(student: Tensor, target: Tensor, *, reduction: str = "none", **options: Any) -> Tensor:
+    """The loss of rows [B, M, D] against some of the target's, of which the first of each image is none."""
+    index = index_of(student)
+    return FD.cosine_loss(student, target.detach()[:, 1:], index=index, reduction=reduction, **options)
+
+
+def indexed_scales(
+    student: Tensor, target: Tensor, grad_output: Tensor, *, reduction: str = "none", **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    target = take_rows(target[:, 1:], index_of(student))
+    return cosine_scales(student, target, grad_output, reduction=reduction, **options)
+
+
+def indexed_arguments(student: Tensor, target: Tensor, *outputs: Tensor) -> tuple:
+    """Arguments of cosine_rows for the loss, or after it for the student's gradient."""
+    rows = student.flatten(0, 1)
+    grad_output = outputs[0].expand(len(rows)) if outputs else None
+    options = RowOptions("cosine", "sum", len(rows), 1e-12, student_grad=bool(outputs))
+    return rows, target[:, 1:], index_of(student), None, None, grad_output, *options
 
 
 COSINE = Op(
@@ -79,6 +107,28 @@ COSINE = Op(
     backward=cosine_rows.overload,
     forward_arguments=partial(forward_arguments, "cosine"),
     backward_arguments=partial(backward_arguments, "cosine"),
+)
+INDEXED = Op(
+    "cosine_loss(index)",
+    indexed,
+    (
+        Case((2, 5, 37), "no power of two: a masked tail"),
+        Case((1, 2, 300), "one position"),
+        Case((2, 3, 5000), "wider than the widest block: the loop over columns"),
+        Case((2, 150, 5), "more rows than are taken at a time on a CPU", closed_form=True),
+        Case((4, cosine_triton.MANY_ROWS // 4 + 1, 3), "so many rows that a program takes several"),
+        Case((2, 4, 20), "averaged", {"reduction": "mean"}),
+        Case((2, 4, 20), "summed", {"reduction": "sum"}),
+        Case((2, 4, 20), "an eps above some norms and below others", {"eps": 4.5}),
+    ),
+    scales=indexed_scales,
+    forward=cosine_rows.overload,
+    backward=cosine_rows.overload,
+    forward_arguments=indexed_arguments,
+    backward_arguments=indexed_arguments,
+    frozen=("target",),
+    shape=lambda rows, width: (rows, 3, width),
+    part_of="cosine_loss",
 )
 MSE = Op(
     "mse_loss",
