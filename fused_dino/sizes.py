@@ -24,14 +24,14 @@ class Scaled:
 
     Shape:
         - Call: (height, width, patch size) of ints
-        - Output: (height, width), which ``DINOv2Backbone`` brings to the nearest multiples of the patch size
+        - Output: (height, width), multiples of the patch size: the nearest, at least one
 
     Raises:
         ValueError: If ``ratio`` is no positive finite number.
 
     Example:
         >>> Scaled(7 / 8)(256, 384, 14)
-        (224.0, 336.0)
+        (224, 336)
     """
 
     ratio: float
@@ -39,8 +39,8 @@ class Scaled:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", check_positive("ratio", self.ratio))
 
-    def __call__(self, h: int, w: int, patch: int) -> tuple[float, float]:
-        return h * self.ratio, w * self.ratio
+    def __call__(self, h: int, w: int, patch: int) -> Size:
+        return nearest(h * self.ratio, patch), nearest(w * self.ratio, patch)
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Area:
 
     Shape:
         - Call: (height, width, patch size) of ints
-        - Output: (height, width), which ``DINOv2Backbone`` brings to the nearest multiples of the patch size
+        - Output: (height, width), multiples of the patch size: the nearest, at least one
 
     Raises:
         ValueError: If ``pixels`` is no positive finite number.
 
     Example:
         >>> Area(224 * 224)(512, 2048, 14)
-        (112.0, 448.0)
+        (112, 448)
     """
 
     pixels: float
@@ -67,9 +67,9 @@ class Area:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pixels", check_positive("pixels", self.pixels))
 
-    def __call__(self, h: int, w: int, patch: int) -> tuple[float, float]:
+    def __call__(self, h: int, w: int, patch: int) -> Size:
         ratio = math.sqrt(self.pixels / (h * w))
-        return h * ratio, w * ratio
+        return nearest(h * ratio, patch), nearest(w * ratio, patch)
 
 
 def check_img_size(img_size: Any, patch: int = 1) -> Size | SizeRule:

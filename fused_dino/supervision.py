@@ -70,6 +70,8 @@ class Supervised(Taught):
         for name, call in calls.items():
             loss, found = call.run(features, alpha)
             losses.append(loss)
+            if any("loss" in key for key in found):
+                raise ValueError(f"logs of {name} must have names without 'loss', which trainers add up: {list(found)}")
             logs.update({self._log_name(name, key): value for key, value in found.items()})
             if "is_global" in found:
                 self._warn_once()
@@ -255,7 +257,7 @@ class Supervision(Supervised):
         if not isinstance(students, Mapping) or students.keys() != terms.keys():
             got = sorted(map(str, students)) if isinstance(students, Mapping) else type(students).__name__
             raise ValueError(f"students must be a dict with a tensor for each of the terms {sorted(terms)}, got {got}")
-        batch = self._check_images(images, features)
+        batch = self._check_images(images, features, "images")
         shares = share_out(terms, weight=weight, index=index, token_grid=token_grid)
         for name, term in terms.items():
             term.check(f"students[{name!r}]", students[name], batch, **shares[name])
@@ -274,14 +276,17 @@ def check_terms(terms: Any) -> None:
     if not isinstance(terms, Mapping) or not terms:
         raise ValueError(f"terms must be a dict of at least one term by name, got {terms!r}")
     for name, term in terms.items():
-        if not isinstance(name, str) or not name.isidentifier() or "loss" in name:
-            raise ValueError(f"terms must have names that are identifiers without 'loss', got {name!r}")
+        if not isinstance(name, str) or not name.isidentifier() or "loss" in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"terms must have names that are identifiers without 'loss', and no dict's, got {name!r}")
         if not isinstance(term, Term):
             raise TypeError(f"terms[{name!r}] must be a Term, got {type(term).__name__}")
 
 
 def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:
-    """Return the options of a call by term. One that is a dict names its terms; else it goes to all that take it."""
+    """Return the options of a call by term. One that is a dict names its terms; else it goes to all that take it.
+
+    Weights leave images out of the loss, so that a term without them would have to be told.
+    """
     shares: dict[str, dict[str, Any]] = {name: {} for name in terms}
     for option, value in options.items():
         takers = [name for name, term in terms.items() if option in term.takes]
@@ -290,6 +295,9 @@ def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, 
         if not takers:
             raise ValueError(f"{option} must be left out: none of the terms {', '.join(terms)} takes it")
         if not isinstance(value, Mapping):
+            if option == "weight" and len(takers) < len(terms):
+                others = ", ".join(name for name in terms if name not in takers)
+                raise ValueError(f"weight must be a dict by term, since {others} takes none")
             if option == "index" and len(takers) > 1:
                 raise ValueError(f"index must be a dict by term, since several take one: {', '.join(takers)}")
             value = dict.fromkeys(takers, value)

@@ -7,9 +7,13 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import fused_dino as fd
@@ -92,6 +96,21 @@ def test_a_strangers_term_is_scaled_and_logged(teacher, batch):
     assert_close(out["dino_near"], expected.detach())
     with pytest.raises(ValueError, match=r"^weight must be left out: none of the terms near takes it"):
         module(batch[1], {"near": student}, weight=torch.ones(6))
+    both, students = make(teacher, terms={"near": Distance(), **terms()}), {"near": student, "patch": batch[0]}
+    students.update({"global": batch[0], "token": hidden()})
+    with pytest.raises(ValueError, match=r"^weight must be a dict by term, since near takes none"):
+        both(batch[1], students, weight=torch.ones(6))
+    both(batch[1], students, weight={"token": torch.ones(6)})
+
+
+def test_logs_that_a_trainer_would_add_to_the_loss_are_refused(teacher, batch):
+    class Loud(Distance):
+        def forward(self, student, features):
+            return super().forward(student, features)[0], {"raw_loss": student.mean()}
+
+    module = make(teacher, terms={"near": Loud()})
+    with pytest.raises(ValueError, match=r"^logs of near must have names without 'loss'.*raw_loss"):
+        module(batch[1], {"near": torch.zeros(6, 24)})
 
 
 def test_checkpoints_copies_and_hooks_keep_every_name(teacher, batch, students, tmp_path):
@@ -133,6 +152,41 @@ def test_the_teacher_is_invisible_and_a_stopped_loss_reaches_everything(teacher,
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (*module.parameters(), students["token"]))
 
 
+def test_it_is_built_on_meta_with_a_real_teacher(teacher, batch, students):
+    source = make(teacher)
+    with torch.device("meta"):
+        module = make(teacher)
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    module.to_empty(device="cpu")
+    module.load_state_dict(source.state_dict())
+    assert torch.equal(module(batch[1], students)[0], source(batch[1], students)[0])
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp1", "fsdp2"])
+def test_wrapped_it_learns_the_same(teacher, batch, students, wrap, tmp_path):
+    plain = make(teacher, schedule=Schedule(0.5, 0, stop_step=2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        twin = copy.deepcopy(plain)
+        on_cpu = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        wrapped = {
+            "ddp": DistributedDataParallel,
+            "fsdp1": lambda module: FullyShardedDataParallel(module, **on_cpu),
+            "fsdp2": lambda module: fully_shard(module, mesh=init_device_mesh("cpu", (1,))),
+        }[wrap](twin)
+        for _ in range(2):  # the second is the zero after the stop
+            outs = []
+            for module in (plain, wrapped):
+                module.zero_grad()
+                outs.append(module(batch[1], students, as_dict=True))
+                outs[-1]["loss_dino"].backward()
+            assert_close(*outs)
+            for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+                assert_close(getattr(q.grad, "to_local", lambda q=q: q.grad)().view_as(p), p.grad)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_module_may_be_replaced_after_construction(teacher, batch):
     """As adapters and quantisation replace it: the terms hold none of DinoSupervision's modules."""
     module = make_supervision(teacher, token_dim=C, use_patch=True, latent_shape=(4, 4, 4))
@@ -167,6 +221,9 @@ def test_weights_and_indices_go_to_the_terms_that_are_named(teacher, batch, stud
         ("weight must be of shape", {"weight": {"token": torch.ones(6, 15)}}),
         ("index must have a position for each", {"index": torch.zeros(6, 4, dtype=torch.long)}),
         ("token_grid must be", {"token_grid": 4}),
+        ("tokens must be 3 x 5, by token_grid, and N is 16", {"token_grid": (3, 5)}),
+        ("images must be \\[B, 3, H, W\\]", {"images": torch.zeros(6, 1, 56, 56)}),
+        ("give images, the images, or features", {"images": None}),
         ("step must be left out", {"step": 3}),
         ("alpha must be left out", {"alpha": 0.5, "as_dict": True}),
     ],
@@ -189,6 +246,7 @@ def test_bad_calls_are_named_and_count_no_step(teacher, batch, students, message
         ("terms must be a dict of at least one term", {"terms": [Distance()]}),
         ("terms must have names that are identifiers without 'loss'", {"terms": {"my_loss": Distance()}}),
         ("terms must have names that are identifiers without 'loss'", {"terms": {"a.b": Distance()}}),
+        ("terms must have names that are identifiers .* and no dict's", {"terms": {"keys": Distance()}}),
         (r"terms\['near'\] must be a Term, got Linear", {"terms": {"near": nn.Linear(2, 2)}}),
         ("schedule must be None or a Schedule", {"terms": {"near": Distance()}, "schedule": 0.5}),
         ("stopgrad_image=False needs a loss of global with detach_teacher=False",

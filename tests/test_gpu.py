@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fused_dino import DINOv2Backbone, Scaled
 from proving import IMPLEMENTATIONS, results
 from table import OPS
 
@@ -72,3 +73,28 @@ def test_nothing_waits_for_the_gpu(op):
         results(op, inputs, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_a_graph_of_a_teacher_has_positions_of_its_own():
+    """Kept positions of a size leave the memory that holds them; a graph that had captured them would read on."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_small_patch14_dinov2", depth=1, img_size=56, num_classes=0)
+    backbone = DINOv2Backbone(model=model, img_size=Scaled(7 / 8)).cuda()
+    x = torch.randn(2, 3, 28, 42, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        backbone(x)
+        want = backbone(x)["patch"]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = backbone(x)["patch"]
+    with torch.cuda.stream(stream):
+        for columns in range(1, 41):  # more sizes than are kept
+            backbone(torch.randn(1, 3, 14, 14 * columns, device="cuda"))
+    stream.synchronize()
+    captured.fill_(float("nan"))
+    graph.replay()
+    torch.testing.assert_close(captured, want)

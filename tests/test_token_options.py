@@ -87,6 +87,24 @@ def test_an_index_counts_on_the_token_grid_where_that_is_told():
     assert_close(make(token_grid=(2, 4))(student, features(), index=index)[0], expected)
 
 
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+def test_an_index_out_of_range_is_named_unless_its_row_is_left_out(loss):
+    term, student = make(loss=loss), randn(B, 3, C)
+    for position in (-1, N):
+        index = torch.full((B, 3), position, device=DEVICE)
+        index[:, 1:] = 4
+        left = torch.tensor([0.0, 1, 1], dtype=torch.float64, device=DEVICE).expand(B, -1)
+        assert_close(
+            term(student, features(), left, index=index)[0],
+            term(student[:, 1:], features(), index=index[:, 1:])[0],
+        )
+        if DEVICE == "cpu":
+            with pytest.raises(ValueError, match=rf"^index must be from 0 to {N - 1}.*got {position}$"):
+                term(student, features(), index=index)
+        else:
+            assert term(student, features(), index=index)[0].isnan()
+
+
 def test_a_bad_index_is_named():
     student, index = randn(B, 3, C), torch.zeros(B, 3, dtype=torch.int64)
     for wrong in (index.float(), index.bool(), [[0]]):

@@ -106,7 +106,7 @@ def flat(shape: Shape, args: tuple) -> list[Any]:
         if part is None:
             out.append(value)
         else:
-            out += flat(part[1], value) if any(part[1]) else value
+            out.extend(flat(part[1], value) if any(part[1]) else value)  # torch 2.11 compiles no += of a NamedTuple
     return out
 
 

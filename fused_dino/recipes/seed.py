@@ -175,6 +175,7 @@ class DinoSupervision(Supervised):
         self.patch_queries: nn.Parameter | None = None
         if in_dim is not None:
             term = self._terms["global"] = GlobalTerm(in_dim, hidden_dim=hidden_dim, out_dim=width, loss=self.loss)
+            term.loss_name = "loss_type"
             self.projector = take_projector(term)
         if use_patch:
             options: dict[str, Any] = {

@@ -130,20 +130,20 @@ class Taught(nn.Module):
             "image_size": (h, w),
         }
 
-    def _check_images(self, x_img: Any, features: Any) -> int:
-        """Check that one of the two is given, and return its batch size."""
+    def _check_images(self, x_img: Any, features: Any, name: str = "x_img") -> int:
+        """Check that one of the two is given, and return its batch size. name: of the images' argument, for errors."""
         if features is not None and x_img is not None:
-            raise ValueError("give x_img or features, not both: features are what encode(x_img) returned")
+            raise ValueError(f"give {name} or features, not both: features are what encode({name}) returned")
         if features is not None:
             return len(check_features("features", features, self.teacher.embed_dim)["global"])
         if x_img is None:
-            raise ValueError("give x_img, the images, or features, what encode returned for them; got neither")
+            raise ValueError(f"give {name}, the images, or features, what encode returned for them; got neither")
         images = as_images(x_img)
         if isinstance(self.preprocess, Preprocess):
-            check_images(images, "x_img")
-        check_tensor("x_img", x_img)
+            check_images(images, name)
+        check_tensor(name, x_img)
         if not self.stopgrad_image and not x_img.is_floating_point():
-            raise ValueError(f"x_img must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
+            raise ValueError(f"{name} must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
         return len(images)
 
     def _features(

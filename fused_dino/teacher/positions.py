@@ -104,9 +104,8 @@ class Kept:
         with self.lock:
             found = self.results.pop(key, None)
         if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                # Memory that an entry holds is no other tensor's: its address stays that of these bits.
-                found = source.detach(), compute()
+            # Memory that an entry holds is no other tensor's: its address stays that of these bits.
+            found = source.detach(), compute()
         with self.lock:
             self.results[key] = found
             if len(self.results) > LIMIT:
@@ -219,8 +218,8 @@ def take_any_size(model: Any, rule: Any, resampling: Resampling) -> None:
     fixed = known.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False)
     if fixed or getattr(embed, "strict_img_size", False):
         raise ValueError(
-            f"img_size must be an int or a pair (h, w), got {rule!r}: model {type(model).__name__} takes one size, "
-            "unless timm builds it with dynamic_img_size=True"
+            f"img_size must be an int or a pair (h, w), got {rule!r}: model {type(model).__name__} takes one size; of "
+            "timm's models those that are built with dynamic_img_size=True take any"
         )
     if type(embed).__name__ == "PatchEmbed" and hasattr(embed, "strict_img_size"):
         embed.img_size = None  # else timm writes the size into a message, for which a compiler makes a program a size

@@ -88,7 +88,7 @@ class Alignment(Term):
     """A term that projects the student and compares rows with the teacher's by a loss."""
 
     projector: nn.Module | None
-    projector_name = "projector"  # of the argument that gave it, for errors
+    projector_name, loss_name = "projector", "loss"  # of the arguments that gave them, for errors
 
     def __init__(
         self,
@@ -137,7 +137,8 @@ class Alignment(Term):
         """Return the scaled loss of rows, and the logs of what the loss returned."""
         if weight is not None and weight.ndim < student.ndim - 1:
             weight = weight.unsqueeze(1)
-        return compare(parts.loss, student, target, scale, weight=weight, normalize=self.normalize_weight, **options)
+        options.update(weight=weight, normalize=self.normalize_weight, name=self.loss_name)
+        return compare(parts.loss, student, target, scale, **options)
 
 
 def stand_in(features: Mapping[str, Any], rows: int) -> Tensor:

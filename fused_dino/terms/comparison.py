@@ -47,12 +47,13 @@ def compare(
     weight: Tensor | None = None,
     normalize: bool = True,
     index: Tensor | None = None,
+    name: str = "loss",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return scale times the loss of rows [..., D], and logs: "value", the loss without scale, and VICReg's terms.
 
     weight: of the rows, broadcastable. normalize: divides by the sum of the weights, as the losses do; False by the
-    number of rows. index: which row of the target each of the student's belongs to. An op that takes `scale` applies
-    the factor itself.
+    number of rows. index: which row of the target each of the student's belongs to. name: of the loss, for errors. An
+    op that takes `scale` applies the factor itself.
     """
     more: dict[str, Any] = {}
     share: Tensor | None = None
@@ -71,7 +72,7 @@ def compare(
     out = loss(student, target, **more)
     value = out.loss if isinstance(out, VICRegOutput) else out
     if not isinstance(value, Tensor) or value.ndim:
-        raise TypeError(f"loss_type must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
+        raise TypeError(f"{name} must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
     value = value if share is None else value * share
     logs = {"value": value.detach()}
     if isinstance(out, VICRegOutput):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..features import Features, Grid, grid_of
 from ..live import dtype_of
+from ..ops.plain import is_plain
+from ..reference.cosine import take_rows
 from ..reference.dtypes import acc_dtype
-from ..validation import check_choice, check_int
+from ..validation import check_choice, check_int, check_positions
 from .base import Alignment, Parts, stand_in
 from .comparison import accepts
 from .token_grids import TokenGrids, check_grid, find_grid, resample
@@ -105,8 +107,12 @@ class TokenTerm(Alignment):
         """Check the tokens, their weights [B] or [B, N] and their positions [B, N]."""
         tokens, grid = as_tokens(name, student, self.in_dim, batch)
         self.check_weight(weight, tuple(tokens.shape[:2]))
-        if token_grid is not None and grid not in (None, check_grid(token_grid)):
-            raise ValueError(f"token_grid is {token_grid} and {name} is a map of {grid}; leave it out")
+        if token_grid is not None:
+            told = check_grid(token_grid)
+            if grid not in (None, told):
+                raise ValueError(f"token_grid is {token_grid} and {name} is a map of {grid}; leave it out")
+            if index is None:
+                find_grid(tokens.shape[1], told, None)
         if index is not None:
             self.check_index(index, list(tokens.shape[:2]))
 
@@ -157,7 +163,7 @@ class TokenTerm(Alignment):
         if index is not None:
             patch = parts.grids.prepare(patch)
             patch = patch if told is None else resample(patch, teacher_grid, told)
-            patch, positions = (patch, index) if accepts(parts.loss, "index") else (take(patch, index), None)
+            patch, positions = (patch, index) if accepts(parts.loss, "index") else (take(patch, index, weight), None)
             return self.compare(parts, self.project(parts, tokens, None, width), patch, weight, scale, index=positions)
         grid = find_grid(tokens.shape[1], told, teacher_grid, features.get("image_size"))
         projected = parts.grids.student(self.project(parts, tokens, grid, width), grid, teacher_grid)
@@ -207,9 +213,12 @@ def check_projector(name: str, projector: Any) -> str | None:
     return check_choice(name, projector, PROJECTORS)
 
 
-def take(patch: Tensor, index: Tensor) -> Tensor:
-    """Return the patch tokens at positions [B, M], for a loss that cannot read them there."""
-    return patch.take_along_dim(index.long().unsqueeze(2), dim=1)
+def take(patch: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the patch tokens at positions [B, M], for a loss that cannot read them there; NaN for one that is none."""
+    weight = weight if weight is None else weight.reshape(len(weight), -1).expand(index.shape)
+    if index.is_cpu and is_plain((index, weight)):  # as the op that reads them checks them
+        check_positions(index, patch, weight)
+    return take_rows(patch, index)
 
 
 def as_tokens(name: str, x: Any, dim: int, batch: int) -> tuple[Tensor, Grid | None]:
