@@ -71,10 +71,9 @@ def parts(row: Row, z: Tensor, images: Tensor) -> dict:
 def work(row: Row, direction: str) -> tuple[float, float]:
     """Count the FLOP of every part, and the least bytes: images, the teacher's weights once, the projector's thrice."""
     model, dtype = costs.on_meta(row.options["teacher"], SIZE), getattr(torch, row.dtype)
-    parts = costs.step(model, row.shape[0], row.shape[2], "cosine", dtype, IN_DIM, SIZE)
-    weights, projector = sum(p.numel() for p in model.parameters()), (IN_DIM + model.embed_dim) * 4096
-    elements = row.shape[0] * 3 * row.shape[2] * row.shape[3] + weights + 3 * projector
-    return elements * dtype.itemsize, sum(part.flops for part in parts)
+    flops = sum(x.flops for x in costs.step(model, row.shape[0], row.shape[2], "cosine", dtype, IN_DIM, SIZE))
+    weights = sum(p.numel() for p in model.parameters()) + 3 * (IN_DIM + model.embed_dim) * 4096
+    return (3 * row.shape[0] * row.shape[2] * row.shape[3] + weights) * dtype.itemsize, flops
 
 
 BENCH = Bench("step", STEPS, inputs, Recipe, Ours, work, parts=parts, asks="cosine_loss")
