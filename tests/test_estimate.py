@@ -161,7 +161,7 @@ def test_measurements_of_that_gpu_and_size_stand_beside(capsys: pytest.CaptureFi
     [
         (["--gpu", "h10"], "--gpu: 'h10' is not in the table; near are h100"),
         (["--teacher", "vitl41"], "--teacher: 'vitl41' is no teacher; near are vitl14"),
-        (["--teacher", "vit*"], "give one, such as vits14"),
+        (["--teacher", "vit?14"], "give one, such as vits14"),
         (["--batch", "0"], "--batch: '0' is not a positive whole number"),
         (["--loss", "l1"], "invalid choice: 'l1'"),
     ],

@@ -74,7 +74,7 @@ def find_teacher(name: str) -> str:
         found = matching([name])
     except CommandError as error:
         raise CommandError(f"--teacher: {error}") from None
-    if len(found) > 1 and "*" in name:
+    if len(found) > 1 and any(sign in name for sign in "*?["):
         raise CommandError(f"--teacher: {name!r} names {len(found)}; give one, such as {found[0]}")
     return found[0]
 

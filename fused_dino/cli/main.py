@@ -134,7 +134,9 @@ def add_estimate(commands: Any) -> None:
     )
     estimate.add_argument("--batch", type=positive_int, default=256, metavar="N", help="images a step; default: 256")
     estimate.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100 (default), h200 or b200")
-    estimate.add_argument("--side", type=positive_int, default=256, metavar="N", help="of the images; default: 256")
+    estimate.add_argument(
+        "--side", type=positive_int, default=256, metavar="N", help="side of the images; default: 256"
+    )
     estimate.add_argument("--loss", choices=("cosine", "mse", "vicreg"), default="cosine", help="default: cosine")
     dtypes = ("bfloat16", "float16", "float32")
     estimate.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of everything; default: bfloat16")

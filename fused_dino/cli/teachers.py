@@ -44,7 +44,7 @@ FAMILIES = (
     Family("DINOv3 (arXiv 2508.10104)", ("vit_*_dinov3.*", "convnext_*.dinov3_*"), False,
            "https://github.com/facebookresearch/dinov3/issues/145", "those of Meta's own repositories are"),
     Family("SigLIP 2 (arXiv 2502.14786)", ("vit_*_siglip_[0-9]*.v2_*", "naflexvit_*_siglip.v2_*"), False,
-           "https://huggingface.co/google/siglip2-base-patch16-224"),
+           "https://huggingface.co/timm/vit_so400m_patch14_siglip_224.v2_webli"),
 )  # fmt: skip
 
 
