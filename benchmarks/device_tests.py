@@ -27,6 +27,7 @@ SHARED = (
     "test_ops.py", "test_vicreg.py", "test_vicreg_limits.py", "test_vicreg_definitions.py", "test_resize.py",
     "test_resize_properties.py", "test_cosine_properties.py", "test_cosine_index.py", "test_standardize.py",
     "test_patches.py", "test_tokens.py", "test_forward_mode.py", "test_vicreg_branches.py", "test_masks.py",
+    "test_terms.py", "test_token_options.py",
 )  # fmt: skip
 RANDOM = ("test_random_shapes.py",)
 WORKERS = 12  # at most: the kernels compile on the CPU

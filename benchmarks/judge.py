@@ -17,7 +17,7 @@ Times = Mapping[str, float | None]  # figure -> microseconds
 
 def gpu_of(name: str) -> int | None:
     """Return which of the predicted GPUs a device is, by its name."""
-    return next((i for i, gpu in enumerate(GPUS) if gpu in name), None)
+    return next((i for i, gpu in enumerate(GPUS) if gpu.is_named(name)), None)
 
 
 def predictions_of(op: str, row: str, direction: str, precision: str) -> list[Prediction]:
@@ -67,8 +67,8 @@ def predicted(p: Prediction, gpu: int) -> str:
 
 def expected() -> Table:
     """Return every prediction, for both GPUs."""
-    header = ["op", "row", "precision", "direction", "figure", *(f"{gpu}, us" for gpu in GPUS), "limiter",
-              *(f"{gpu}, target" for gpu in GPUS), "vs eager", "vs compile"]  # fmt: skip
+    header = ["op", "row", "precision", "direction", "figure", *(f"{gpu.name}, us" for gpu in GPUS), "limiter",
+              *(f"{gpu.name}, target" for gpu in GPUS), "vs eager", "vs compile"]  # fmt: skip
     both = range(len(GPUS))
     rows = [
         [

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fused_dino import gpus
+
 from .shapes import BACKWARD, FORWARD
 
-GPUS = ("H100", "H200")  # a device is one of them where its name has this
+GPUS = tuple(gpus.GPUS[name] for name in ("h100", "h200"))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Measure the squared error of unit rows: a forward reads two inputs, and a gradient is written as one more."""
 
-import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_dino import costs
 from fused_dino import functional as FD
 
 from .harness import Bench, pair
@@ -21,15 +21,8 @@ def recipe(student: Tensor, teacher: Tensor, whiten: bool = False) -> Tensor:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Count two norms and a squared difference; a gradient adds two scaled rows and their sum.
-
-    Whitening adds two means, two deviations, and their subtraction and division; a gradient adds two sums over rows.
-    """
-    elements = math.prod(row.shape)
-    tensors, operations = (2, 7) if direction == FORWARD else (3, 11)
-    if row.options.get("whiten"):
-        operations += 10 if direction == FORWARD else 18
-    return tensors * elements * getattr(torch, row.dtype).itemsize, operations * elements
+    whiten = row.options.get("whiten", False)
+    return costs.mse_loss(row.shape, getattr(torch, row.dtype).itemsize, direction != FORWARD, whiten)
 
 
 BENCH = Bench(

@@ -1,6 +1,5 @@
 """Measure resizing and normalising: images are read and the result is written; a gradient moves the same back."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_dino import costs
 from fused_dino import functional as FD
 
 from .harness import Bench, Function, normal
@@ -63,12 +63,8 @@ def ours(row: Row, backend: str) -> Function:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Count three interpolations of two values and a multiply-add for each output; the adjoint costs as much."""
-    inside = math.prod(row.shape)
-    outside = row.shape[0] * 3 * row.options["size"] ** 2
-    moved = inside * getattr(torch, row.dtype).itemsize + outside * out_dtype(row).itemsize
-    times = 1 if direction == FORWARD else 2
-    return times * moved, times * 11 * outside
+    itemsizes = getattr(torch, row.dtype).itemsize, out_dtype(row).itemsize
+    return costs.preprocess(row.shape, row.options["size"], *itemsizes, direction != FORWARD)
 
 
 PEERS = {"torchvision v2": partial(of, torchvision), "kornia": partial(of, kornia)}

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_dino import DinoSupervision, DINOv2Backbone, Projector
+from fused_dino import DinoSupervision, DINOv2Backbone, Projector, costs
 from fused_dino import functional as FD
 
 from .harness import Bench, normal
 from .shapes import STEPS, Row
 from .test_cosine import recipe as cosine
 
-IN_DIM, SIZE, TOKENS = 8192, 224, 257
+IN_DIM, SIZE = 8192, 224
 MEAN, STD = (torch.tensor(x).view(1, 3, 1, 1) for x in (FD.IMAGENET_MEAN, FD.IMAGENET_STD))
 
 
@@ -69,11 +69,11 @@ def parts(row: Row, z: Tensor, images: Tensor) -> dict:
 
 
 def work(row: Row, direction: str) -> tuple[float, float]:
-    """Count images and weights, the projector's three times, and a multiply-add of each weight for each token."""
-    model = teacher(row.options["teacher"])
-    weights, projector = sum(p.numel() for p in model.parameters()), (IN_DIM + model.embed_dim) * 4096
-    elements = row.shape[0] * 3 * row.shape[2] * row.shape[3] + weights + 3 * projector
-    return elements * getattr(torch, row.dtype).itemsize, 2 * row.shape[0] * (TOKENS * weights + 3 * projector)
+    """Count the FLOP of every part, and the least bytes: images, the teacher's weights once, the projector's thrice."""
+    model, dtype = costs.on_meta(row.options["teacher"], SIZE), getattr(torch, row.dtype)
+    flops = sum(x.flops for x in costs.step(model, row.shape[0], row.shape[2], "cosine", dtype, IN_DIM, SIZE))
+    weights = sum(p.numel() for p in model.parameters()) + 3 * (IN_DIM + model.embed_dim) * 4096
+    return (3 * row.shape[0] * row.shape[2] * row.shape[3] + weights) * dtype.itemsize, flops
 
 
 BENCH = Bench("step", STEPS, inputs, Recipe, Ours, work, parts=parts, asks="cosine_loss")

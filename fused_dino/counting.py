@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+FREE = ("empty", "_unsafe_view")  # in the names of ops that are no views and launch nothing
+
 
 class Kernel(NamedTuple):
-    """What one launch computes and moves. A multiply-add is two FLOP; arithmetic outside products is not counted."""
+    """What one launch moves and computes. A multiply-add is two FLOP; arithmetic outside products is not counted."""
 
-    flops: float
     bytes: float
+    flops: float
 
 
 class Recorder(TorchDispatchMode):
@@ -29,10 +31,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.name():
+        if not func.is_view and not any(name in func.name() for name in FREE):
             formula = flop_registry.get(func.overloadpacket)
             flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
-            self.kernels.append(Kernel(flops, bytes_of(args, kwargs, out)))
+            self.kernels.append(Kernel(bytes_of(args, kwargs, out), flops))
         return out
 
 
@@ -47,9 +49,10 @@ class FusedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value = args[:3]
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        *batch, heads, rows, _ = query.shape
+        out = query.new_empty(*batch, rows, heads, value.shape[-1]).transpose(-3, -2)  # as a GPU's kernels lay it out
         products = query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-        self.recorder.kernels.append(Kernel(2 * products, bytes_of(args[:3], out)))
+        self.recorder.kernels.append(Kernel(bytes_of(args[:3], out), 2 * products))
         return out
 
 

@@ -131,11 +131,11 @@ def test_loading_warns_once_of_a_licence_that_forbids_commercial_use(monkeypatch
 def test_counting_reads_inputs_writes_outputs_and_leaves_views_out() -> None:
     a, b, bias = (torch.empty(shape, device="meta") for shape in ((8, 16), (16, 4), (4,)))
     kernels = count(lambda: (a @ b).view(2, 16).t() + 1)
-    assert kernels == [Kernel(2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4 + 8 * 4)), Kernel(0, 4 * 2 * 32)]
-    assert count(lambda: bias.expand(8, 4) * 2) == [Kernel(0, 4 * (4 + 32))], "what is expanded is read once"
+    assert kernels == [Kernel(4 * (8 * 16 + 16 * 4 + 8 * 4), 2 * 8 * 16 * 4), Kernel(4 * 2 * 32, 0)]
+    assert count(lambda: bias.expand(8, 4) * 2) == [Kernel(4 * (4 + 32), 0)], "what is expanded is read once"
 
 
 def test_counting_takes_attention_as_one_kernel() -> None:
     q, k, v = (torch.empty(2, 3, 10, 8, device="meta") for _ in range(3))
     (kernel,) = count(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    assert kernel == Kernel(4 * 2 * 3 * 10 * 10 * 8, 4 * 4 * q.numel())
+    assert kernel == Kernel(4 * 4 * q.numel(), 4 * 2 * 3 * 10 * 10 * 8)

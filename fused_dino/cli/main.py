@@ -76,7 +76,7 @@ def silence(stream: TextIO) -> None:
 def make_parser() -> Parser:
     parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, time it, check it.")
     parser.add_argument("--version", action="version", version=f"fused-dino {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor,teachers}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor,teachers,estimate}")
     from ..benchmarks.arguments import add_arguments  # beyond a link, which main has checked
 
     add_demo(commands)
@@ -96,6 +96,7 @@ def make_parser() -> Parser:
     teachers.add_argument("names", nargs="*", metavar="NAME", help="only these: names, or patterns such as 'eva02*'")
     teachers.add_argument("--json", action="store_true", dest="json_", help="print one JSON document")
     teachers.set_defaults(command=run_teachers)
+    add_estimate(commands)
     return parser
 
 
@@ -125,6 +126,24 @@ def add_demo(commands: Any) -> None:
     demo.set_defaults(command=run_demo)
 
 
+def add_estimate(commands: Any) -> None:
+    text = "Say what each part of a supervised step computes and moves, and how long a GPU takes for it at its roofs."
+    estimate = commands.add_parser("estimate", help="say what a supervised step costs on a GPU", description=text)
+    estimate.add_argument(
+        "--teacher", default="vitl14", metavar="NAME", help="default: vitl14; see fused-dino teachers"
+    )
+    estimate.add_argument("--batch", type=positive_int, default=256, metavar="N", help="images a step; default: 256")
+    estimate.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100 (default), h200 or b200")
+    estimate.add_argument(
+        "--side", type=positive_int, default=256, metavar="N", help="side of the images; default: 256"
+    )
+    estimate.add_argument("--loss", choices=("cosine", "mse", "vicreg"), default="cosine", help="default: cosine")
+    dtypes = ("bfloat16", "float16", "float32")
+    estimate.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of everything; default: bfloat16")
+    estimate.add_argument("--json", action="store_true", dest="json_", help="print one JSON document")
+    estimate.set_defaults(command=run_estimate)
+
+
 def run_demo(**options: Any) -> int:
     from .demo import run
 
@@ -145,6 +164,12 @@ def run_doctor(**options: Any) -> int:
 
 def run_teachers(**options: Any) -> int:
     from .teachers import run
+
+    return run(**options)
+
+
+def run_estimate(**options: Any) -> int:
+    from .estimate import run
 
     return run(**options)
 

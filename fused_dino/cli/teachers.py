@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..counting import count
+from ..costs import on_meta, teacher_kernels
 from ..sizes import Size
-from ..teacher import DINOv2Backbone
 from ..teacher.licences import licence_of
 from ..teacher.weights import HUB_REPO, VARIANTS, canonical
 from .errors import CommandError
@@ -45,7 +44,7 @@ FAMILIES = (
     Family("DINOv3 (arXiv 2508.10104)", ("vit_*_dinov3.*", "convnext_*.dinov3_*"), False,
            "https://github.com/facebookresearch/dinov3/issues/145", "those of Meta's own repositories are"),
     Family("SigLIP 2 (arXiv 2502.14786)", ("vit_*_siglip_[0-9]*.v2_*", "naflexvit_*_siglip.v2_*"), False,
-           "https://huggingface.co/google/siglip2-base-patch16-224"),
+           "https://huggingface.co/timm/vit_so400m_patch14_siglip_224.v2_webli"),
 )  # fmt: skip
 
 
@@ -147,14 +146,6 @@ def family_of(name: str, families: Sequence[Family]) -> Family:
 # --- facts ------------------------------------------------------------------------------------------------------------
 
 
-def on_meta(name: str, img_size: Any = SIDE) -> DINOv2Backbone:
-    """Build a teacher without memory, weights or network."""
-    argument: dict[str, Any] = {"variant" if name in VARIANTS else "model": name}
-    with torch.device("meta"):
-        teacher = DINOv2Backbone(**argument, img_size=img_size, pretrained=False)
-    return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
-
-
 def at_224(h: int, w: int, patch: int) -> Size:
     """A rule of sizes, under which a model keeps the position embeddings of its training."""
     return SIDE, SIDE
@@ -164,10 +155,8 @@ def describe(name: str, family: Family) -> Teacher:
     try:
         teacher = on_meta(name, at_224)
     except ValueError:  # of one size only
-        teacher = on_meta(name)
-    with torch.no_grad(), torch.device("meta"):
-        images = torch.empty(1, 3, SIDE, SIDE)
-        kernels = count(lambda: teacher(images))
+        teacher = on_meta(name, SIDE)
+    kernels = teacher_kernels(teacher, 1, torch.float32, SIDE)
     config: Any = teacher.model.pretrained_cfg
     licence = licence_of(config)
     place = f"timm (huggingface.co/{config['hf_hub_id']})"

@@ -1,0 +1,116 @@
+"""What each part of a supervised step computes and moves: the statements behind the benchmarks and `estimate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from .counting import Kernel, count
+from .teacher import DINOv2Backbone
+from .teacher.weights import VARIANTS
+from .terms import Projector
+
+LAUNCHES = {"preprocess": 1, "cosine_loss": 2, "mse_loss": 2, "vicreg_loss": 5}  # of our kernels, with the backward
+
+
+def preprocess(shape: Sequence[int], size: int, itemsize: int, out_itemsize: int, backward: bool = False) -> Kernel:
+    """Count three interpolations of two values and a multiply-add for each output; the adjoint costs as much."""
+    outside = shape[0] * 3 * size**2
+    times = 2 if backward else 1
+    return Kernel(times * (prod(shape) * itemsize + outside * out_itemsize), times * 11 * outside)
+
+
+def cosine_loss(shape: Sequence[int], itemsize: int, backward: bool = True) -> Kernel:
+    """Count three products of rows; a gradient adds two scaled rows and their sum."""
+    tensors, operations = (3, 10) if backward else (2, 6)
+    return Kernel(tensors * prod(shape) * itemsize, operations * prod(shape))
+
+
+def mse_loss(shape: Sequence[int], itemsize: int, backward: bool = True, whiten: bool = False) -> Kernel:
+    """Count two norms and a squared difference; a gradient adds two scaled rows and their sum.
+
+    Whitening adds two means, two deviations, and their subtraction and division; a gradient adds two sums over rows.
+    """
+    tensors, operations = (3, 11) if backward else (2, 7)
+    if whiten:
+        operations += 18 if backward else 10
+    return Kernel(tensors * prod(shape) * itemsize, operations * prod(shape))
+
+
+def vicreg_loss(shape: Sequence[int], itemsize: int, backward: bool = True) -> Kernel:
+    """Count half of a symmetric product; a gradient adds a whole one."""
+    n, d = shape
+    tensors, products = (3, 3) if backward else (2, 1)
+    return Kernel(tensors * n * d * itemsize, products * n * d * min(n, d))
+
+
+LOSSES = {"cosine": cosine_loss, "mse": mse_loss, "vicreg": vicreg_loss}
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def on_meta(name: str, img_size: Any = 224) -> DINOv2Backbone:
+    """Build a teacher without memory, weights or network."""
+    argument: dict[str, Any] = {"variant" if name in VARIANTS else "model": name}
+    with torch.device("meta"):
+        teacher = DINOv2Backbone(**argument, img_size=img_size, pretrained=False)
+    return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
+
+
+def teacher_kernels(teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224) -> list[Kernel]:
+    """Return what the forward of a teacher on the meta device launches in eager PyTorch."""
+    teacher.to(dtype)
+    with torch.no_grad(), torch.device("meta"):
+        images = torch.empty(batch, 3, side, side, dtype=dtype)
+        return count(lambda: teacher(images))
+
+
+def projector_kernels(in_dim: int, out_dim: int, batch: int, dtype: torch.dtype) -> list[Kernel]:
+    """Return what a projector launches in eager PyTorch, forward and backward, down to its input's gradient."""
+    with torch.device("meta"):
+        projector = Projector(in_dim, out_dim=out_dim).to(dtype)
+        z = torch.empty(batch, in_dim, dtype=dtype, requires_grad=True)
+        grad = torch.empty(batch, out_dim, dtype=dtype)
+        return count(lambda: torch.autograd.grad(projector(z), [z, *projector.parameters()], grad))
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A part of a step: its kernels, and how many launches they take."""
+
+    name: str
+    kernels: list[Kernel]
+    launches: int
+
+    @property
+    def flops(self) -> float:
+        return sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def bytes(self) -> float:
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    def seconds(self, copy: float, matrix: float) -> float:
+        """Return its time at the roofs: of each kernel the longer of bytes over `copy` and FLOP over `matrix`."""
+        return sum(max(kernel.bytes / copy, kernel.flops / matrix) for kernel in self.kernels)
+
+
+def step(
+    teacher: DINOv2Backbone, batch: int, side: int, loss: str, dtype: torch.dtype, in_dim: int = 8192, size: int = 224
+) -> list[Part]:
+    """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images."""
+    ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
+    seen = teacher_kernels(teacher, batch, dtype, size)
+    projected = projector_kernels(in_dim, teacher.embed_dim, batch, dtype)
+    compared = LOSSES[loss]((batch, teacher.embed_dim), dtype.itemsize)
+    return [
+        Part("preprocess", [ours], LAUNCHES["preprocess"]),
+        Part("teacher", seen, len(seen)),
+        Part("projector", projected, len(projected)),
+        Part("loss", [compared], LAUNCHES[f"{loss}_loss"]),
+    ]
