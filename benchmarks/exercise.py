@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_dino import functional as FD
 
 from . import session
+from .middle_rank import middle_rank
 from .roofs import matrix_precision
 from .smoke import OUT_OF_TIME
 
@@ -119,6 +120,11 @@ def vicreg(device: str) -> Iterator[Case]:
     yield case("by columns", (300, 32), F16)
     yield case("by rows, split", (20, 1200), F64)
     yield case("without a covariance", (20, 60), F32, cov_weight=0.0, grads=2)
+    for dtype in (BF16, F32, F16, F64):
+        for route, shape in (("gram", (24, 304)), ("covariance", (300, 48))):
+            student, target = (normal(device, *shape, dtype=dtype) for _ in range(2))
+            name = f"vicreg_loss {shape[0]} x {shape[1]} {dtype}, of a rank by {route}"
+            yield name, middle_rank(student, target, route)
 
 
 def standardize(device: str) -> Iterator[Case]:

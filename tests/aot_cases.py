@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.middle_rank import middle_rank
 from fused_dino import functional as FD
 from fused_dino.ops import cosine_triton, resize, standardize_triton, taps, vicreg_triton
 from fused_dino.ops.dispatch import cdiv
-from fused_dino.ops.vicreg_exchange import Moments, Ranks
-from fused_dino.ops.vicreg_plan import BackwardOptions, Plan, make_plan
-from fused_dino.ops.vicreg_ranks_triton import vicreg_ranks_triton
+from fused_dino.ops.vicreg_plan import Plan, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -136,40 +135,12 @@ def resize_cases() -> Iterator[Case]:
     yield from cases("other large", image(torch.float32, 1024, 1024), (224, 224), True)
 
 
-class MiddleOfThree(Ranks):
-    """Stands between two ranks that have as many rows, and exchanges nothing."""
-
-    @property
-    def own(self) -> slice:
-        return slice(self.counts[0], 2 * self.counts[0])
-
-    def start_gather(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: rows.repeat(3, 1)
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def first(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def start_moments(self, mean: torch.Tensor, rows: int, error: torch.Tensor) -> Callable[[], Moments]:
-        return lambda: Moments(self, mean, mean, rows, error, error)
-
-
 def vicreg_cases() -> Iterator[Case]:
     def planned(student: torch.Tensor, route: str = "auto") -> Plan:
         return make_plan(
             *student.shape, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
             unbiased=False, route=route,
         )  # fmt: skip
-
-    def over_ranks(name: str, student: torch.Tensor, route: str) -> Case:
-        dtype, both = cosine_triton.acc_dtype(student), BackwardOptions(True, True, planned(student, route))
-        grads = student.new_empty(student.shape, dtype=dtype), student.new_empty(student.shape, dtype=dtype)
-        weights = torch.ones(3, dtype=dtype)
-        ranks = MiddleOfThree(None, [len(student)] * 3)  # type: ignore[arg-type]
-        run = partial(vicreg_ranks_triton, grads, student, student, weights[0], weights, both, ranks)
-        return Case(f"{name} over ranks by {'rows' if both.plan.gram else 'columns'}", run)
 
     def cases(name: str, student: torch.Tensor, teacher: torch.Tensor, wanted: tuple[bool, ...]) -> Iterator[Case]:
         plan = planned(student)
@@ -199,8 +170,9 @@ def vicreg_cases() -> Iterator[Case]:
             x = torch.empty(shape, dtype=DTYPES[name])
             yield from cases(f"large {name}", x, x, (False,))
     for name, dtype in DTYPES.items():
-        yield over_ranks(name, torch.empty(96, 512, dtype=dtype), "gram")
-        yield over_ranks(name, torch.empty(1024, 512, dtype=dtype), "covariance")
+        few, several = torch.empty(96, 512, dtype=dtype), torch.empty(1024, 512, dtype=dtype)
+        yield Case(f"{name} over ranks by rows", middle_rank(few, few, "gram"))
+        yield Case(f"{name} over ranks by columns", middle_rank(several, several, "covariance"))
 
 
 def standardize_cases() -> Iterator[Case]:

@@ -231,12 +231,12 @@ def test_a_dry_run_goes_through_every_stage(tmp_path):
     named = {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()[1:6]}
     assert list(named) == ["smoke", "tests", "memcheck", "racecheck", "benchmarks"]
     assert "7 of 7 rows, 0 wrong, 0 whose bits differ" in named["smoke"]
-    assert named["tests"].endswith(" 5 passed")
+    assert named["tests"].endswith(" 7 passed")
     assert named["memcheck"].startswith("not found")
     assert named["benchmarks"].endswith("1 rows (complete)")
     for op in ("cosine", "mse", "preprocess", "vicreg"):
         assert any(line.startswith(op) and line.endswith(" right") for line in text.splitlines())
     assert len([json.loads(line) for line in (out / "smoke.jsonl").read_text().splitlines()]) == 8
-    assert len((out / "tests.jsonl").read_text().splitlines()) == 10, "each began, and ended"
+    assert len((out / "tests.jsonl").read_text().splitlines()) == 14, "each began, and ended"
     (record,) = evidence.load(out / "cpu.json").records
     assert record.of("ours") is not None

@@ -68,7 +68,7 @@ class Moments(NamedTuple):
 
     @property
     def away(self) -> Tensor:
-        """From this rank's means to those of all."""
+        """What is to be added to this rank's means to get those of all."""
         return self.mean - self.own_mean
 
     def squares(self, squares: Tensor) -> Tensor:

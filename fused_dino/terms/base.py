@@ -117,6 +117,18 @@ class Alignment(Term):
             )
         return Parts(self.projector, self.loss)
 
+    def forward(
+        self, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: float | Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, times scale where that is given, and its logs. See Term."""
+        return self.align(self.parts(), student, features, weight, scale=scale)
+
+    def align(
+        self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Do what forward does with other parts."""
+        raise NotImplementedError(f"{type(self).__name__} must define align(parts, student, features)")
+
     def check_weight(self, weight: Any, rows: tuple[int, ...]) -> None:
         """Check the rows' weights. rows: the shape of all rows, of which the weights may have the first dimension."""
         if weight is None:

@@ -114,12 +114,6 @@ class RegionTerm(Alignment):
             )
         self.check_weight(weight, (batch, self.patches.count))
 
-    def forward(
-        self, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: float | Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, times scale where that is given, and its logs. See Term."""
-        return self.align(self.parts(), student, features, weight, scale=scale)
-
     def align(
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

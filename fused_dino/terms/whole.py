@@ -78,12 +78,6 @@ class GlobalTerm(Alignment):
         super().check(name, student, batch)
         self.check_weight(weight, (batch,))
 
-    def forward(
-        self, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: float | Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, times scale where that is given, and its logs. See Term."""
-        return self.align(self.parts(), student, features, weight, scale=scale)
-
     def align(
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
