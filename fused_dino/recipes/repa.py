@@ -21,8 +21,16 @@ class NegativeCosine(CosineLoss):
     def forward(
         self, student: Tensor, target: Tensor, weight: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
-        """Return minus the mean similarity of rows [..., D]."""
-        return super().forward(student, target, weight, index) - 1
+        """Return minus the mean similarity of rows [..., D], and 0 where all weights are 0."""
+        loss = super().forward(student, target, weight, index)
+        return loss - (1 if weight is None else (weight != 0).any().to(loss))
+
+
+def initialise(module: nn.Module) -> None:
+    """Give a linear layer the first values that REPA's code gives it."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def repa(
@@ -32,9 +40,9 @@ def repa(
 
     .. math:: loss = -\alpha \operatorname{mean}_{b,n} \cos(P(h_{bn}), g_{bn})
 
-    P is Linear, SiLU, Linear, SiLU, Linear with 2048 features inside, of the tokens after block 8. The paper and the
-    code agree in :math:`\alpha = 0.5`. Images of R x R pixels are resized to 224 (R // 256), bicubic without
-    antialias; positions are resampled as timm does. Keys ``projectors.0.*`` of REPA's checkpoints load.
+    P is Linear, SiLU, Linear, SiLU, Linear with 2048 features inside, Xavier-uniform with zero biases, of the tokens
+    after block 8. The paper and the code agree in :math:`\alpha = 0.5`. Images of R x R pixels are resized to
+    224 (R // 256), bicubic without antialias; positions are resampled as timm does. Its ``projectors.0.*`` load.
 
     Args:
         token_dim (int): Width of a hidden token. Default: 1152, of SiT-XL.
@@ -61,5 +69,6 @@ def repa(
         teacher = DINOv2Backbone(teacher, size, pos_embed="timm")
     term: Any = TokenTerm(token_dim, loss=NegativeCosine(detach_teacher=False))
     supervision = Supervision(teacher, {"token": term}, Schedule(alpha, 0), img_size=size, preprocess="bicubic")
+    term.projector.apply(initialise)
     supervision.legacy = Legacy("REPA", {"projectors.0": "terms.token.projector"})
     return supervision
