@@ -292,6 +292,16 @@ def bucket(size, seed):
     return torch.rand(3, 3, *size, generator=generator) * 2 - 1, hidden(3, rows * columns, seed)
 
 
+def test_frames_of_videos_are_images(teacher):
+    module = make(teacher, terms={"token": TokenTerm(C)})
+    video = torch.rand(2, 3, 3, 60, 60, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    tokens = hidden(6)
+    expected = module(video.flatten(0, 1), {"token": tokens})
+    assert_close(module(video, {"token": tokens.unflatten(0, (2, 3))}), expected)
+    assert_close(module(features=module.encode(video), students={"token": tokens}), expected)
+    assert module.check(video) == module.check(video.flatten(0, 1))
+
+
 def test_features_carry_the_grid_of_their_batch():
     module = Supervision(Colours(), {"token": TokenTerm(C)}, img_size=fd.Scaled(7 / 8))
     for size in SIZES:

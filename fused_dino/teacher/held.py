@@ -99,6 +99,7 @@ class Taught(nn.Module):
             raise TypeError(
                 f"check needs a Preprocess, whose range it knows; preprocess is {type(self.preprocess).__name__}"
             )
+        x_img = as_images(x_img)
         check_images(x_img, "x_img")
         return check_values("x_img", x_img, self.preprocess.range_of(x_img.dtype))
 
