@@ -1,7 +1,9 @@
 """Give every test a small frozen teacher and its supervision, random inputs, each implementation, and --no-skips."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ collect_ignore = ["test_kernels.py"] if not INTERPRETED and DEVICE == "cpu" else
 collect_ignore += [] if INTERPRETED else ["test_cosine_kernel.py"]
 collect_ignore += ["test_gpu.py"] if DEVICE == "cpu" else []
 collect_ignore += ["test_distributed_triton.py"] if not INTERPRETED and torch.cuda.device_count() < 2 else []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import yapf, which mmengine needs, before workers do: they would read its cache while one of them writes it."""
+    if not hasattr(config, "workerinput"):
+        with suppress(ImportError):
+            import_module("yapf")
 
 
 class TinyTeacher(nn.Module):
