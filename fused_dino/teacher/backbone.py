@@ -13,12 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..features import Features
-from ..hidden import FRESH
 from ..live import dtype_of
 from ..sizes import Size, SizeRule, check_img_size
 from ..validation import check_flag, check_tensor, check_triple, is_int, plain_int
 from .embedding import from_patches, take_patches
 from .positions import resampling_of, take_any_size
+from .rewritten import Rewritten
 from .transformers_model import (
     CLASSES,
     call_options,
@@ -38,7 +38,7 @@ GLOBAL_KEYS = ("global", "x_norm_clstoken", "cls_token")
 PATCH_KEYS = ("patch", "x_norm_patchtokens", "patch_tokens")
 
 
-class DINOv2Backbone(nn.Module):
+class DINOv2Backbone(Rewritten):
     """A frozen DINOv2, or any other vision model in its place, as a source of features.
 
     The weights stay frozen and in eval mode, whatever a parent does with ``train()``. They are out of ``state_dict()``:
@@ -70,6 +70,10 @@ class DINOv2Backbone(nn.Module):
             them, ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224;
             ``"transformers"`` as transformers does. The last two need ``source`` not to be hub. Default:
             ``"official"``.
+        engine (bool): Whether an engine computes the model, by rewrites that are exact: attention as one op, LayerNorm's
+            affine and LayerScale folded into the weights, no token that nobody reads. ``explain()`` says what holds,
+            ``check(images)`` what it changes. Models that it does not know run as they were published. Default:
+            ``True``.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
             or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
             'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
@@ -80,7 +84,9 @@ class DINOv2Backbone(nn.Module):
             come from them.
 
     Attributes:
-        model (nn.Module): The frozen model.
+        model (nn.Module): The frozen model, as it was published. Where an engine computes it, its weights stay on the host
+            in their own dtype. Loading them folds them anew; who writes them in place calls ``refold()``.
+        engine (nn.Module or None): What computes the features in its place.
         embed_dim (int): Width D of the features.
         patch_size (int): Side of a patch in pixels.
         mean (tuple of three floats): Mean of images in 0..1 that the model was trained with.
@@ -111,7 +117,6 @@ class DINOv2Backbone(nn.Module):
     Source: DINOv2 (arXiv 2304.07193), registers (arXiv 2309.16588).
     """
 
-    model: nn.Module
     img_size: Any  # Size or SizeRule
     grid: Any  # Grid, or None with a rule
 
@@ -126,6 +131,7 @@ class DINOv2Backbone(nn.Module):
         pretrained: bool = True,
         dtype: torch.dtype | None = None,
         pos_embed: str = "official",
+        engine: bool = True,
         model: nn.Module | str | None = None,
     ) -> None:
         super().__init__()
@@ -133,6 +139,7 @@ class DINOv2Backbone(nn.Module):
             raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         check_flag("use_timm_fallback", use_timm_fallback)
         check_flag("pretrained", pretrained)
+        check_flag("engine", engine)
         if model is not None and not isinstance(model, (str, nn.Module)):
             raise TypeError(f"model must be None, a timm model's name or a module, got {type(model).__name__}")
         if model is not None and (source, weights, pos_embed) != ("auto", None, "official"):
@@ -157,7 +164,6 @@ class DINOv2Backbone(nn.Module):
             found = create_timm(model, size, pretrained) if isinstance(model, str) else model
             self.model = without_head(found)
             self.source = "model"
-        self.model.to(dtype=dtype)
         self.embed_dim = read_embed_dim(self.model)
         self.patch_size = read_patch_size(self.model)
         self.call_options = call_options(self.model, size)
@@ -173,25 +179,33 @@ class DINOv2Backbone(nn.Module):
             check_fixed_size(self.model, size)
             self.grid = size[0] // self.patch_size, size[1] // self.patch_size
         take_patches(self.model, self.patch_size)
+        self.rewrite(engine, dtype)
+        if self.engine is not None:
+            self.prefix_tokens = self.engine.prefix
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor) -> Features:
+    def forward(self, x: Tensor, needs: frozenset[str] | None = None) -> Features:
         """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
         x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
         img_size's grid, row by row, each in the order of a Conv2d's weight, for models whose patch embedding is a
         convolution by patches, as a ViT's is: it becomes one matrix product.
+        needs: the features that are read; None means all. Without 'patch' among them 'patch' is None, and the engine
+        computes the class token alone in its last block.
+        needs: the features that are read, by default all. Without 'patch' that is None, and the engine computes the last
+        block of the class token alone.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
         h, w = self.size_of(x)
         p = self.patch_size
         rows, columns = h // p, w // p
-        run = getattr(self.model, "forward_features", self.model)
-        run = partial(run, **self.call_options) if self.call_options else run
-        x = x.to(dtype_of(self.model) or x.dtype)
-        features = from_patches(self.model, run, x, (h, w), p) if x.ndim == 3 else run(x)
+        wants_patch = needs is None or "patch" in needs
+        run = partial(self.run, wants_patch=wants_patch)
+        x = x.to(dtype_of(self.computing) or x.dtype)
+        features = from_patches(self.computing, run, x, (h, w), p) if x.ndim == 3 else run(x)
         pooled, patch = self.split(features)
+        patch = patch if wants_patch else None
         if pooled.shape[1:] != (self.embed_dim,):
             raise ValueError(f"model gave global features {list(pooled.shape)} where embed_dim is {self.embed_dim}")
         if patch is not None and patch.shape[1:] != (rows * columns, self.embed_dim):
@@ -200,6 +214,12 @@ class DINOv2Backbone(nn.Module):
                 f"{rows} x {columns} of width {self.embed_dim}"
             )
         return {"global": pooled, "patch": patch, "grid": (rows, columns)}
+
+    def run(self, x: Tensor, wants_patch: bool) -> Any:
+        """Return the model's features of pixels x, of any kind that `split` takes."""
+        if self.engine is not None:
+            return self.engine(x, class_only=self.engine.has_class and not wants_patch)
+        return getattr(self.model, "forward_features", self.model)(x, **self.call_options)
 
     def size_of(self, x: Tensor) -> Size:
         """Return the height and width of images or patches x, or raise ValueError if this model does not take them."""
@@ -231,14 +251,14 @@ class DINOv2Backbone(nn.Module):
         if features.ndim == 2:
             return features, None
         if features.ndim == 4:
-            layout = "b h w d" if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else "b d h w"
+            layout = "b h w d" if getattr(self.computing, "output_fmt", "NCHW") == "NHWC" else "b d h w"
             patch = rearrange(features, f"{layout} -> b (h w) d")
         else:
             patch = features[:, self.prefix_tokens :]
             # Prefix tokens may all be registers.
-            if self.prefix_tokens and getattr(self.model, "cls_token", True) is not None:
+            if self.prefix_tokens and getattr(self.computing, "cls_token", True) is not None:
                 return features[:, 0], patch
-        head = getattr(self.model, "forward_head", None)
+        head = getattr(self.computing, "forward_head", None)
         pooled = patch.mean(1) if head is None else head(features, pre_logits=True)
         return pooled if pooled.shape[-1] == patch.shape[-1] else patch.mean(
             1
@@ -256,12 +276,6 @@ class DINOv2Backbone(nn.Module):
         """Return no weights: a checkpoint need not hold the teacher. `backbone.model.state_dict()` has them."""
         destination = args[0] if args else destination
         return OrderedDict() if destination is None else destination
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not any(key.startswith(f"{prefix}model.") for key in state_dict) and FRESH not in self.__dict__:
-            # A checkpoint as state_dict() leaves it: strict loading finds what is loaded already.
-            state_dict.update(self.model.state_dict(prefix=f"{prefix}model.", keep_vars=True))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.variant}, img_size={self.img_size}, embed_dim={self.embed_dim}, source={self.source}, frozen"

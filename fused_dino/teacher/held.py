@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from operator import index
 from typing import Any
 
@@ -30,6 +32,7 @@ class Taught(nn.Module):
     preprocess: nn.Module
     img_size: Any
     patch_size: int
+    _takes_needs: bool
     teacher_grid: Grid | None
     stopgrad_image: bool
 
@@ -41,6 +44,7 @@ class Taught(nn.Module):
         if name == "teacher":
             # nn.Module's own __setattr__ would register it as a submodule.
             self.__dict__[name] = value.requires_grad_(False).eval()
+            self._takes_needs = "needs" in inspect.signature(value.forward).parameters
         else:
             super().__setattr__(name, value)
 
@@ -103,7 +107,8 @@ class Taught(nn.Module):
         check_images(x_img, "x_img")
         return check_values("x_img", x_img, self.preprocess.range_of(x_img.dtype))
 
-    def _teach(self, x_img: Tensor) -> Features:
+    def _teach(self, x_img: Tensor, needs: frozenset[str] | None = None) -> Features:
+        """Return the teacher's features. needs: those that are read, by default all; it is told if it takes them."""
         check_tensor("x_img", x_img)
         check_loaded(self.teacher, x_img)
         if self.teacher.training:  # another module that holds it as a submodule may have set that
@@ -121,7 +126,8 @@ class Taught(nn.Module):
         else:
             x = self.preprocess(x_img)
         check_tensor("preprocess's result", x)
-        found = self.teacher(x if dtype is None else x.to(dtype))
+        told = {"needs": needs} if self._takes_needs else {}
+        found = self.teacher(x if dtype is None else x.to(dtype), **told)
         found = check_features("teacher's result", found, self.teacher.embed_dim, len(x))
         grid = self.teacher_grid or (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         return {
@@ -155,7 +161,8 @@ class Taught(nn.Module):
         They are detached with stopgrad_image. needs: which of them are read.
         """
         if features is None:
-            features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+            with torch.no_grad() if self.stopgrad_image else nullcontext():
+                features = self._teach(x_img, needs)
         ready: Any = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
         if self.stopgrad_image:
             ready = {name: x.detach() if isinstance(x, Tensor) else x for name, x in ready.items()}
