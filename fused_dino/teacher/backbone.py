@@ -70,10 +70,10 @@ class DINOv2Backbone(Rewritten):
             them, ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224;
             ``"transformers"`` as transformers does. The last two need ``source`` not to be hub. Default:
             ``"official"``.
-        engine (bool): Whether an engine computes the model, by rewrites that are exact: attention as one op, LayerNorm's
-            affine and LayerScale folded into the weights, no token that nobody reads. ``explain()`` says what holds,
-            ``check(images)`` what it changes. Models that it does not know run as they were published. Default:
-            ``True``.
+        engine (bool): Whether an engine computes the model by exact rewrites: attention is one op, LayerNorm's affine
+            and LayerScale are folded into the weights, and no token is computed that nobody reads. ``explain()`` lists
+            which hold, ``check(images)`` compares features with the published model's. A model that the engine does not
+            know runs as it was published. Default: ``True``.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
             or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
             'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
@@ -84,9 +84,10 @@ class DINOv2Backbone(Rewritten):
             come from them.
 
     Attributes:
-        model (nn.Module): The frozen model, as it was published. Where an engine computes it, its weights stay on the host
-            in their own dtype. Loading them folds them anew; who writes them in place calls ``refold()``.
-        engine (nn.Module or None): What computes the features in its place.
+        model (nn.Module): The frozen model, as it was published. With an engine its weights stay on the host in their
+            own dtype, and it is no submodule. ``model.load_state_dict`` folds them anew. After other writes into them,
+            such as one in place or a load into a part of the model, call ``refold()``.
+        engine (nn.Module or None): What computes the features in the model's place.
         embed_dim (int): Width D of the features.
         patch_size (int): Side of a patch in pixels.
         mean (tuple of three floats): Mean of images in 0..1 that the model was trained with.
@@ -192,8 +193,6 @@ class DINOv2Backbone(Rewritten):
         convolution by patches, as a ViT's is: it becomes one matrix product.
         needs: the features that are read; None means all. Without 'patch' among them 'patch' is None, and the engine
         computes the class token alone in its last block.
-        needs: the features that are read, by default all. Without 'patch' that is None, and the engine computes the last
-        block of the class token alone.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)

@@ -83,13 +83,15 @@ class Block(NamedTuple):
 class Published(NamedTuple):
     """What the engine needs to know of a published model.
 
-    prefix: how many tokens come before the patches; has_class: whether the first of them is a class token.
+    blocks: the modules, each of which read_block knows; prefix: how many tokens come before the patches; has_class:
+    whether the first of them is a class token; has_scale: whether any block has a LayerScale.
     """
 
     kind: str
-    blocks: list[Block]
+    blocks: list[nn.Module]
     prefix: int
     has_class: bool
+    has_scale: bool
     dtype: torch.dtype
 
 
@@ -104,16 +106,17 @@ def read_model(model: Any) -> Published:
     if getattr(model, "grad_checkpointing", False):
         raise UnlikeError("the model checkpoints its blocks")
     dtype = check_weights(model)
-    blocks = []
-    for number, block in enumerate(list_blocks(model)):
+    blocks, has_scale = list(list_blocks(model)), False
+    for number, block in enumerate(blocks):
         try:
-            blocks.append(read_block(block))
+            found = read_block(block)
         except UnlikeError as error:
             raise UnlikeError(f"block {number}: {error}") from None
+        has_scale = has_scale or found.scale1 is not None or found.scale2 is not None
     if not blocks:
         raise UnlikeError("it has no blocks")
     prefix = 1 + getattr(model, "num_register_tokens", 0) if kind == "hub" else model.num_prefix_tokens
-    return Published(kind, blocks, prefix, prefix > 0 and model.cls_token is not None, dtype)
+    return Published(kind, blocks, prefix, prefix > 0 and model.cls_token is not None, has_scale, dtype)
 
 
 def list_blocks(model: Any) -> Iterator[Any]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Block, Linear, Published
+from .blocks import Block, Linear, Published, read_block
 
 
 class Engine(nn.Module):
@@ -28,9 +28,9 @@ class Engine(nn.Module):
         """Fold the published weights, in float32 or wider, and round them to dtype once."""
         super().__init__()
         self.kind, self.prefix, self.has_class = published.kind, published.prefix, published.has_class
-        self.has_scale = any(block.scale1 is not None for block in published.blocks)
+        self.has_scale = published.has_scale
         self.shell: Any = copy_shell(model).to(dtype)
-        self.blocks = nn.ModuleList(FoldedBlock(block, dtype) for block in published.blocks)
+        self.blocks = nn.ModuleList(FoldedBlock(read_block(block), dtype) for block in published.blocks)
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
@@ -39,7 +39,7 @@ class Engine(nn.Module):
         last = len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, ropes[number], class_only and number == last)
-        return self.shell.norm(tokens)  # type: ignore[no-any-return]
+        return self.shell.norm(tokens)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return the tokens of images before the first block, and the rotation of each block or None."""
@@ -85,43 +85,35 @@ class FoldedBlock(nn.Module):
         self.heads, self.rotates_halves = block.heads, block.rotates_halves
         self.act, self.is_gated = block.act, block.is_gated
         self.eps = block.norm1.eps, block.norm2.eps
-        self.set("qkv", fold_norm(block.qkv, block.norm1, dtype))
-        self.set("proj", fold_scale(block.proj, block.scale1, dtype))
-        self.set("up", fold_norm(block.up, block.norm2, dtype))
-        self.set("down", fold_scale(block.down, block.scale2, dtype))
-
-    def set(self, name: str, folded: Linear) -> None:
-        for kind, x in folded._asdict().items():
-            self.register_parameter(f"{name}_{kind}", None if x is None else nn.Parameter(x, requires_grad=False))
+        self.qkv = fold_norm(block.qkv, block.norm1, dtype)
+        self.proj = fold_scale(block.proj, block.scale1, dtype)
+        self.up = fold_norm(block.up, block.norm2, dtype)
+        self.down = fold_scale(block.down, block.scale2, dtype)
 
     def forward(self, x: Tensor, rope: Tensor | None = None, first_only: bool = False) -> Tensor:
         """Return tokens [B, N, D] for tokens, or the first of them, [B, 1, D]. rope: the tokens' rotations."""
         attended = self.attend(F.layer_norm(x, x.shape[-1:], eps=self.eps[0]), rope, first_only)
         x = (x[:, :1] if first_only else x) + attended
-        hidden = F.linear(F.layer_norm(x, x.shape[-1:], eps=self.eps[1]), self.up_weight, self.up_bias)
+        hidden = self.up(F.layer_norm(x, x.shape[-1:], eps=self.eps[1]))
         if self.is_gated:
             gate, values = hidden.chunk(2, dim=-1)
             hidden = self.act(gate) * values
         else:
             hidden = self.act(hidden)
-        return x + F.linear(hidden, self.down_weight, self.down_bias)
+        return x + self.down(hidden)
 
     def attend(self, x: Tensor, rope: Tensor | None, first_only: bool) -> Tensor:
-        width = self.proj_weight.shape[1]
         if first_only:
-            weights, bias = self.qkv_weight, self.qkv_bias
-            q = self.split(F.linear(x[:, :1], weights[:width], None if bias is None else bias[:width]), 1)[0]
-            kv = self.split(F.linear(x, weights[width:], None if bias is None else bias[width:]), 2)
-            k, v = kv.unbind(0)
-            if rope is not None:
-                k = rotate(k, rope, self.rotates_halves)
+            width, (weight, bias) = self.proj.in_features, (self.qkv.weight, self.qkv.bias)
+            of_query, of_rest = (None, None) if bias is None else (bias[:width], bias[width:])
+            q = self.split(F.linear(x[:, :1], weight[:width], of_query), 1)[0]
+            k, v = self.split(F.linear(x, weight[width:], of_rest), 2).unbind(0)
+            k = k if rope is None else rotate(k, rope, self.rotates_halves)
         else:
-            qkv = self.split(F.linear(x, self.qkv_weight, self.qkv_bias), 3)
-            q, k, v = qkv.unbind(0)
-            if rope is not None:
-                q, k = rotate(qkv[:2], rope, self.rotates_halves).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return F.linear(out, self.proj_weight, self.proj_bias)
+            qkv = self.split(self.qkv(x), 3)
+            v = qkv[2]
+            q, k = (qkv[:2] if rope is None else rotate(qkv[:2], rope, self.rotates_halves)).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor, parts: int) -> Tensor:
         """Return products [B, N, parts * heads * d] as [parts, B, heads, N, d]."""
@@ -142,26 +134,34 @@ def rotate(x: Tensor, rope: Tensor, halves: bool) -> Tensor:
     return (x * cos + turned * sin).type_as(x)
 
 
-def fold_norm(linear: Linear, norm: Any, dtype: torch.dtype) -> Linear:
-    """Return the product of a LayerNorm without its affine for that of one with it."""
+def fold_norm(linear: Linear, norm: Any, dtype: torch.dtype) -> nn.Linear:
+    """Return the product that a LayerNorm without its affine needs in place of the one after it."""
     weight, bias = linear
-    folded = weight.to(widest(weight.dtype, dtype), copy=True)
     if norm.bias is not None:
         shift = weight.double() @ norm.bias.double()
         bias = shift if bias is None else bias.double() + shift
     if norm.weight is not None:
-        folded *= norm.weight.to(folded)
-    return Linear(folded.to(dtype), None if bias is None else bias.to(dtype, copy=True))
+        wide = widest(weight.dtype, dtype)
+        weight = weight.to(wide) * norm.weight.to(wide)
+    return make_linear(weight, bias, dtype)
 
 
-def fold_scale(linear: Linear, scale: Tensor | None, dtype: torch.dtype) -> Linear:
+def fold_scale(linear: Linear, scale: Tensor | None, dtype: torch.dtype) -> nn.Linear:
     """Return the product whose rows are scaled, for one that a LayerScale follows."""
-    weight, bias = (None if x is None else x.to(widest(x.dtype, dtype), copy=True) for x in linear)
+    weight, bias = linear
     if scale is not None:
-        weight *= scale.to(weight)[:, None]
-        if bias is not None:
-            bias *= scale.to(bias)
-    return Linear(weight.to(dtype), None if bias is None else bias.to(dtype))
+        factor = scale.to(widest(weight.dtype, dtype))
+        weight, bias = weight * factor[:, None], None if bias is None else bias * factor
+    return make_linear(weight, bias, dtype)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """Return a module with copies of a weight [out, in] and a bias in dtype."""
+    linear = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype, copy=True))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype, copy=True))
+    return linear
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:

@@ -29,6 +29,7 @@ class Rewritten(nn.Module):
     engine: Any  # Engine or None
     refused: str  # why there is no engine
 
+    @torch.no_grad()
     def rewrite(self, wanted: bool, dtype: torch.dtype | None) -> None:
         """Build the engine of the model, in dtype, if it is wanted and known exactly; else cast the model to dtype."""
         self.engine, self.refused = None, ""
@@ -46,7 +47,7 @@ class Rewritten(nn.Module):
         dtype = published.dtype if dtype is None else dtype
         if holds(dtype, published.dtype):
             model.to(dtype=dtype)
-        self.engine = Engine(model, read_model(model), dtype)
+        self.engine = Engine(model, published, dtype)
         if device.type != "meta":
             self.engine.to(device)
         del self.model

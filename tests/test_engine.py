@@ -1,0 +1,418 @@
+"""The engine's features against the published code's, in float64, for every kind of model that it knows."""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from fused_dino import DINOv2Backbone, DinoSupervision, RegionTerm, Scaled, Supervision, TokenTerm
+from fused_dino.counting import count
+from fused_dino.terms import GlobalTerm
+
+timm = pytest.importorskip("timm")
+SHAPE = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
+GLOBAL = frozenset({"global"})
+
+
+@torch.no_grad()
+def randomised(model: nn.Module) -> nn.Module:
+    """Every weight of an order that shows in the features, LayerScale and LayerNorm's affine, too."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        centre = 1 if re.search(r"norm\w*\.weight|gamma", name) else 0
+        deviation = 0.5 if "pos" in name else 0.2
+        parameter.copy_(centre + deviation * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def official(**options) -> nn.Module:
+    vits = pytest.importorskip("dinov2.models.vision_transformer")
+    shape = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return randomised(vits.DinoVisionTransformer(**shape | {"init_values": 1.0, "block_chunks": 0} | options))
+
+
+def official_giant() -> nn.Module:
+    """As vitg14 is: SwiGLU, the blocks of nested tensors, and in chunks, as the training code has it."""
+    layers = pytest.importorskip("dinov2.layers")
+    block = partial(layers.NestedTensorBlock, attn_class=layers.MemEffAttention)
+    return official(ffn_layer="swiglufused", block_fn=block, block_chunks=2)
+
+
+def of_timm(name: str, **options) -> nn.Module:
+    patch = int(re.search(r"patch(\d+)", name)[1])
+    return randomised(timm.create_model(name, **SHAPE | {"img_size": (2 * patch, 3 * patch)} | options))
+
+
+MODELS = {
+    "official": official,
+    "official giant": official_giant,
+    "official without biases": partial(official, qkv_bias=False, proj_bias=False, ffn_bias=False, init_values=None),
+    "DINOv2": partial(of_timm, "vit_small_patch14_dinov2"),
+    "DINOv2 with registers": partial(of_timm, "vit_small_patch14_reg4_dinov2"),
+    "DINOv2 giant": partial(of_timm, "vit_giant_patch14_reg4_dinov2"),
+    "DINOv3": partial(of_timm, "vit_small_patch16_dinov3"),
+    "DINOv3 with SwiGLU": partial(of_timm, "vit_small_plus_patch16_dinov3_qkvb"),
+    "EVA-02": partial(of_timm, "eva02_tiny_patch14_224"),  # neighbours are a pair, products of q, k and v apart
+    "mixed RoPE": partial(of_timm, "vit_small_patch16_rope_mixed_ape_224"),  # each block its own
+    "SigLIP": partial(of_timm, "vit_base_patch16_siglip_224"),  # no class token
+    "CLIP": partial(of_timm, "vit_base_patch16_clip_224"),  # a norm before the blocks
+    "registers alone": partial(of_timm, "vit_medium_patch16_reg4_gap_256"),
+    "no affine": partial(of_timm, "vit_small_patch14_dinov2", norm_layer=partial(nn.LayerNorm, eps=1e-3, bias=False)),
+}
+POOLED = ("SigLIP", "registers alone")
+each = pytest.mark.parametrize("name", MODELS)
+
+
+def pair(model: nn.Module, img_size=None, **options) -> tuple[DINOv2Backbone, DINOv2Backbone]:
+    """Return backbones of a model: as it was published, and by the engine."""
+    if img_size is None:
+        size = model.patch_embed.img_size
+        img_size = (28, 42) if size == (56, 56) else size  # the official code resamples
+    published = DINOv2Backbone(model=copy.deepcopy(model), img_size=img_size, engine=False, **options)
+    ours = DINOv2Backbone(model=model, img_size=img_size, **options)
+    assert published.engine is None
+    assert ours.engine is not None, ours.explain()
+    return published, ours
+
+
+def image(size: tuple[int, int], **options) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).to(**options)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@each
+def test_features_and_their_gradients_are_the_published_ones(name):
+    published, ours = (backbone.double() for backbone in pair(MODELS[name]()))
+    x = image(ours.img_size, dtype=torch.float64).requires_grad_()
+    expected, found = published(x), ours(x)
+    for key in ("global", "patch"):
+        assert expected[key].std() > 0.1  # the comparison is between numbers of order one
+        assert_close(found[key], expected[key], rtol=0, atol=1e-10)
+        weight = torch.randn(expected[key].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        slopes = [torch.autograd.grad((out[key] * weight).sum(), x, retain_graph=True)[0] for out in (expected, found)]
+        assert_close(*slopes, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_the_official_code_itself_gives_them():
+    """Called as its authors call it, on the grid of its training and on another."""
+    for model in (official(), official_giant()):
+        theirs = copy.deepcopy(model).double()
+        for size in ((56, 56), (28, 42)):
+            ours = DINOv2Backbone(model=copy.deepcopy(model), img_size=size).double()
+            x = image(size, dtype=torch.float64)
+            expected, found = theirs.forward_features(x), ours(x)
+            assert_close(found["global"], expected["x_norm_clstoken"], rtol=0, atol=1e-10)
+            assert_close(found["patch"], expected["x_norm_patchtokens"], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_registers_of_the_official_code_are_no_patches():
+    """Today's official code has registers, and a number in place of the dropout of attention."""
+    model = official()
+    model.num_register_tokens, model.registers = 4, nn.Parameter(torch.randn(1, 4, 32), requires_grad=False)
+    for block in model.blocks:
+        block.attn.attn_drop = None
+        del block.attn._modules["attn_drop"]
+        block.attn.attn_drop = 0.0
+    ours = DINOv2Backbone(model=model, img_size=(28, 42)).double()
+    assert (ours.engine.prefix, ours.prefix_tokens) == (5, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["official", "DINOv2 with registers", "DINOv3", "SigLIP"])
+def test_images_of_any_size(name):
+    options = {"dynamic_img_size": True} if name == "DINOv3" else {}
+    published, ours = (backbone.double() for backbone in pair(MODELS[name](**options), Scaled(7 / 8)))
+    for grid in ((2, 3), (3, 2), (1, 4), (2, 3)):
+        x = image(tuple(side * ours.patch_size for side in grid), dtype=torch.float64)
+        expected, found = published(x), ours(x)
+        assert found["grid"] == grid
+        for key in ("global", "patch"):
+            assert_close(found[key], expected[key], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_patches_in_place_of_pixels():
+    published, ours = (backbone.double() for backbone in pair(MODELS["DINOv2 with registers"]()))
+    x = image(ours.img_size, dtype=torch.float64)
+    patches = torch.nn.functional.unfold(x, 14, stride=14).transpose(1, 2)
+    for needs in (None, GLOBAL):
+        assert_close(ours(patches, needs)["global"], published(x)["global"], rtol=0, atol=1e-10)
+    assert_close(ours(patches)["patch"], published(x)["patch"], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@each
+def test_sixteen_bits_cost_no_more_than_they_did(name):
+    published, ours = pair(MODELS[name](), dtype=torch.bfloat16)
+    x = image(ours.img_size).bfloat16()
+    exact = DINOv2Backbone(model=MODELS[name](), img_size=ours.img_size, engine=False).double()(x.double())
+    expected, found = published(x), ours(x)
+    for key in ("global", "patch"):
+        assert found[key].dtype == torch.bfloat16
+        errors = [(out[key].double() - exact[key]).square().mean().sqrt() for out in (found, expected)]
+        assert errors[0] < 1.2 * errors[1]
+        assert (found[key].double() - exact[key]).abs().max() < 2 * (expected[key].double() - exact[key]).abs().max()
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+@each
+def test_the_class_token_alone_is_the_same(name):
+    published, ours = (backbone.double() for backbone in pair(MODELS[name]()))
+    x = image(ours.img_size, dtype=torch.float64).requires_grad_()
+    for needs in (GLOBAL, frozenset()):
+        expected, found = published(x), ours(x, needs=needs)
+        assert found["patch"] is None
+        assert published(x, needs)["patch"] is None
+        assert_close(found["global"], expected["global"], rtol=0, atol=1e-10)
+        slopes = [torch.autograd.grad(out["global"].square().sum(), x)[0] for out in (expected, found)]
+        assert_close(*slopes, rtol=1e-9, atol=1e-10)
+    assert_close(ours(x, frozenset({"patch"}))["patch"], published(x)["patch"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["official giant", "DINOv3", "SigLIP"])
+def test_the_last_block_computes_no_token_that_nobody_reads(name):
+    ours = pair(MODELS[name]())[1].to("meta")
+    x = torch.empty(2, 3, *ours.img_size, device="meta")
+    every, alone = (sum(kernel.flops for kernel in count(lambda n=n: ours(x, n))) for n in (None, GLOBAL))
+    b, n, d = 2, 6 + ours.engine.prefix, 32
+    last = ours.engine.blocks[-1]
+    # Of the other tokens: queries, their products with keys and values, proj, and the MLP.
+    saved = d * d + 2 * n * d + d * d + last.up.weight.numel() + last.down.weight.numel()
+    assert every - alone == (0 if name in POOLED else 2 * b * (n - 1) * saved)
+
+
+@torch.no_grad()
+def test_the_engine_launches_less_than_the_published_model():
+    published, ours = (backbone.to("meta") for backbone in pair(official()))
+    x = torch.empty(2, 3, *ours.img_size, device="meta")
+    launches = [len(count(lambda backbone=backbone: backbone(x))) for backbone in (published, ours)]
+    # A block's scores, their softmax and their product with the values are one op; no scale of q, no LayerScale.
+    assert launches[0] - launches[1] >= 2 * 5
+
+
+class Spy(DINOv2Backbone):
+    """Notes what it is asked for."""
+
+    def forward(self, x, needs=None):
+        self.asked = needs
+        return super().forward(x, needs)
+
+
+@pytest.mark.parametrize(
+    ("terms", "needs"),
+    [
+        ({"a": lambda: GlobalTerm(8, hidden_dim=16)}, {"global"}),
+        ({"a": lambda: TokenTerm(8)}, {"patch"}),
+        ({"a": lambda: GlobalTerm(8, hidden_dim=16), "b": lambda: RegionTerm((2, 2, 2), (2, 2))}, {"global", "patch"}),
+    ],
+)
+def test_a_supervision_asks_for_what_its_terms_need(terms, needs):
+    teacher = Spy(model=of_timm("vit_small_patch14_dinov2"), img_size=(28, 42))
+    supervision = Supervision(teacher, {name: make() for name, make in terms.items()})
+    students = {name: torch.randn(2, 6, 8) if term == "TokenTerm" else torch.randn(2, 8)
+                for name, term in ((n, type(t).__name__) for n, t in supervision.terms.items())}  # fmt: skip
+    supervision(torch.rand(2, 3, 40, 50), students)
+    assert teacher.asked == needs
+    assert supervision.encode(torch.rand(2, 3, 40, 50))["patch"].shape == (2, 6, 32)
+    assert teacher.asked is None
+
+
+def test_a_teacher_that_does_not_take_needs_is_not_told(teacher, batch):
+    images = batch[1]
+    found = Supervision(teacher, {"a": GlobalTerm(8, hidden_dim=16)}, img_size=56)(images, {"a": torch.randn(6, 8)})
+    assert found[0].isfinite()
+
+
+@pytest.mark.parametrize("stopgrad_image", [True, False])
+def test_a_supervised_step_has_the_same_numbers(stopgrad_image):
+    z, images = torch.randn(4, 32), torch.rand(4, 3, 40, 50) * 2 - 1
+    results = []
+    for backbone in pair(of_timm("vit_small_patch14_reg4_dinov2")):
+        torch.manual_seed(0)
+        options = {"use_patch": True, "latent_shape": (8, 2, 2), "token_dim": 8, "token_grid": (2, 3)}
+        options |= {} if stopgrad_image else {"stopgrad_image": False}
+        dino = DinoSupervision(32, teacher=backbone, img_size=(28, 42), hidden_dim=16, **options, **detached(stopgrad_image))
+        x = images.clone().requires_grad_(not stopgrad_image)
+        loss = dino.loss_dict(z, x, step=10_000, tokens=torch.ones(4, 6, 8))
+        loss["loss_dino"].backward()
+        results.append((loss, [p.grad for p in dino.parameters()], x.grad))
+    assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def detached(stopgrad_image: bool) -> dict:
+    from fused_dino import CosineLoss
+
+    return {} if stopgrad_image else {"loss_type": CosineLoss(detach_teacher=False)}
+
+
+@torch.no_grad()
+def test_it_compiles_as_one_graph():
+    for name in ("official", "DINOv2 giant", "DINOv3"):
+        ours = pair(MODELS[name]())[1]
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        x = image(ours.img_size)
+        for needs in (None, GLOBAL):
+            found, expected = compiled(x, needs), ours(x, needs)
+            assert_close(found["global"], expected["global"])
+            assert (found["patch"] is None) == (needs is GLOBAL)
+
+
+def test_a_supervision_compiles_as_one_graph():
+    dino = DinoSupervision(8, teacher=pair(of_timm("vit_small_patch14_dinov2"))[1], img_size=(28, 42), hidden_dim=16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z, x: dino(z, x)[0], fullgraph=True, backend="aot_eager")
+    z, x = torch.randn(2, 8), torch.rand(2, 3, 40, 50)
+    assert_close(compiled(z, x), dino(z, x)[0])
+
+
+# --- models that it does not know -------------------------------------------------------------------------------------
+
+
+def with_hook(model):
+    model.blocks[1].attn.register_forward_hook(lambda *_: None)
+
+
+def with_a_method(model):
+    model.blocks[1].forward = lambda x: x
+
+
+def with_a_subclass(model):
+    model.blocks[1].__class__ = type("Mine", (type(model.blocks[1]),), {})
+
+
+def with_another_linear(model):
+    model.blocks[1].mlp.fc1.__class__ = type("LoRA", (nn.Linear,), {})
+
+
+def with_a_parametrization(model):
+    nn.utils.parametrizations.weight_norm(model.blocks[1].attn.proj)
+
+
+def with_another_scale(model):
+    model.blocks[1].attn.scale = 1.0
+
+
+def with_another_dtype(model):
+    model.blocks[1].norm1.double()
+
+
+def with_checkpointing(model):
+    model.set_grad_checkpointing()
+
+
+def with_integers(model):
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.data = p.data.to(torch.int8)
+
+
+def with_no_blocks(model):
+    model.blocks = nn.Sequential()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_hook, "blocks.1.attn has hooks"),
+        (with_a_method, "blocks.1 has a forward of its own"),
+        (with_a_subclass, "block 1: it is a Mine"),
+        (with_another_linear, "block 1: mlp.fc1 is a LoRA"),
+        (with_a_parametrization, "block 1: proj is a ParametrizedLinear"),
+        (with_another_scale, "block 1: attn has a scale of 1.0"),
+        (with_another_dtype, "its weights have several dtypes or devices"),
+        (with_checkpointing, "the model checkpoints its blocks"),
+        (with_integers, "its weights are torch.int8"),
+        (with_no_blocks, "it has no blocks"),
+    ],
+)
+def test_a_changed_model_runs_as_it_is(change, reason):
+    model = of_timm("vit_small_patch14_dinov2")
+    change(model)
+    backbone = DINOv2Backbone(model=model, img_size=(28, 42))
+    assert backbone.engine is None
+    assert backbone._modules["model"] is model
+    assert backbone.explain() == f"engine: off, the model runs as it was published: {backbone.refused}"
+    assert reason in backbone.explain()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"qk_norm": True}, "block 0: attn.q_norm is a LayerNorm"),
+        ({"scale_attn_norm": True}, "block 0: attn.norm is a LayerNorm"),
+        ({"scale_mlp_norm": True}, "block 0: mlp.norm is a LayerNorm"),
+        ({"norm_layer": timm.layers.RmsNorm}, "block 0: norm1 is a RmsNorm"),
+        ({"act_layer": nn.PReLU}, "block 0: mlp.act is a PReLU"),
+        ({"mlp_layer": timm.layers.GluMlp}, "block 0: mlp has its gate last"),
+        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "block 0: it is a ResPostBlock"),
+        ({"attn_layer": "diff"}, "block 0: attn is a DiffAttention"),
+    ],
+)
+@torch.no_grad()
+def test_options_that_it_does_not_know(options, reason):
+    try:
+        model = of_timm("vit_small_patch14_dinov2", **options)
+    except TypeError:
+        pytest.skip("this timm does not have the option")
+    backbone = DINOv2Backbone(model=copy.deepcopy(model), img_size=(28, 42))
+    assert reason in backbone.explain()
+    x = image((28, 42))
+    assert torch.equal(backbone(x)["patch"], model.forward_features(x)[:, 1:])
+
+
+def test_other_models_are_named():
+    for name, kind in (("tf_efficientnet_lite0", "EfficientNet"), ("eva02_base_patch14_224", "mlp.norm is a LayerNorm")):
+        options = {} if "eff" in name else {"depth": 1, "embed_dim": 32, "num_heads": 2}
+        model = timm.create_model(name, num_classes=0, **options)
+        backbone = DINOv2Backbone(model=model, img_size=224)
+        assert kind in backbone.explain()
+        assert "nothing to compare" in backbone.check(torch.zeros(1, 3, 224, 224))
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_it_lists_its_rewrites_and_their_bytes():
+    ours = pair(of_timm("vit_small_patch14_dinov2"))[1]
+    said = ours.explain()
+    folded, published = (sum(p.nbytes for p in part.parameters()) / 1e6 for part in (ours.engine, ours.model))
+    assert f"{folded:.1f} MB on cpu, {published:.1f} MB as published on the host" in said
+    assert "engine: on, 2 blocks in float32 on cpu" in said
+    assert "LayerScale           folded" in said
+    assert "class token alone" in said
+    assert "there is none" in pair(MODELS["CLIP"]())[1].explain()
+    assert "pooled from the patches" in pair(MODELS["SigLIP"]())[1].explain()
+
+
+def test_a_check_says_what_bfloat16_costs():
+    ours = pair(of_timm("vit_small_patch14_dinov2"), dtype=torch.bfloat16)[1]
+    x = image((28, 42))
+    said = ours.check(x)
+    assert said.startswith("2 images, bfloat16 with the published weights in float32:\n")
+    numbers = [float(number) for number in re.findall(r"cosine ([\d.]+) on average", said)]
+    assert len(numbers) == 2
+    published = pair(of_timm("vit_small_patch14_dinov2"))[0](x)
+    for number, key in zip(numbers, ("global", "patch"), strict=True):
+        cosine = nn.functional.cosine_similarity(ours(x)[key].double(), published[key].double(), dim=-1).mean()
+        assert number == round(cosine.item(), 6)
+        assert 0.999 < number < 1
+    exact = pair(of_timm("vit_small_patch14_dinov2"))[1].check(x)
+    assert exact.count("cosine 1.000000 on average, 1.000000 at least") == 2
+
+
+def test_a_check_finds_an_engine_that_is_wrong():
+    ours = pair(of_timm("vit_small_patch14_dinov2"))[1]
+    with torch.no_grad():
+        ours.engine.blocks[0].down.weight.mul_(2)
+    assert min(float(number) for number in re.findall(r"([\d.]+) at least", ours.check(image((28, 42))))) < 0.99
