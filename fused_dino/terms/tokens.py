@@ -196,20 +196,21 @@ class TokenTerm(Alignment):
 
 
 class TokenMLP(nn.Sequential):
-    """REPA's projector (arXiv 2410.06940): Linear, SiLU, Linear, SiLU, Linear of each token, 2048 features inside."""
+    """REPA's projector (arXiv 2410.06940): Linear, SiLU, Linear, SiLU, Linear of each token. width: inside."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        width = TOKEN_HIDDEN_DIM
+    def __init__(self, in_dim: int, out_dim: int, width: int = TOKEN_HIDDEN_DIM) -> None:
         super().__init__(
             nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim)
         )
 
 
 class TokenConv(nn.Conv2d):
-    """A 3 x 3 convolution with padding 1 over the grid of the tokens: [B, N, C] -> [B, N, D]."""
+    """A convolution over the grid of the tokens, padded by zeros: [B, N, C] -> [B, N, D]. kernel: its odd side."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__(in_dim, out_dim, 3, padding=1)
+    def __init__(self, in_dim: int, out_dim: int, kernel: int = 3) -> None:
+        if check_int("kernel", kernel) % 2 == 0:
+            raise ValueError(f"kernel must be odd, so that the grid keeps its size, got {kernel}")
+        super().__init__(in_dim, out_dim, kernel, padding=kernel // 2)
 
     def forward(self, input: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
         maps = rearrange(input, "b (h w) c -> b c h w", h=grid[0])
@@ -217,9 +218,9 @@ class TokenConv(nn.Conv2d):
 
 
 def check_projector(name: str, projector: Any) -> str | None:
-    """Return the kind of a projector that is given by name, or None for a module."""
+    """Return the kind of a projector: None for a module, unless that is a convolution, which is told the grid."""
     if isinstance(projector, nn.Module):
-        return None
+        return "conv" if isinstance(projector, TokenConv) else None
     if not isinstance(projector, str):
         raise TypeError(f"{name} must be 'mlp', 'conv' or a module, got {type(projector).__name__}")
     return check_choice(name, projector, PROJECTORS)
