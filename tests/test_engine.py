@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fused_dino import DINOv2Backbone, DinoSupervision, RegionTerm, Scaled, Supervision, TokenTerm
+from fused_dino import DinoSupervision, DINOv2Backbone, RegionTerm, Scaled, Supervision, TokenTerm
 from fused_dino.counting import count
 from fused_dino.terms import GlobalTerm
 
@@ -35,11 +35,11 @@ def official(**options) -> nn.Module:
     return randomised(vits.DinoVisionTransformer(**shape | {"init_values": 1.0, "block_chunks": 0} | options))
 
 
-def official_giant() -> nn.Module:
+def official_giant(**options) -> nn.Module:
     """As vitg14 is: SwiGLU, the blocks of nested tensors, and in chunks, as the training code has it."""
     layers = pytest.importorskip("dinov2.layers")
     block = partial(layers.NestedTensorBlock, attn_class=layers.MemEffAttention)
-    return official(ffn_layer="swiglufused", block_fn=block, block_chunks=2)
+    return official(ffn_layer="swiglufused", block_fn=block, block_chunks=2, **{"depth": 2} | options)
 
 
 def of_timm(name: str, **options) -> nn.Module:
@@ -112,17 +112,34 @@ def test_the_official_code_itself_gives_them():
             assert_close(found["patch"], expected["x_norm_patchtokens"], rtol=0, atol=1e-10)
 
 
+class Registers(nn.Module):
+    """prepare_tokens_with_masks of today's official code, which has registers, over that of the published copy."""
+
+    def prepare_tokens_with_masks(self, x, masks=None):
+        x = super().prepare_tokens_with_masks(x, masks)
+        return torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
+
+
 @torch.no_grad()
-def test_registers_of_the_official_code_are_no_patches():
-    """Today's official code has registers, and a number in place of the dropout of attention."""
+def test_registers_of_todays_official_code_are_no_patches():
+    """It holds a number in place of attention's dropout."""
     model = official()
-    model.num_register_tokens, model.registers = 4, nn.Parameter(torch.randn(1, 4, 32), requires_grad=False)
+    kind, names = type(model), ("__module__", "__qualname__")
+    kind = type(kind.__name__, (Registers, kind), {name: getattr(kind, name) for name in names})
+    model.__class__, model.num_register_tokens = kind, 3
+    model.register_tokens = nn.Parameter(torch.randn(1, 3, 32))
     for block in model.blocks:
-        block.attn.attn_drop = None
-        del block.attn._modules["attn_drop"]
+        del block.attn.attn_drop
         block.attn.attn_drop = 0.0
-    ours = DINOv2Backbone(model=model, img_size=(28, 42)).double()
-    assert (ours.engine.prefix, ours.prefix_tokens) == (5, 5)
+    ours = DINOv2Backbone(model=copy.deepcopy(model), img_size=(28, 42)).double()
+    assert ours.engine is not None, ours.explain()
+    assert (ours.engine.prefix, ours.prefix_tokens) == (4, 4)
+    theirs = official()
+    theirs.__class__, theirs.register_tokens = kind, model.register_tokens
+    x = image((28, 42), dtype=torch.float64)
+    tokens = theirs.double().forward_features(x)
+    assert_close(ours(x)["global"], tokens["x_norm_clstoken"], rtol=0, atol=1e-10)
+    assert_close(ours(x)["patch"], tokens["x_norm_patchtokens"][:, 3:], rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -179,6 +196,50 @@ def test_the_class_token_alone_is_the_same(name):
     assert_close(ours(x, frozenset({"patch"}))["patch"], published(x)["patch"], rtol=0, atol=1e-10)
 
 
+LAYERS = (0, -1, -2)
+
+
+@each
+@torch.no_grad()
+def test_layers_are_those_of_the_published_model(name):
+    published, ours = (backbone.double() for backbone in pair(MODELS[name](depth=3), layers=LAYERS))
+    x = image(ours.img_size, dtype=torch.float64)
+    for needs in (None, frozenset({"layers"}), frozenset({"layers", "global"}), GLOBAL):
+        expected, found = published(x, needs), ours(x, needs)
+        assert found.keys() == expected.keys()
+        assert list(found.get("layers", LAYERS)) == list(LAYERS)
+        assert_close(found, expected, rtol=0, atol=1e-10)
+        assert ("layers" in found, "global" in found) == (needs is not GLOBAL, needs != {"layers"})
+
+
+def test_no_block_runs_after_the_last_layer_that_is_read():
+    def blocks_run(backbone, needs):
+        ran = []
+        for number, block in enumerate(backbone.engine.blocks):
+            block.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+        backbone(image(backbone.img_size), needs)
+        return ran
+
+    for layers, last in (((0,), 0), ((-2, 0), 1), ((-1,), 2)):
+        alone = pair(of_timm("vit_small_patch14_dinov2", depth=3), layers=layers)[1]
+        assert blocks_run(alone, frozenset({"layers"})) == list(range(last + 1))
+    for needs in (None, GLOBAL, frozenset({"layers", "global"}), frozenset({"layers", "patch"})):
+        ours = pair(of_timm("vit_small_patch14_dinov2", depth=3), layers=(0,))[1]
+        assert blocks_run(ours, needs) == [0, 1, 2]
+
+
+def test_a_supervision_of_a_layer_reads_that_alone():
+    images, students = torch.rand(2, 3, 40, 50), {"a": torch.randn(2, 8), "b": torch.randn(2, 6, 8)}
+    losses = []
+    for backbone in pair(of_timm("vit_small_patch14_dinov2", depth=3), layers=(1, 0)):
+        torch.manual_seed(0)
+        terms = {"a": GlobalTerm(8, hidden_dim=16, layer=(0, 1)), "b": TokenTerm(8, layer=1)}
+        supervision = Supervision(backbone, terms)
+        losses.append(supervision(images, students))
+        assert_close(supervision(features=supervision.encode(images), students=students), losses[-1])
+    assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["official giant", "DINOv3", "SigLIP"])
 def test_the_last_block_computes_no_token_that_nobody_reads(name):
     ours = pair(MODELS[name]())[1].to("meta")
@@ -213,11 +274,15 @@ class Spy(DINOv2Backbone):
     [
         ({"a": lambda: GlobalTerm(8, hidden_dim=16)}, {"global"}),
         ({"a": lambda: TokenTerm(8)}, {"patch"}),
-        ({"a": lambda: GlobalTerm(8, hidden_dim=16), "b": lambda: RegionTerm((2, 2, 2), (2, 2))}, {"global", "patch"}),
+        ({"a": lambda: TokenTerm(8, layer=0)}, {"layers"}),
+        (
+            {"a": lambda: GlobalTerm(8, hidden_dim=16), "b": lambda: RegionTerm(latent_shape=(2, 2, 2), grid=(2, 2))},
+            {"global", "patch"},
+        ),
     ],
 )
 def test_a_supervision_asks_for_what_its_terms_need(terms, needs):
-    teacher = Spy(model=of_timm("vit_small_patch14_dinov2"), img_size=(28, 42))
+    teacher = Spy(model=of_timm("vit_small_patch14_dinov2"), img_size=(28, 42), layers=(0,))
     supervision = Supervision(teacher, {name: make() for name, make in terms.items()})
     students = {name: torch.randn(2, 6, 8) if term == "TokenTerm" else torch.randn(2, 8)
                 for name, term in ((n, type(t).__name__) for n, t in supervision.terms.items())}  # fmt: skip
@@ -241,7 +306,9 @@ def test_a_supervised_step_has_the_same_numbers(stopgrad_image):
         torch.manual_seed(0)
         options = {"use_patch": True, "latent_shape": (8, 2, 2), "token_dim": 8, "token_grid": (2, 3)}
         options |= {} if stopgrad_image else {"stopgrad_image": False}
-        dino = DinoSupervision(32, teacher=backbone, img_size=(28, 42), hidden_dim=16, **options, **detached(stopgrad_image))
+        dino = DinoSupervision(
+            32, teacher=backbone, img_size=(28, 42), hidden_dim=16, **options, **detached(stopgrad_image)
+        )
         x = images.clone().requires_grad_(not stopgrad_image)
         loss = dino.loss_dict(z, x, step=10_000, tokens=torch.ones(4, 6, 8))
         loss["loss_dino"].backward()
@@ -372,7 +439,10 @@ def test_options_that_it_does_not_know(options, reason):
 
 
 def test_other_models_are_named():
-    for name, kind in (("tf_efficientnet_lite0", "EfficientNet"), ("eva02_base_patch14_224", "mlp.norm is a LayerNorm")):
+    for name, kind in (
+        ("tf_efficientnet_lite0", "EfficientNet"),
+        ("eva02_base_patch14_224", "mlp.norm is a LayerNorm"),
+    ):
         options = {} if "eff" in name else {"depth": 1, "embed_dim": 32, "num_heads": 2}
         model = timm.create_model(name, num_classes=0, **options)
         backbone = DINOv2Backbone(model=model, img_size=224)

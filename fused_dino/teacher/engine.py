@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,13 +34,29 @@ class Engine(nn.Module):
         self.blocks = nn.ModuleList(FoldedBlock(read_block(block), dtype) for block in published.blocks)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """Return the normalised tokens [B, P + N, D] of images x, or the class token alone, [B, 1, D]."""
-        tokens, ropes = self.embed(x)
+    def forward(
+        self, x: Tensor, layers: Mapping[int, int], wants_last: bool = True, wants_patch: bool = True
+    ) -> tuple[Tensor | None, dict[int, tuple[Tensor, Tensor]]]:
+        """Return the last tokens of images x, and (global, patch) of chosen layers, all by the last norm.
+
+        layers: each as it was given -> its block. The last tokens are [B, P + N, D], or [B, 1, D] where the class token
+        alone is wanted, or None. No block runs after the last one that is wanted. Without a class token the mean of
+        the patch tokens stands for it.
+        """
         last = len(self.blocks) - 1
-        for number, block in enumerate(self.blocks):
-            tokens = block(tokens, ropes[number], class_only and number == last)
-        return self.shell.norm(tokens)
+        wanted = {*layers.values(), *([last] if wants_last else [])}
+        class_only = self.has_class and not wants_patch and last not in layers.values()
+        tokens, ropes = self.embed(x)
+        found: dict[int, Tensor] = {}
+        for number in range(max(wanted) + 1):
+            tokens = self.blocks[number](tokens, ropes[number], class_only and number == last)
+            if number in wanted:
+                found[number] = self.shell.norm(tokens)
+        return found.get(last), {n: self.take(found[block]) for n, block in layers.items()}
+
+    def take(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        patch = tokens[:, self.prefix :]
+        return tokens[:, 0] if self.has_class else patch.mean(1), patch
 
     def embed(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return the tokens of images before the first block, and the rotation of each block or None."""
