@@ -123,7 +123,7 @@ class FoldedBlock(nn.Module):
         if first_only:
             width, (weight, bias) = self.proj.in_features, (self.qkv.weight, self.qkv.bias)
             of_query, of_rest = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = self.split(F.linear(x[:, :1], weight[:width], of_query), 1)[0]
+            q = self.split(F.linear(x[:, 0], weight[:width], of_query).unsqueeze(1), 1)[0]
             k, v = self.split(F.linear(x, weight[width:], of_rest), 2).unbind(0)
             k = k if rope is None else rotate(k, rope, self.rotates_halves)
         else:
