@@ -9,7 +9,7 @@ from .evidence import Evidence, Record, Timing
 from .roofs import of_the_roof
 
 # Columns of words, which Markdown aligns to the left.
-WORDS = ("op", "row", "precision", "direction", "provider", "figure", "limiter", "target")
+WORDS = ("op", "part", "row", "precision", "direction", "provider", "figure", "limiter", "target")
 SAME = 0.05  # two speeds that are nearer than this are called equal
 
 
