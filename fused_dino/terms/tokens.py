@@ -48,6 +48,7 @@ class TokenTerm(Alignment):
         weight (float): Default: 1.
         normalize_weight (bool): Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
+        layer (int or sequence of ints, optional): Default: the last features.
 
     Shape:
         - student: tokens :math:`(B, N, C)`, a map :math:`(B, C, h, w)`, or frames :math:`(B, T, N, C)` of
@@ -84,9 +85,19 @@ class TokenTerm(Alignment):
         weight: float = 1.0,
         normalize_weight: bool = True,
         backend: str | None = None,
+        layer: int | Sequence[int] | None = None,
     ) -> None:
         given = projector if isinstance(projector, nn.Module) else None
-        super().__init__(given, out_dim, loss, eps, weight, normalize_weight, backend)
+        super().__init__(
+            given,
+            out_dim=out_dim,
+            loss=loss,
+            eps=eps,
+            weight=weight,
+            normalize_weight=normalize_weight,
+            backend=backend,
+            layer=layer,
+        )
         self.in_dim = check_int("in_dim", in_dim)
         self.kind = check_projector("projector", projector)
         self.grids = TokenGrids(token_grid, None, standardize, unbiased, compare)
@@ -150,6 +161,7 @@ class TokenTerm(Alignment):
         token_grid: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
+        features = self.choose(features)
         tokens, grid = as_tokens("student", student, self.in_dim, len(features["global"]))
         told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
         patch, width = features.get("patch"), features["global"].shape[1]
