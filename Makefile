@@ -52,7 +52,7 @@ results: .venv/.dev  ## measure this machine, keep the evidence in benchmarks/re
 	$(BIN)/python -m benchmarks run --self-check --json benchmarks/results/$(NAME).json $(ARGS)
 	$(BIN)/python -m benchmarks report
 
-report: .venv/.dev  ## render docs/performance.md and the README's table from benchmarks/results/
+report: .venv/.dev  ## render docs/performance.md, docs/costs.md and the README's table from benchmarks/results/
 	$(BIN)/python -m benchmarks report
 
 recipes: .venv/.dev  ## render docs/recipes/ from the recipes' docstrings and costs

@@ -37,3 +37,8 @@ GPUS = {
     "h200": GPU("H200", "SXM", 4.8e12, HOPPER, "https://www.nvidia.com/en-us/data-center/h200/"),
     "b200": GPU("B200", "HGX", 7.7e12, products(2250, 1100, 75), "https://www.nvidia.com/en-us/data-center/hgx/"),
 }  # fmt: skip
+
+
+def find(device: str) -> GPU | None:
+    """Return the GPU of the table that a device is, by its name."""
+    return next((gpu for gpu in GPUS.values() if gpu.is_named(device)), None)

@@ -72,7 +72,7 @@ ARROWS = {
         "terms",
         "validation",
     },
-    "benchmarks": {"", "costs", "functional", "gpus", "ops", "reference"},
+    "benchmarks": {"", "costs", "functional", "gpus", "ops", "reference", "teacher"},
     "cli": {
         "",
         "backend",

@@ -124,6 +124,11 @@ def measurements(
     found: dict[str, float] = {}
     rows = {
         "preprocess": ("preprocess", FORWARD, Row((batch, 3, side, side), "", dtype, {"size": SIDE})),
+        "teacher": (
+            "teacher",
+            FORWARD,
+            Row((batch, 3, SIDE, SIDE), "", dtype, {"teacher": teacher, "needs": "global"}),
+        ),
         "loss": (f"{loss}_loss", BACKWARD, Row((batch, width), "", dtype)),
         "step": ("step", BACKWARD, Row((batch, 3, side, side), "", dtype, {"teacher": teacher})),
     }
