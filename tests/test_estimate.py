@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_dino import costs
+from fused_dino import costs, gpus
 from fused_dino.benchmarks import evidence, harness, judge, report
 from fused_dino.benchmarks.evidence import Evidence, Record, Timing
 from fused_dino.cli import estimate, main
@@ -90,6 +90,19 @@ def test_the_predictions_speak_of_gpus_of_the_table() -> None:
     assert [gpu.name for gpu in judge.GPUS] == ["H100", "H200"]
     assert judge.gpu_of("NVIDIA H200") == 1
     assert judge.gpu_of("NVIDIA A100-SXM4-80GB") is None
+    assert (GPUS["h100"], GPUS["h200"]) == judge.GPUS
+
+
+def test_a_row_that_memory_limits_is_predicted_by_its_bytes_and_the_tables_speed() -> None:
+    """Each such row moves what the benchmarks count, at its target's share of what a copy reaches."""
+    rows = {(bench.op, str(row)): (bench, row) for bench in harness.benches().values() for row in bench.rows}
+    streamed = [p for p in judge.PREDICTIONS if p.us is not None and "memory" in p.limiter]
+    assert len(streamed) == 8
+    for p in streamed:
+        bench, row = rows[p.op, p.row]
+        moved, _ = bench.work(row, p.direction)
+        for gpu, us, share in zip(judge.GPUS, p.us, p.share, strict=True):
+            assert us == round(moved * p.traffic / (share * gpus.COPIED * gpu.copy) * 1e6)
 
 
 def test_our_launches_are_what_the_kernels_do() -> None:

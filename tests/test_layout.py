@@ -72,7 +72,7 @@ ARROWS = {
         "terms",
         "validation",
     },
-    "benchmarks": {"", "costs", "functional", "gpus", "ops", "reference", "teacher"},
+    "benchmarks": {"", "costs", "counting", "functional", "gpus", "ops", "reference", "teacher"},
     "cli": {
         "",
         "backend",
