@@ -292,6 +292,17 @@ def test_a_supervision_asks_for_what_its_terms_need(terms, needs):
     assert teacher.asked is None
 
 
+def test_a_compiled_teacher_is_asked_for_no_more():
+    teacher = Spy(model=of_timm("vit_small_patch14_dinov2"), img_size=(28, 42))
+    torch._dynamo.reset()
+    supervision = Supervision(torch.compile(teacher, backend="eager"), {"a": GlobalTerm(8, hidden_dim=16)})
+    students = {"a": torch.randn(2, 8)}
+    images = torch.rand(2, 3, 40, 50)
+    found = supervision(images, students)
+    assert teacher.asked == {"global"}
+    assert_close(found, supervision(features=supervision.encode(images), students=students))
+
+
 def test_a_teacher_that_does_not_take_needs_is_not_told(teacher, batch):
     images = batch[1]
     found = Supervision(teacher, {"a": GlobalTerm(8, hidden_dim=16)}, img_size=56)(images, {"a": torch.randn(6, 8)})
@@ -324,10 +335,10 @@ def detached(stopgrad_image: bool) -> dict:
 
 @torch.no_grad()
 def test_it_compiles_as_one_graph():
-    for name in ("official", "DINOv2 giant", "DINOv3"):
+    for name in ("official giant", "DINOv3"):
         ours = pair(MODELS[name]())[1]
         torch._dynamo.reset()
-        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(ours, fullgraph=True, backend="eager")
         x = image(ours.img_size)
         for needs in (None, GLOBAL):
             found, expected = compiled(x, needs), ours(x, needs)
@@ -338,7 +349,7 @@ def test_it_compiles_as_one_graph():
 def test_a_supervision_compiles_as_one_graph():
     dino = DinoSupervision(8, teacher=pair(of_timm("vit_small_patch14_dinov2"))[1], img_size=(28, 42), hidden_dim=16)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda z, x: dino(z, x)[0], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda z, x: dino(z, x)[0], fullgraph=True, backend="eager")
     z, x = torch.randn(2, 8), torch.rand(2, 3, 40, 50)
     assert_close(compiled(z, x), dino(z, x)[0])
 

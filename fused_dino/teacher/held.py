@@ -44,7 +44,8 @@ class Taught(nn.Module):
         if name == "teacher":
             # nn.Module's own __setattr__ would register it as a submodule.
             self.__dict__[name] = value.requires_grad_(False).eval()
-            self._takes_needs = "needs" in inspect.signature(value.forward).parameters
+            called: Any = getattr(value, "_orig_mod", value)  # of torch.compile
+            self._takes_needs = "needs" in inspect.signature(called.forward).parameters
         else:
             super().__setattr__(name, value)
 
