@@ -165,17 +165,18 @@ def test_repas_loss_is_minus_the_similarity():
     assert RegionTerm((4, 4, 4)).similarity(torch.tensor(0.75)) == 0.25
 
 
-def prepared(model, how):
-    return torch.compile(model, backend="aot_eager") if how == "compiled" else model
-
-
-@pytest.mark.parametrize("how", ["eager", "compiled"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("mode", ["permanent", "recoverable"])
+@pytest.mark.parametrize(
+    ("mode", "use_reentrant", "how"),
+    [
+        *[(mode, use_reentrant, "eager") for mode in ("permanent", "recoverable") for use_reentrant in (False, True)],
+        ("permanent", False, "compiled"),
+        ("recoverable", True, "compiled"),
+    ],
+)
 def test_a_recomputation_follows_nothing_twice(fresh_compiler, mode, use_reentrant, how):
     plain = Model(BySimilarity(0.6, decay=0.5, every=2, mode=mode), accumulate=2)
     twin = copy.deepcopy(plain)
-    forward = prepared(twin, how)
+    forward = torch.compile(twin, backend="aot_eager") if how == "compiled" else twin
     for cosine in (0.5, 0.55, 0.9, 0.9, 0.9, 0.8, 0.2, 0.1, 0.15, 0.3, 0.2, 0.1):
         c = as_tensor(cosine).requires_grad_()
         loss = plain(c)["loss_dino"]
@@ -184,13 +185,12 @@ def test_a_recomputation_follows_nothing_twice(fresh_compiler, mode, use_reentra
         twin.zero_grad()
         again.backward()
         assert_close(twin.length.grad, grads[0], rtol=1e-9, atol=1e-12)
-        assert use_reentrant or float(again) == pytest.approx(float(loss), abs=1e-12)
+        assert use_reentrant or again.item() == pytest.approx(loss.item(), abs=1e-12)
         assert_close(dict(twin.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=0)
     assert plain.dino.teacher.calls < 12
 
 
-@pytest.mark.parametrize("told", [False, True])
-@pytest.mark.parametrize("mode", ["permanent", "recoverable"])
+@pytest.mark.parametrize(("mode", "told"), [("permanent", False), ("recoverable", True), ("recoverable", False)])
 def test_compiled_it_is_the_same_without_a_compilation_a_step(fresh_compiler, mode, told):
     plain = Model(BySimilarity(0.6, decay=0.5, every=3, mode=mode), accumulate=2)
     twin = copy.deepcopy(plain)
