@@ -17,7 +17,8 @@ from ..hidden import FRESH
 from ..live import dtype_of
 from ..sizes import Size, SizeRule, check_img_size
 from ..validation import check_flag, check_tensor, check_triple, is_int, plain_int
-from .embedding import from_patches, take_patches
+from .embedding import PatchProjection, from_patches, from_raw, take_patches
+from .pixels import Raw
 from .positions import resampling_of, take_any_size
 from .transformers_model import (
     CLASSES,
@@ -112,6 +113,7 @@ class DINOv2Backbone(nn.Module):
     """
 
     model: nn.Module
+    takes_raw = True
     img_size: Any  # Size or SizeRule
     grid: Any  # Grid, or None with a rule
 
@@ -175,22 +177,36 @@ class DINOv2Backbone(nn.Module):
         take_patches(self.model, self.patch_size)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor) -> Features:
+    @property
+    def projection(self) -> PatchProjection | None:
+        """The model's patch embedding, where that is a convolution by patches."""
+        return take_patches(self.model, self.patch_size)
+
+    def input_size(self, size: Size) -> Size:
+        """Return the one size that this model takes, or `size` where it takes any."""
+        return size if self.grid is None else (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+
+    def forward(self, x: Tensor, raw: Raw | None = None) -> Features:
         """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
         x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
         img_size's grid, row by row, each in the order of a Conv2d's weight, for models whose patch embedding is a
         convolution by patches, as a ViT's is: it becomes one matrix product.
+        raw: what a supervision's preprocessing would do, where x are raw images and it is folded into that convolution.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
-        h, w = self.size_of(x)
+        h, w = self.size_of(x) if raw is None else raw.size
         p = self.patch_size
         rows, columns = h // p, w // p
         run = getattr(self.model, "forward_features", self.model)
         run = partial(run, **self.call_options) if self.call_options else run
-        x = x.to(dtype_of(self.model) or x.dtype)
-        features = from_patches(self.model, run, x, (h, w), p) if x.ndim == 3 else run(x)
+        features: Any
+        if raw is not None and self.projection is not None:
+            features = from_raw(self.projection, run, x, raw)
+        else:
+            x = x.to(dtype_of(self.model) or x.dtype)
+            features = from_patches(self.model, run, x, (h, w), p) if x.ndim == 3 else run(x)
         pooled, patch = self.split(features)
         if pooled.shape[1:] != (self.embed_dim,):
             raise ValueError(f"model gave global features {list(pooled.shape)} where embed_dim is {self.embed_dim}")
