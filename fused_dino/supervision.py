@@ -161,7 +161,8 @@ class Supervision(Supervised):
         self.img_size = check_img_size(img_size)
         self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.schedule = Schedule(1.0, 0) if schedule is None else schedule
-        self.teacher = make_teacher(teacher, self.img_size, True, None)
+        layers = dict.fromkeys(n for term in terms.values() for n in term.layers)
+        self.teacher = make_teacher(teacher, self.img_size, True, None, layers)
         self.preprocess = make_preprocess(preprocess, self.img_size, input_range, self.teacher, backend)
         self.teacher_grid = self._find_grid(img_size)
         for name, term in terms.items():

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import Features, Grid, check_features, grid_of
+from ..features import Features, Grid, check_features, grid_of, map_features
 from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from ..preprocess import Preprocess
 from ..sizes import resolve
 from ..validation import check_images, check_size, check_tensor, check_values
-from .backbone import DINOv2Backbone, read_patch_size
+from .backbone import DINOv2Backbone
 from .pixels import Raw, read_raw
+from .reading import read_patch_size
 
 
 class Taught(nn.Module):
@@ -131,12 +132,9 @@ class Taught(nn.Module):
             found = self.teacher(x if dtype is None else x.to(dtype))
         found = check_features("teacher's result", found, self.teacher.embed_dim, batch)
         grid = self.teacher_grid or (size[0] // self.patch_size, size[1] // self.patch_size)
-        return {
-            "global": found["global"],
-            "patch": found.get("patch"),
-            "grid": found.get("grid") or grid,
-            "image_size": (h, w),
-        }
+        features: Features = {"global": found["global"], "patch": found.get("patch")}
+        features |= {"layers": found["layers"]} if found.get("layers") else {}
+        return {**features, "grid": found.get("grid") or grid, "image_size": (h, w)}
 
     def _check_images(self, x_img: Any, features: Any, name: str = "x_img") -> int:
         """Check that one of the two is given, and return its batch size. name: of the images' argument, for errors."""
@@ -163,12 +161,12 @@ class Taught(nn.Module):
         """
         if features is None:
             features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
-        ready: Any = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
-        if self.stopgrad_image:
-            ready = {name: x.detach() if isinstance(x, Tensor) else x for name, x in ready.items()}
+        stop = self.stopgrad_image
+        ready = map_features(lambda x: x.to(device).detach() if stop else x.to(device), features)
         ready["grid"] = ready.get("grid") or self.teacher_grid
-        patch = ready.get("patch")
-        if patch is not None and "patch" in needs:
+        read = [ready] if "patch" in needs else []
+        read += ready.get("layers", {}).values() if "layers" in needs else []
+        for patch in (x["patch"] for x in read if x.get("patch") is not None):
             rows, columns = grid_of(ready)
             if patch.shape[1] != rows * columns:
                 raise ValueError(
