@@ -34,7 +34,7 @@ ARROWS = {
     "features": {"validation"},
     "sizes": {"validation"},
     "schedule": {"distributed", "validation"},
-    "teacher": {"hidden", "live", "preprocess", "features", "sizes", "validation"},
+    "teacher": {"backend", "hidden", "live", "preprocess", "features", "sizes", "validation"},
     "terms": {
         "functional",
         "hidden",

@@ -197,6 +197,31 @@ def test_prx_resizes_to_the_grid_of_the_tokens(monkeypatch):
         recipes.prx(5, teacher=Lone(), downsampling=0)
 
 
+def test_raev2_sums_layers():
+    given = drawn()
+    for options, chosen in (({"layers": (-2, 1)}, (-2, 1)), ({}, tuple(range(-7, 0)))):
+        module = token_module(recipes.raev2, **options)
+        given["layers"] = {n: {"global": draw(3, 6), "patch": draw(3, 8, 6, seed=20 + n)} for n in chosen}
+        h, p = draw(3, 8, 5).requires_grad_(), module.terms["token"].projector
+        target = sum(given["layers"][n]["patch"] for n in chosen)
+        expected = (h @ p.weight.T + p.bias - target).square().sum() / (3 * 8 * 6)
+        same(module, given, {"token": h}, 0.5 * expected)
+
+
+def test_raev2_asks_a_named_teacher_for_its_layers(monkeypatch):
+    asked = []
+
+    def make_teacher(*arguments):
+        asked.append(arguments)
+        return Lone()
+
+    monkeypatch.setattr(sys.modules["fused_dino.recipes.raev2"], "make_teacher", make_teacher)
+    recipes.raev2(5)
+    ((name, rule, pretrained, dtype, layers),) = asked
+    assert (name, rule(256, 256, 16), pretrained, dtype) == ("vit_large_patch16_dinov3", (256, 256), True, None)
+    assert layers == (-7, -6, -5, -4, -3, -2, -1)
+
+
 def vicreg_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The hinge of the deviations, and the squares of the covariances off the diagonal over D."""
     centred = x - x.mean(0)

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from torch import nn
 
 import fused_dino
 from fused_dino import recipes
@@ -41,10 +42,23 @@ def test_a_page_says_by_hand_what_the_code_does_not(name):
     assert re.search(r"^- ", pitfalls, re.MULTILINE)
 
 
+class Layered(nn.Module):
+    """A teacher whose last features are those of all its layers."""
+
+    def __init__(self, teacher, layers):
+        super().__init__()
+        self.teacher, self.layers = teacher, layers
+        self.embed_dim, self.patch_size = teacher.embed_dim, teacher.patch_size
+
+    def forward(self, images):
+        found = self.teacher(images)
+        return {**found, "layers": {n: dict(found) for n in self.layers}}
+
+
 @each
 def test_the_lines_of_use_run(name, teacher, monkeypatch):
     """A small teacher takes DINOv2's place, with which the docstring's example runs in its own test."""
-    monkeypatch.setattr(fused_dino, "DINOv2Backbone", lambda *arguments, **options: teacher)
+    monkeypatch.setattr(fused_dino, "DINOv2Backbone", lambda *_, layers=(), **options: Layered(teacher, layers))
     blocks = re.findall(r"```python\n(.*?)```", (FOLDER / f"{name}.md").read_text(), re.DOTALL)
     assert blocks
     for code in blocks:

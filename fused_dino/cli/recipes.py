@@ -95,7 +95,7 @@ def cost(name: str) -> list[Line]:
     """Return the cost of a step under a recipe, counted on what it makes."""
     recipe = RECIPES[name]
     (width,) = {shape[-1] for shape in recipe.students.values()}
-    teacher = on_meta(recipe.teacher, recipe.size)
+    teacher = on_meta(recipe.teacher, recipe.size, recipe.layers)
     with torch.device("meta"):
         supervision = recipe.make(width, teacher=teacher)
     parts = supervised(supervision, BATCH, SIDE, recipe.students, getattr(torch, DTYPE))
