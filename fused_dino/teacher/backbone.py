@@ -16,8 +16,9 @@ from ..features import Features, Grid
 from ..live import dtype_of
 from ..sizes import Size, SizeRule, check_img_size
 from ..validation import check_flag, check_tensor
-from .embedding import from_patches, take_patches
+from .embedding import PatchProjection, from_patches, from_raw, take_patches
 from .layers import Layers, find_layers, run_layers, wants, wants_last
+from .pixels import Raw
 from .positions import resampling_of, take_any_size
 from .reading import check_fixed_size, read_embed_dim, read_patch_size, read_prefix_tokens, read_statistic
 from .rewritten import Rewritten
@@ -115,6 +116,7 @@ class DINOv2Backbone(Rewritten):
     Source: DINOv2 (arXiv 2304.07193), registers (arXiv 2309.16588).
     """
 
+    takes_raw = True
     img_size: Any  # Size or SizeRule
     grid: Any  # Grid, or None with a rule
     layers: Layers | None
@@ -185,7 +187,16 @@ class DINOv2Backbone(Rewritten):
             self.prefix_tokens = self.engine.prefix
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor, needs: frozenset[str] | None = None) -> Features:
+    @property
+    def projection(self) -> PatchProjection | None:
+        """The patch embedding that is computed with, where it is a convolution by patches."""
+        return take_patches(self.computing, self.patch_size)
+
+    def input_size(self, size: Size) -> Size:
+        """Return the one size that this model takes, or `size` where it takes any."""
+        return size if self.grid is None else (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+
+    def forward(self, x: Tensor, needs: frozenset[str] | None = None, raw: Raw | None = None) -> Features:
         """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
         x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
@@ -193,15 +204,19 @@ class DINOv2Backbone(Rewritten):
         convolution by patches, as a ViT's is: it becomes one matrix product.
         needs: the features that are read, of 'global', 'patch' and 'layers'; None means all. Without 'patch' that is
         None, and with 'layers' alone there is no 'global' either. The engine computes no more than that.
+        raw: what a supervision's preprocessing would do, where x are raw images and it is folded into that convolution.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
-        h, w = self.size_of(x)
+        h, w = self.size_of(x) if raw is None else raw.size
         p = self.patch_size
         grid = h // p, w // p
         run = partial(self.run, needs=needs)
-        x = x.to(dtype_of(self.computing) or x.dtype)
-        out, layers = from_patches(self.computing, run, x, (h, w), p) if x.ndim == 3 else run(x)
+        if raw is not None and self.projection is not None:
+            out, layers = from_raw(self.projection, run, x, raw)
+        else:
+            x = x.to(dtype_of(self.computing) or x.dtype)
+            out, layers = from_patches(self.computing, run, x, (h, w), p) if x.ndim == 3 else run(x)
         features: Features = {"grid": grid}
         if wants_last(needs, self.layers):
             pooled, patch = self.split(out)
