@@ -30,10 +30,10 @@ ARROWS = {
     "vicreg": {"reference", "backend", "distributed", "validation"},
     "functional": {"rows", "vicreg", "backend", "validation"},
     "preprocess": {"functional", "backend", "validation"},
-    "losses": {"functional", "hidden", "rows", "registry", "backend", "validation"},
+    "losses": {"functional", "distributed", "hidden", "rows", "registry", "backend", "validation"},
     "features": {"validation"},
     "sizes": {"validation"},
-    "schedule": {"validation"},
+    "schedule": {"distributed", "validation"},
     "teacher": {"backend", "hidden", "live", "preprocess", "features", "sizes", "validation"},
     "terms": {
         "functional",
