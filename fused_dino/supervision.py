@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .calls import check_batch, check_terms, layers_of, share_out, take_targets, width_of
 from .distributed import warn_if_unsynchronised
 from .functional import Backend
 from .legacy_checkpoint import Legacy, adopt, watch_parents
 from .live import live_tensors, reach
 from .schedule import Schedule
-from .sizes import SizeRule, check_img_size
-from .teacher.given import make_preprocess, make_teacher
-from .teacher.held import Taught
+from .sizes import SizeRule
+from .teacher.several import Teachers
 from .terms.base import Parts, Term
 from .validation import check_flag, check_int, check_scalar
 
@@ -28,6 +28,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
     weight: float
     parts: Parts | None = None
+    target: Any = None  # the features that the call gives in place of the teacher's
 
     def run(self, features: Any, alpha: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss times weight and alpha, and the logs."""
@@ -44,7 +45,7 @@ class Call(NamedTuple):
         return loss * (scale.to(loss) if isinstance(scale, Tensor) else scale), {"value": loss.detach(), **logs}
 
 
-class Supervised(Taught):
+class Supervised(Teachers):
     """What every supervision does with the calls of its terms."""
 
     schedule: Schedule
@@ -62,13 +63,14 @@ class Supervised(Taught):
         self, calls: Mapping[str, Call], x_img: Any, features: Any, alpha: Any, zeros: Sequence[Tensor] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the terms' losses, and their logs by the names of a trainer's log."""
-        needs = frozenset().union(*(call.term.needs for call in calls.values()))
-        features = self._features(x_img, features, next(iter(calls.values())).student.device, needs)
+        device, needs = next(iter(calls.values())).student.device, needs_of(calls)
+        features = self.features_of(x_img, features, device, needs)
         if alpha is not None:
             alpha = check_scalar("alpha", alpha, self.schedule.step.device)
         losses, logs = list(zeros), {}
         for name, call in calls.items():
-            loss, found = call.run(features, alpha)
+            target = features[call.term.teacher] if call.target is None else self.ready(call.target, device)
+            loss, found = call.run(target, alpha)
             losses.append(loss)
             if any("loss" in key for key in found):
                 raise ValueError(f"logs of {name} must have names without 'loss', which trainers add up: {list(found)}")
@@ -120,15 +122,18 @@ class Supervision(Supervised):
     The teacher is invisible to the trainer, as in DinoSupervision.
 
     Args:
-        teacher (str or nn.Module): As in DinoSupervision.
+        teacher (str, nn.Module, dict or None): As in DinoSupervision, a dict of such teachers by name, of which each
+            term picks one by its ``teacher=``, or None where every call gives the ``targets`` of all terms. A teacher
+            that no term needs does not run. ``teachers[name]`` holds one of several, with its preprocessing.
         terms (dict of str to Term): The terms by name, such as ``{"token": TokenTerm(1152)}``. Their parameters are
             ``terms.<name>.*`` in a checkpoint.
         schedule (Schedule, optional): When the loss counts, and how much. Default: always, by a weight of 1.
-        img_size (int, sequence of two ints or callable, optional): The teacher's input, as in DinoSupervision. Default:
-            the teacher's own, else 224.
+        img_size (int, sequence of two ints or callable, optional): The teacher's input, as in DinoSupervision. For
+            several teachers this and the two that follow are one value for all, or a dict by name. Default: the
+            teacher's own, else 224.
         preprocess (str or nn.Module): As in DinoSupervision, and so are the options that follow.
         input_range (sequence of two floats, optional): Values that mean black and white.
-        stopgrad_image (bool): Default: ``True``.
+        stopgrad_image (bool): False lets the gradient pass to the images, features and targets. Default: ``True``.
         backend (str, optional): Backend of the preprocessing; a term has its own. Default: see ``use_backend``.
 
     Shape:
@@ -142,13 +147,13 @@ class Supervision(Supervised):
 
     def __init__(
         self,
-        teacher: str | nn.Module,
+        teacher: str | nn.Module | Mapping[str, str | nn.Module] | None,
         terms: Mapping[str, Term],
         schedule: Schedule | None = None,
         *,
-        img_size: int | Sequence[int] | SizeRule | None = None,
-        preprocess: str | nn.Module = "bilinear",
-        input_range: Sequence[float] | None = None,
+        img_size: int | Sequence[int] | SizeRule | Mapping[str, Any] | None = None,
+        preprocess: str | nn.Module | Mapping[str, str | nn.Module] = "bilinear",
+        input_range: Sequence[float] | Mapping[str, Sequence[float] | None] | None = None,
         stopgrad_image: bool = True,
         backend: Backend | None = None,
     ) -> None:
@@ -156,19 +161,16 @@ class Supervision(Supervised):
         check_terms(terms)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be None or a Schedule, got {type(schedule).__name__}")
-        if img_size is None:
-            img_size = getattr(teacher, "img_size", None) or 224
-        self.img_size = check_img_size(img_size)
         self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.schedule = Schedule(1.0, 0) if schedule is None else schedule
-        layers = dict.fromkeys(n for term in terms.values() for n in term.layers)
-        self.teacher = make_teacher(teacher, self.img_size, True, None, layers)
-        self.preprocess = make_preprocess(preprocess, self.img_size, input_range, self.teacher, backend)
-        self.teacher_grid = self._find_grid(img_size)
+        self.hold_all(
+            teacher, layers_of(terms), backend, img_size=img_size, preprocess=preprocess, input_range=input_range
+        )
         for name, term in terms.items():
             if not stopgrad_image and any(getattr(part, "detach_teacher", False) for part in term.modules()):
                 raise ValueError(f"stopgrad_image=False needs a loss of {name} with detach_teacher=False")
-            term.build(int(self.teacher.embed_dim))
+            if (width := width_of(name, term, self.sources())) is not None:
+                term.build(width)
         self.terms = nn.ModuleDict(terms)
 
     def forward(
@@ -180,6 +182,7 @@ class Supervision(Supervised):
         weight: Tensor | Mapping[str, Tensor] | None = None,
         index: Tensor | Mapping[str, Tensor] | None = None,
         token_grid: Sequence[int] | None = None,
+        targets: Mapping[str, Any] | None = None,
         alpha: float | Tensor | None = None,
         as_dict: bool = False,
         step: int | None = None,
@@ -191,12 +194,18 @@ class Supervision(Supervised):
         Args:
             images (Tensor, optional): Images, as for ``encode``.
             students (dict of str to Tensor): Each term's tensor, of the same images.
-            features (dict, optional): What ``encode`` returned, in place of ``images``.
+            features (dict, optional): What ``encode`` returned, in place of ``images``. Of several teachers those that
+                no term needs may be left out.
             weight (Tensor or dict, optional): Weights of the images [B], or a dict by term, for tokens [B] or [B, N]. A
                 row of weight 0 is left out.
             index (Tensor or dict, optional): Positions [B, N] of the tokens on ``token_grid``, else on the teacher's
                 grid; a dict by term where several terms take one.
             token_grid (sequence of two ints, optional): Rows and columns of the tokens in this call.
+            targets (dict, optional): Tensors by term that stand in the teacher's place, such as an EMA's hidden states:
+                [B, D] for a GlobalTerm, [B, N, D] for tokens and regions. Tokens may be frames [B, T, N, D], a map
+                [B, D, h, w] or a dict with ``'patch'`` and ``'grid'``. As many tokens as the student's are compared
+                one by one; others lie on the grid that they say, or on one of ``token_grid``'s shape. They are
+                detached, unless ``stopgrad_image=False``. D is the term's ``out_dim``, else the teacher's.
             alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
             as_dict (bool): Returns ``loss_dict``'s result, and counts a step as it does. Default: ``False``.
             step (int, optional): As in ``loss_dict``; only with ``as_dict``.
@@ -210,7 +219,7 @@ class Supervision(Supervised):
             TypeError: If an input is no tensor.
         """
         self._check_alpha(alpha, as_dict, step)
-        calls = self._calls(images, students, features, weight, index, token_grid)
+        calls = self._calls(images, students, features, weight, index, token_grid, targets)
         run = partial(self._sum, calls, images, features)
         return self._scheduled(run, step, *students_of(calls)) if as_dict else run(alpha)
 
@@ -224,6 +233,7 @@ class Supervision(Supervised):
         weight: Tensor | Mapping[str, Tensor] | None = None,
         index: Tensor | Mapping[str, Tensor] | None = None,
         token_grid: Sequence[int] | None = None,
+        targets: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """Returns the weighted loss and its logs, for trainers that add up every key that contains "loss".
 
@@ -235,6 +245,7 @@ class Supervision(Supervised):
             weight (Tensor or dict, optional): Weights of rows.
             index (Tensor or dict, optional): Positions of tokens.
             token_grid (sequence of two ints, optional): Rows and columns of the tokens.
+            targets (dict, optional): Tensors in the teacher's place.
 
         Returns:
             dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
@@ -246,65 +257,43 @@ class Supervision(Supervised):
         """
         if self.training:
             warn_if_unsynchronised(self)
-        options = {"features": features, "weight": weight, "index": index, "token_grid": token_grid}
+        options: dict[str, Any] = {"features": features, "weight": weight, "index": index, "token_grid": token_grid}
+        options["targets"] = targets
         calls = self._calls(images, students, **options)  # refuses before the step is counted
         return self._scheduled(partial(self, images, students, **options), step, *students_of(calls))
 
     def _calls(
-        self, images: Any, students: Any, features: Any, weight: Any, index: Any, token_grid: Any
+        self, images: Any, students: Any, features: Any, weight: Any, index: Any, token_grid: Any, targets: Any
     ) -> dict[str, Call]:
         """Check a call, and return those of its terms."""
         terms: dict[str, Any] = dict(self.terms.items())
         if not isinstance(students, Mapping) or students.keys() != terms.keys():
             got = sorted(map(str, students)) if isinstance(students, Mapping) else type(students).__name__
             raise ValueError(f"students must be a dict with a tensor for each of the terms {sorted(terms)}, got {got}")
-        batch = self._check_images(images, features, "images")
+        given = take_targets(terms, targets, self.sources())
+        needed = {term.teacher for name, term in terms.items() if name not in given}
+        batch = check_batch(self.check_inputs(images, features, needed, "images"), given)
         shares = share_out(terms, weight=weight, index=index, token_grid=token_grid)
         for name, term in terms.items():
             term.check(f"students[{name!r}]", students[name], batch, **shares[name])
-        return {name: Call(term, students[name], shares[name], term.weight) for name, term in terms.items()}
+        return {
+            name: Call(term, students[name], shares[name], term.weight, target=given.get(name))
+            for name, term in terms.items()
+        }
 
     def extra_repr(self) -> str:
-        return f"teacher={type(self.teacher).__name__} (frozen, not a submodule)"
+        kinds = [type(source.teacher).__name__ for source in self.sources().values()]
+        return f"teacher={', '.join(kinds) or None} (frozen, not a submodule)"
 
 
 def students_of(calls: Mapping[str, Call]) -> list[Tensor]:
     return [call.student for call in calls.values()]
 
 
-def check_terms(terms: Any) -> None:
-    """Check terms by name. Trainers add up every log that contains "loss", so that no name may."""
-    if not isinstance(terms, Mapping) or not terms:
-        raise ValueError(f"terms must be a dict of at least one term by name, got {terms!r}")
-    for name, term in terms.items():
-        if not isinstance(name, str) or not name.isidentifier() or "loss" in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"terms must have names that are identifiers without 'loss', and no dict's, got {name!r}")
-        if not isinstance(term, Term):
-            raise TypeError(f"terms[{name!r}] must be a Term, got {type(term).__name__}")
-
-
-def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:
-    """Return the options of a call by term. One that is a dict names its terms; else it goes to all that take it.
-
-    Weights leave images out of the loss, so that a term without them would have to be told.
-    """
-    shares: dict[str, dict[str, Any]] = {name: {} for name in terms}
-    for option, value in options.items():
-        takers = [name for name, term in terms.items() if option in term.takes]
-        if value is None:
-            continue
-        if not takers:
-            raise ValueError(f"{option} must be left out: none of the terms {', '.join(terms)} takes it")
-        if not isinstance(value, Mapping):
-            if option == "weight" and len(takers) < len(terms):
-                others = ", ".join(name for name in terms if name not in takers)
-                raise ValueError(f"weight must be a dict by term, since {others} takes none")
-            if option == "index" and len(takers) > 1:
-                raise ValueError(f"index must be a dict by term, since several take one: {', '.join(takers)}")
-            value = dict.fromkeys(takers, value)
-        for name, its in value.items():
-            if name not in takers:
-                raise ValueError(f"{option} is given to {name!r}; the terms that take it are {', '.join(takers)}")
-            if its is not None:
-                shares[name][option] = its
-    return shares
+def needs_of(calls: Mapping[str, Call]) -> dict[str | None, frozenset[str]]:
+    """Return what is read of each teacher that a call needs."""
+    needs: dict[str | None, frozenset[str]] = {}
+    for call in calls.values():
+        if call.target is None:
+            needs[call.term.teacher] = needs.get(call.term.teacher, frozenset()) | call.term.needs
+    return needs

@@ -48,7 +48,9 @@ ARROWS = {
         "validation",
     },
     "legacy_checkpoint": set(),
+    "calls": {"terms"},
     "supervision": {
+        "calls",
         "distributed",
         "functional",
         "legacy_checkpoint",
@@ -60,6 +62,7 @@ ARROWS = {
         "validation",
     },
     "recipes": {
+        "calls",
         "distributed",
         "features",
         "functional",
