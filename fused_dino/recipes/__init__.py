@@ -1,5 +1,6 @@
 """Published definitions by name: each composes the terms of this package by the constants of its source."""
 
+from .catalogue import find_missing
 from .haste import haste
 from .irepa import irepa
 from .prx import prx
@@ -9,3 +10,7 @@ from .seed import seed
 from .vicreg import vicreg
 
 __all__ = ["haste", "irepa", "prx", "repa", "repae", "seed", "vicreg"]
+
+
+def __getattr__(name: str) -> object:
+    raise AttributeError(find_missing(name) or f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..legacy_checkpoint import Legacy
 from ..supervision import Supervision
-from ..terms.tokens import TokenConv, TokenTerm
-from .repa import PROJECTOR, NegativeCosine, Teacher, of_repas_images, repas_teacher
+from ..terms.tokens import TokenConv
+from .repa import PROJECTOR, Teacher, cosine_term, of_repas_images, repas_teacher
 
 LEGACY = Legacy("iREPA", {"projectors.0.projection_layer": PROJECTOR})
 
@@ -25,7 +25,8 @@ def irepa(
         P    = Conv2d(C, D, kernel, padding=kernel // 2) over the grid of tokens, with torch's first values
         h    = hidden tokens [B, N, C] after block 8, 4 of SiT-B and JiT-B; g = patch tokens [B, N, D]
 
-    Images are REPA's. Checkpoints with ``projectors.0.projection_layer.*`` load.
+    Images of R x R pixels are resized to 224 * (R // 256), bicubic without antialias, as in repa. Checkpoints with
+    ``projectors.0.projection_layer.*`` load.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
@@ -33,7 +34,7 @@ def irepa(
         kernel (int): Odd side of the convolution; the SiT code's own command leaves it at 1. Default: 3.
         standardize (float): Share of the mean that is taken away; 0.8 in JiT. Default: 0.6, of the SiT code.
         alpha (float): Weight of the loss; 0.5 in JiT. Default: 1.0, of the SiT code's irepa.yaml.
-        resolution (int): Side of the images, at least 256. Default: 256.
+        resolution (int): Side R of the images, at least 256. Default: 256.
         **options: Of Supervision, such as ``input_range``.
 
     Returns:
@@ -49,6 +50,5 @@ def irepa(
     Source: Singh et al., arXiv 2512.10794; github.com/End2End-Diffusion/iREPA, ldm/ and jit/.
     """
     model, size = repas_teacher(teacher, resolution)
-    conv, loss = TokenConv(token_dim, model.embed_dim, kernel), NegativeCosine(detach_teacher=False)
-    term = TokenTerm(token_dim, projector=conv, standardize=standardize, unbiased=True, loss=loss)
+    term = cosine_term(token_dim, TokenConv(token_dim, model.embed_dim, kernel), standardize=standardize, unbiased=True)
     return of_repas_images(term, model, size, alpha, LEGACY, **options)

@@ -48,6 +48,10 @@ def repas_teacher(teacher: Teacher, resolution: int) -> tuple[Any, int]:
     return make_teacher(teacher, size, True, None), size
 
 
+def cosine_term(token_dim: int, projector: str | nn.Module, **options: Any) -> Any:
+    return TokenTerm(token_dim, projector=projector, loss=NegativeCosine(detach_teacher=False), **options)
+
+
 def of_repas_images(
     term: Term, teacher: nn.Module, size: int, alpha: float, legacy: Legacy, **options: Any
 ) -> Supervision:
@@ -91,6 +95,6 @@ def repa(
     Source: Yu et al., arXiv 2410.06940; github.com/sihyun-yu/REPA, loss.py and train.py.
     """
     model, size = repas_teacher(teacher, resolution)
-    term: Any = TokenTerm(token_dim, out_dim=model.embed_dim, loss=NegativeCosine(detach_teacher=False))
+    term = cosine_term(token_dim, "mlp", out_dim=model.embed_dim)
     term.projector.apply(initialise)
     return of_repas_images(term, model, size, alpha, Legacy("REPA", {"projectors.0": PROJECTOR}), **options)
