@@ -2,109 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .calls import check_batch, check_terms, layers_of, share_out, take_targets, width_of
 from .distributed import warn_if_unsynchronised
 from .functional import Backend
-from .legacy_checkpoint import Legacy, adopt, watch_parents
-from .live import live_tensors, reach
 from .schedule import Schedule
 from .sizes import SizeRule
-from .teacher.several import Teachers
-from .terms.base import Parts, Term
-from .validation import check_flag, check_int, check_scalar
-
-
-class Call(NamedTuple):
-    """A term, what it gets in one call, its factor in the sum, and the parts that it uses in place of its own."""
-
-    term: Any
-    student: Tensor
-    options: dict[str, Any]
-    weight: float
-    parts: Parts | None = None
-    target: Any = None  # the features that the call gives in place of the teacher's
-
-    def run(self, features: Any, alpha: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss times weight and alpha, and the logs."""
-        scale = self.weight if alpha is None else self.weight * alpha
-        folded = None if alpha is None and self.weight == 1 else scale
-        if self.parts is not None:
-            return self.term.align(self.parts, self.student, features, scale=folded, **self.options)
-        if "scale" in self.term.takes:
-            return self.term(self.student, features, scale=folded, **self.options)
-        loss, logs = self.term(self.student, features, **self.options)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = getattr(loss, "shape", type(loss).__name__)
-            raise TypeError(f"{type(self.term).__name__} must return a scalar tensor as its loss, got {got}")
-        return loss * (scale.to(loss) if isinstance(scale, Tensor) else scale), {"value": loss.detach(), **logs}
-
-
-class Supervised(Teachers):
-    """What every supervision does with the calls of its terms."""
-
-    schedule: Schedule
-    legacy: Legacy | None = None  # names in others' checkpoints
-
-    def __init__(self) -> None:
-        super().__init__()
-        watch_parents()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        adopt(self, state_dict, prefix, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _sum(
-        self, calls: Mapping[str, Call], x_img: Any, features: Any, alpha: Any, zeros: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum of the terms' losses, and their logs by the names of a trainer's log."""
-        device, needs = next(iter(calls.values())).student.device, needs_of(calls)
-        features = self.features_of(x_img, features, device, needs)
-        if alpha is not None:
-            alpha = check_scalar("alpha", alpha, self.schedule.step.device)
-        losses, logs = list(zeros), {}
-        for name, call in calls.items():
-            target = features[call.term.teacher] if call.target is None else self.ready(call.target, device)
-            loss, found = call.run(target, alpha)
-            losses.append(loss)
-            if any("loss" in key for key in found):
-                raise ValueError(f"logs of {name} must have names without 'loss', which trainers add up: {list(found)}")
-            logs.update({self._log_name(name, key): value for key, value in found.items()})
-            if "is_global" in found:
-                self._warn_once()
-        return sum(losses[1:], losses[0]), logs
-
-    def _log_name(self, name: str, key: str) -> str:
-        return f"dino_{name}" if key == "value" else f"dino_{name}_{key}"
-
-    def _scheduled(self, run: Callable[..., Any], step: int | None, *inputs: Tensor | None) -> dict[str, Tensor]:
-        """Count a step, and return what run(alpha=...) gives under the schedule, or the zero after its stop."""
-        if step is None:
-            self.schedule.advance()
-        else:
-            step = check_int("step", step, 0)
-        if self.schedule.stopped(step):
-            return {"loss_dino": self._zero(*inputs)}
-        loss, logs = run(alpha=self.schedule.factor(step))
-        return {"loss_dino": self.schedule.cut(loss, step), **logs}
-
-    def _zero(self, *inputs: Tensor | None, without: str = "") -> Tensor:
-        """Return 0 that gives inputs and parameters a zero gradient. without: a child that is left out."""
-        parts = [part for name, part in self.named_children() if name != without]
-        tensors = [x for part in parts for x in live_tensors(part) if x.is_floating_point()]
-        tensors += [x for x in (*self._parameters.values(), *inputs) if x is not None]
-        return reach(*tensors)
-
-    def _check_alpha(self, alpha: Any, as_dict: bool, step: Any) -> None:
-        if as_dict and alpha is not None:
-            raise ValueError("alpha must be left out with as_dict=True, whose weight is the schedule's")
-        if step is not None and not as_dict:
-            raise ValueError("step must be left out, or as_dict=True given: only the schedule's weight depends on it")
+from .supervised import Call, Supervised, students_of
+from .terms.base import Term
+from .validation import check_flag
 
 
 class Supervision(Supervised):
@@ -172,6 +84,7 @@ class Supervision(Supervised):
             if (width := width_of(name, term, self.sources())) is not None:
                 term.build(width)
         self.terms = nn.ModuleDict(terms)
+        check_schedule(self.schedule, terms)
 
     def forward(
         self,
@@ -221,7 +134,7 @@ class Supervision(Supervised):
         self._check_alpha(alpha, as_dict, step)
         calls = self._calls(images, students, features, weight, index, token_grid, targets)
         run = partial(self._sum, calls, images, features)
-        return self._scheduled(run, step, *students_of(calls)) if as_dict else run(alpha)
+        return self._scheduled(run, step, calls, *students_of(calls)) if as_dict else run(alpha)
 
     def loss_dict(
         self,
@@ -259,8 +172,8 @@ class Supervision(Supervised):
             warn_if_unsynchronised(self)
         options: dict[str, Any] = {"features": features, "weight": weight, "index": index, "token_grid": token_grid}
         options["targets"] = targets
-        calls = self._calls(images, students, **options)  # refuses before the step is counted
-        return self._scheduled(partial(self, images, students, **options), step, *students_of(calls))
+        calls = self._calls(images, students, **options)
+        return self._scheduled(partial(self, images, students, **options), step, calls, *students_of(calls))
 
     def _calls(
         self, images: Any, students: Any, features: Any, weight: Any, index: Any, token_grid: Any, targets: Any
@@ -286,14 +199,18 @@ class Supervision(Supervised):
         return f"teacher={', '.join(kinds) or None} (frozen, not a submodule)"
 
 
-def students_of(calls: Mapping[str, Call]) -> list[Tensor]:
-    return [call.student for call in calls.values()]
-
-
-def needs_of(calls: Mapping[str, Call]) -> dict[str | None, frozenset[str]]:
-    """Return what is read of each teacher that a call needs."""
-    needs: dict[str | None, frozenset[str]] = {}
-    for call in calls.values():
-        if call.target is None:
-            needs[call.term.teacher] = needs.get(call.term.teacher, frozenset()) | call.term.needs
-    return needs
+def check_schedule(schedule: Schedule, terms: Mapping[str, Term]) -> None:
+    """Check that the terms have the similarity that a schedule follows, and that no log has the name of its."""
+    taken = schedule.logs(0.0, torch.zeros(())).keys() & terms.keys()
+    if taken:
+        raise ValueError(f"terms must not have the names of the schedule's logs: {', '.join(sorted(taken))}")
+    if schedule.watch is None:
+        return
+    term = schedule.watch.stop.term
+    if term is not None and term not in terms:
+        raise ValueError(f"BySimilarity's term must be one of {', '.join(terms)}, got {term!r}")
+    for name in terms if term is None else (term,):
+        try:
+            terms[name].similarity(torch.zeros(()))
+        except ValueError as error:
+            raise ValueError(f"BySimilarity cannot follow the term {name!r}: {error}; give term= another") from None
