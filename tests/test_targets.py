@@ -211,7 +211,7 @@ def test_strangers_terms_take_targets():
 
 def test_a_stopped_loss_and_a_copy_need_no_teacher():
     module = make("token")
-    module.schedule.stop_step = 0
+    module.schedule = Schedule(0.5, 0, stop_step=0)
     out = module.loss_dict(students=students("token"), targets={"token": randn(B, N, D)})
     assert out["loss_dino"] == 0
     out["loss_dino"].backward()
