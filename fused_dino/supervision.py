@@ -261,7 +261,7 @@ class Supervision(Supervised):
 
         Returns:
             dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
-            From the schedule's ``stop_step`` on ``loss_dino`` alone, an exact zero.
+            From the schedule's stop on an exact zero, without the terms' logs. The schedule may have logs of its own.
 
         Raises:
             ValueError: If an input does not fit. The message names it.

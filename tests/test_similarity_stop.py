@@ -78,7 +78,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(mode, calls, tmp_pat
     resumed.load_state_dict(torch.load(tmp_path / "x", weights_only=True))
     assert resumed.run(*values[calls:]) == whole.run(*values)[calls:]
     assert torch.equal(resumed.dino.schedule.watch.average, whole.dino.schedule.watch.average)
-    assert set(whole.dino.schedule.state_dict()) == {"step", "watch.average", "watch.stopped"}
+
+
+def test_a_checkpoint_without_it_is_refused_by_what_it_lacks():
+    plain, model = Model(None), Model(BySimilarity(0.6, every=1))
+    assert set(plain.dino.schedule.state_dict()) == {"step"}
+    assert set(model.dino.schedule.state_dict()) == {"step", "watch.average", "watch.stopped"}
+    plain.run(0.5)
+    with pytest.raises(RuntimeError, match=r"Missing key.*schedule\.watch\.average"):
+        model.load_state_dict(plain.state_dict())
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert model.run(0.5, 0.9) == pytest.approx([0.5, 0.5])
+    assert model.dino.schedule.step == 3
 
 
 @pytest.mark.parametrize("change", [lambda m: m.bfloat16().double(), copy.deepcopy, lambda m: m.half().double()])
