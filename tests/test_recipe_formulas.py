@@ -136,12 +136,13 @@ def test_haste_is_repa_up_to_its_stop():
     same(module, given, {"token": h}, expected, step=0)
     same(module, given, {"token": h}, expected, step=249_999)
     after = module.loss_dict(torch.zeros(3, 3, 256, 256), {"token": h}, step=250_000)  # the teacher would raise
-    assert {name: value.item() for name, value in after.items()} == {"loss_dino": 0}
+    assert {name: value.item() for name, value in after.items()} == {"loss_dino": 0, "dino_alpha": 0}
     after["loss_dino"].backward()
     assert all(not x.grad.any() for x in (h, *module.parameters()))
     coco = token_module(recipes.haste, stop_step=150_000, alpha=0.25)
     out = coco.loss_dict(features=given, students={"token": h.detach()}, step=149_999)
     assert out["loss_dino"].item() == pytest.approx(0.25 * out["dino_token"].item())
+    assert out["dino_alpha"] == 0.25
     assert coco.loss_dict(features=given, students={"token": h.detach()}, step=150_000)["loss_dino"] == 0
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import version
 from textwrap import fill
 from typing import Any
 
@@ -85,8 +86,8 @@ def setting(name: str) -> str:
     recipe = RECIPES[name]
     students = " and ".join(" x ".join(map(str, (BATCH, *shape))) for shape in recipe.students.values())
     return (
-        f"Cost at the roofs of {GPU.name} in {DTYPE}: {BATCH} images of {SIDE} x {SIDE}, {recipe.teacher}, "
-        f"a student of {students}."
+        f"Cost at the roofs of {GPU.name} in {DTYPE}: {BATCH} images of {SIDE} x {SIDE}, a student of {students}, "
+        f"{recipe.teacher} as timm {version('timm')} runs it."
     )
 
 

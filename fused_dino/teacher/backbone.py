@@ -226,7 +226,8 @@ class DINOv2Backbone(nn.Module):
                 f"{columns * self.patch_size} at patch_size {self.patch_size} have {rows} x {columns} of width "
                 f"{self.embed_dim}"
             )
-        return {"global": pooled, "patch": patch}
+        # A view would keep all tokens for as long as a loss keeps the global one.
+        return {"global": pooled.contiguous(), "patch": patch}
 
     def size_of(self, x: Tensor) -> Size:
         """Return the height and width of images or patches x, or raise ValueError if this model does not take them."""
