@@ -308,7 +308,7 @@ def check_terms(terms: Any) -> None:
 
 def check_schedule(schedule: Schedule, terms: Mapping[str, Term]) -> None:
     """Check that the terms have the similarity that a schedule follows, and that no log has the name of its."""
-    taken = schedule.logs(0.0, torch.zeros(())).keys() & terms.keys()
+    taken = terms.keys() & set(schedule.log_names)
     if taken:
         raise ValueError(f"terms must not have the names of the schedule's logs: {', '.join(sorted(taken))}")
     if schedule.watch is None:
