@@ -56,11 +56,11 @@ KINDS = {"cosine": CosineLoss, "mse": MSELoss, "vicreg": VICRegLoss}
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def on_meta(name: str, img_size: Any = 224) -> DINOv2Backbone:
+def on_meta(name: str, img_size: Any = 224, layers: Sequence[int] | None = None) -> DINOv2Backbone:
     """Build a teacher without memory, weights or network."""
     argument: dict[str, Any] = {"variant" if name in VARIANTS else "model": name}
     with torch.device("meta"):
-        teacher = DINOv2Backbone(**argument, img_size=img_size, pretrained=False)
+        teacher = DINOv2Backbone(**argument, img_size=img_size, pretrained=False, layers=layers)
     return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
 
 

@@ -136,12 +136,13 @@ def test_haste_is_repa_up_to_its_stop():
     same(module, given, {"token": h}, expected, step=0)
     same(module, given, {"token": h}, expected, step=249_999)
     after = module.loss_dict(torch.zeros(3, 3, 256, 256), {"token": h}, step=250_000)  # the teacher would raise
-    assert {name: value.item() for name, value in after.items()} == {"loss_dino": 0}
+    assert {name: value.item() for name, value in after.items()} == {"loss_dino": 0, "dino_alpha": 0}
     after["loss_dino"].backward()
     assert all(not x.grad.any() for x in (h, *module.parameters()))
     coco = token_module(recipes.haste, stop_step=150_000, alpha=0.25)
     out = coco.loss_dict(features=given, students={"token": h.detach()}, step=149_999)
     assert out["loss_dino"].item() == pytest.approx(0.25 * out["dino_token"].item())
+    assert out["dino_alpha"] == 0.25
     assert coco.loss_dict(features=given, students={"token": h.detach()}, step=150_000)["loss_dino"] == 0
 
 
@@ -195,6 +196,31 @@ def test_prx_resizes_to_the_grid_of_the_tokens(monkeypatch):
     assert coarse(512, 512, 16) == (256, 256)
     with pytest.raises(ValueError, match="downsampling"):
         recipes.prx(5, teacher=Lone(), downsampling=0)
+
+
+def test_raev2_sums_layers():
+    given = drawn()
+    for options, chosen in (({"layers": (-2, 1)}, (-2, 1)), ({}, tuple(range(-7, 0)))):
+        module = token_module(recipes.raev2, **options)
+        given["layers"] = {n: {"global": draw(3, 6), "patch": draw(3, 8, 6, seed=20 + n)} for n in chosen}
+        h, p = draw(3, 8, 5).requires_grad_(), module.terms["token"].projector
+        target = sum(given["layers"][n]["patch"] for n in chosen)
+        expected = (h @ p.weight.T + p.bias - target).square().sum() / (3 * 8 * 6)
+        same(module, given, {"token": h}, 0.5 * expected)
+
+
+def test_raev2_asks_a_named_teacher_for_its_layers(monkeypatch):
+    asked = []
+
+    def make_teacher(*arguments):
+        asked.append(arguments)
+        return Lone()
+
+    monkeypatch.setattr(sys.modules["fused_dino.recipes.raev2"], "make_teacher", make_teacher)
+    recipes.raev2(5)
+    ((name, rule, pretrained, dtype, layers),) = asked
+    assert (name, rule(256, 256, 16), pretrained, dtype) == ("vit_large_patch16_dinov3", (256, 256), True, None)
+    assert layers == (-7, -6, -5, -4, -3, -2, -1)
 
 
 def vicreg_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

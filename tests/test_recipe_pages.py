@@ -3,13 +3,15 @@
 import re
 
 import pytest
+from torch import nn
 
 import fused_dino
 from fused_dino import recipes
 from fused_dino.cli import recipe_pages
 from fused_dino.cli.recipe_pages import BEGIN, END, FOLDER
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
+COST = r"(?s)Cost at the roofs of .*?Source: "
 each = pytest.mark.parametrize("name", recipes.__all__)
 
 
@@ -21,8 +23,15 @@ def rendered():
 @pytest.mark.parametrize("name", ["README", *recipes.__all__])
 def test_a_page_is_what_make_recipes_would_render(name, rendered):
     path = FOLDER / f"{name}.md"
-    text = path.read_text()
-    assert recipe_pages.insert(text, rendered[path], path.name) == text, "run make recipes"
+    text, now = path.read_text(), rendered[path]
+    if name != "README" and f"timm {timm.__version__} " not in text:  # another timm's model launches other kernels
+        text, now = without_cost(text), without_cost(now)
+    assert recipe_pages.insert(text, now, path.name) == text, "run make recipes"
+
+
+def without_cost(text):
+    assert re.search(COST, text)
+    return re.sub(COST, "Source: ", text)
 
 
 def test_each_recipe_has_a_page_and_each_page_a_recipe():
@@ -41,10 +50,23 @@ def test_a_page_says_by_hand_what_the_code_does_not(name):
     assert re.search(r"^- ", pitfalls, re.MULTILINE)
 
 
+class Layered(nn.Module):
+    """A teacher whose last features are those of all its layers."""
+
+    def __init__(self, teacher, layers):
+        super().__init__()
+        self.teacher, self.layers = teacher, layers
+        self.embed_dim, self.patch_size = teacher.embed_dim, teacher.patch_size
+
+    def forward(self, images):
+        found = self.teacher(images)
+        return {**found, "layers": {n: dict(found) for n in self.layers}}
+
+
 @each
 def test_the_lines_of_use_run(name, teacher, monkeypatch):
     """A small teacher takes DINOv2's place, with which the docstring's example runs in its own test."""
-    monkeypatch.setattr(fused_dino, "DINOv2Backbone", lambda *arguments, **options: teacher)
+    monkeypatch.setattr(fused_dino, "DINOv2Backbone", lambda *_, layers=(), **options: Layered(teacher, layers))
     blocks = re.findall(r"```python\n(.*?)```", (FOLDER / f"{name}.md").read_text(), re.DOTALL)
     assert blocks
     for code in blocks:

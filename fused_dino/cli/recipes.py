@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import version
 from textwrap import fill
 from typing import Any
 
@@ -85,8 +86,8 @@ def setting(name: str) -> str:
     recipe = RECIPES[name]
     students = " and ".join(" x ".join(map(str, (BATCH, *shape))) for shape in recipe.students.values())
     return (
-        f"Cost at the roofs of {GPU.name} in {DTYPE}: {BATCH} images of {SIDE} x {SIDE}, {recipe.teacher}, "
-        f"a student of {students}."
+        f"Cost at the roofs of {GPU.name} in {DTYPE}: {BATCH} images of {SIDE} x {SIDE}, a student of {students}, "
+        f"{recipe.teacher} as timm {version('timm')} runs it."
     )
 
 
@@ -95,7 +96,7 @@ def cost(name: str) -> list[Line]:
     """Return the cost of a step under a recipe, counted on what it makes."""
     recipe = RECIPES[name]
     (width,) = {shape[-1] for shape in recipe.students.values()}
-    teacher = on_meta(recipe.teacher, recipe.size)
+    teacher = on_meta(recipe.teacher, recipe.size, recipe.layers)
     with torch.device("meta"):
         supervision = recipe.make(width, teacher=teacher)
     parts = supervised(supervision, BATCH, SIDE, recipe.students, getattr(torch, DTYPE))

@@ -4,12 +4,13 @@ from .catalogue import find_missing
 from .haste import haste
 from .irepa import irepa
 from .prx import prx
+from .raev2 import raev2
 from .repa import repa
 from .repae import repae
 from .seed import seed
 from .vicreg import vicreg
 
-__all__ = ["haste", "irepa", "prx", "repa", "repae", "seed", "vicreg"]
+__all__ = ["haste", "irepa", "prx", "raev2", "repa", "repae", "seed", "vicreg"]
 
 
 def __getattr__(name: str) -> object:

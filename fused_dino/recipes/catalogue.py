@@ -11,6 +11,7 @@ from ..supervision import Supervision
 from .haste import haste
 from .irepa import irepa
 from .prx import prx
+from .raev2 import LAST_SEVEN, raev2
 from .repa import repa
 from .repae import repae
 from .seed import seed
@@ -21,6 +22,7 @@ class Recipe(NamedTuple):
     """A recipe, what it aligns by which loss, and the run of its authors that a cost is told for.
 
     students: The shape of each term's tensor without the batch. size: Side of the teacher's input for images of 256.
+    layers: Of the teacher, which gives them beside the last.
     """
 
     make: Callable[..., Supervision]
@@ -29,6 +31,7 @@ class Recipe(NamedTuple):
     students: Mapping[str, tuple[int, ...]]
     teacher: str = "vitb14"
     size: int = 224
+    layers: tuple[int, ...] | None = None
 
 
 TOKENS = {"token": (256, 1152)}  # of SiT-XL/2 at 256 x 256
@@ -42,6 +45,10 @@ RECIPES = {
     "prx": Recipe(
         prx, "hidden tokens with DINOv3's patch tokens", "-cosine", {"token": (256, 1792)},
         "vit_large_patch16_dinov3", 256,
+    ),
+    "raev2": Recipe(
+        raev2, "hidden tokens with a sum of the teacher's layers", "squared error", {"token": (256, 1440)},
+        "vit_large_patch16_dinov3", 256, LAST_SEVEN,
     ),
     "vicreg": Recipe(vicreg, "a latent with the global token", "VICReg", LATENT, "vitl14"),
     "seed": Recipe(seed, "a latent with the global token", "1 - cosine", LATENT, "vitl14"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedule import Schedule
+from ..schedule import AtStep, Schedule, Weight
 from ..supervision import Supervision
 from .repa import Teacher, repa
 
@@ -31,7 +31,7 @@ def haste(
         **options: Of repa, such as ``resolution``.
 
     Returns:
-        Supervision: Of one term, ``"token"``, whose log is minus the mean cosine; there is none after the stop.
+        Supervision: Of one term, ``"token"``, whose log is minus the mean cosine; ``dino_alpha`` tells of the stop.
 
     Raises:
         ValueError: If an argument is out of range. The message names it.
@@ -44,5 +44,5 @@ def haste(
     Source: Wang et al., arXiv 2505.16792; github.com/NUS-HPC-AI-Lab/HASTE, loss.py and train.py.
     """
     made = repa(token_dim, teacher=teacher, alpha=alpha, **options)
-    made.schedule = Schedule(alpha, 0, stop_step)
+    made.schedule = Schedule(weight=Weight(alpha), stop=AtStep(stop_step))
     return made

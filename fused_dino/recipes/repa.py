@@ -30,6 +30,10 @@ class NegativeCosine(CosineLoss):
         loss = super().forward(student, target, weight, index)
         return loss - (1 if weight is None else (weight != 0).any().to(loss))
 
+    def similarity(self, loss: Tensor) -> Tensor:
+        """Return the mean similarity that a loss means."""
+        return super().similarity(loss) - 1
+
 
 def initialise(module: nn.Module) -> None:
     """Give a linear layer the first values that REPA's code gives it."""

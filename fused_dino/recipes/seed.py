@@ -245,7 +245,7 @@ class DinoSupervision(Supervised):
         def run(alpha: Any) -> tuple[Tensor, dict[str, Tensor]]:
             return self._sum(calls, x_img, features, alpha, zeros)
 
-        return self._scheduled(run, step, z_text, tokens) if as_dict else run(alpha)
+        return self._scheduled(run, step, calls, z_text, tokens) if as_dict else run(alpha)
 
     def loss_dict(
         self,
@@ -284,8 +284,8 @@ class DinoSupervision(Supervised):
             warn_if_unsynchronised(self)
         options: dict[str, Any] = {"features": features, "tokens": tokens, "weight": weight}
         options.update(index=index, token_grid=token_grid)
-        self._calls(z_text, x_img, **options)  # refuses before the step is counted
-        return self._scheduled(partial(self, z_text, x_img, **options), step, z_text, tokens)
+        calls = self._calls(z_text, x_img, **options)
+        return self._scheduled(partial(self, z_text, x_img, **options), step, calls, z_text, tokens)
 
     def _calls(
         self, z_text: Any, x_img: Any, features: Any, tokens: Any, weight: Any, index: Any, token_grid: Any

@@ -16,8 +16,9 @@ from ..hidden import FRESH
 from ..live import dtype_of
 from ..sizes import Size, SizeRule, check_img_size
 from ..validation import check_flag, check_tensor
-from .embedding import from_patches, take_patches
+from .embedding import PatchProjection, from_patches, from_raw, take_patches
 from .layers import Layers, find_layers, run_layers
+from .pixels import Raw
 from .positions import resampling_of, take_any_size
 from .reading import check_fixed_size, read_embed_dim, read_patch_size, read_prefix_tokens, read_statistic
 from .transformers_model import call_options, split_tokens, without_head
@@ -108,6 +109,7 @@ class DINOv2Backbone(nn.Module):
     """
 
     model: nn.Module
+    takes_raw = True
     img_size: Any  # Size or SizeRule
     grid: Any  # Grid, or None with a rule
     layers: Layers | None
@@ -174,20 +176,33 @@ class DINOv2Backbone(nn.Module):
         take_patches(self.model, self.patch_size)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor) -> Features:
+    @property
+    def projection(self) -> PatchProjection | None:
+        """The model's patch embedding, where that is a convolution by patches."""
+        return take_patches(self.model, self.patch_size)
+
+    def input_size(self, size: Size) -> Size:
+        """Return the one size that this model takes, or `size` where it takes any."""
+        return size if self.grid is None else (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+
+    def forward(self, x: Tensor, raw: Raw | None = None) -> Features:
         """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
         x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
         img_size's grid, row by row, each in the order of a Conv2d's weight, for models whose patch embedding is a
         convolution by patches, as a ViT's is: it becomes one matrix product.
+        raw: what a supervision's preprocessing would do, where x are raw images and it is folded into that convolution.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
-        h, w = self.size_of(x)
+        h, w = self.size_of(x) if raw is None else raw.size
         p = self.patch_size
         grid = h // p, w // p
-        x = x.to(dtype_of(self.model) or x.dtype)
-        out, layers = from_patches(self.model, self.run, x, (h, w), p) if x.ndim == 3 else self.run(x)
+        if raw is not None and self.projection is not None:
+            out, layers = from_raw(self.projection, self.run, x, raw)
+        else:
+            x = x.to(dtype_of(self.model) or x.dtype)
+            out, layers = from_patches(self.model, self.run, x, (h, w), p) if x.ndim == 3 else self.run(x)
         pooled, patch = self.split(out)
         features: Features = {**self.fit(pooled, patch, grid), "grid": grid}
         if self.layers is not None:
@@ -211,7 +226,8 @@ class DINOv2Backbone(nn.Module):
                 f"{columns * self.patch_size} at patch_size {self.patch_size} have {rows} x {columns} of width "
                 f"{self.embed_dim}"
             )
-        return {"global": pooled, "patch": patch}
+        # A view would keep all tokens for as long as a loss keeps the global one.
+        return {"global": pooled.contiguous(), "patch": patch}
 
     def size_of(self, x: Tensor) -> Size:
         """Return the height and width of images or patches x, or raise ValueError if this model does not take them."""

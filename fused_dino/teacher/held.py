@@ -16,6 +16,8 @@ from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from ..preprocess import Preprocess
 from ..sizes import resolve
 from ..validation import check_images, check_size, check_tensor, check_values
+from .backbone import DINOv2Backbone
+from .pixels import Raw, read_raw
 from .reading import read_patch_size
 
 
@@ -114,16 +116,22 @@ class Taught(nn.Module):
         dtype = None if weight is None else weight.dtype
         x_img = as_images(x_img)
         h, w = x_img.shape[-2:]
-        if isinstance(self.preprocess, Preprocess):
-            # A compiler makes a program for each size that a rule gives.
-            size = resolve(self.img_size, index(h), index(w), self.patch_size) if callable(self.img_size) else None
-            x = self.preprocess(x_img, dtype, size)
+        ours = isinstance(self.preprocess, Preprocess)
+        # A compiler makes a program for each size that a rule gives.
+        ruled = ours and callable(self.img_size)
+        size = resolve(self.img_size, index(h), index(w), self.patch_size) if ruled else None
+        raw = None
+        if type(self.teacher) is DINOv2Backbone:
+            raw = read_raw(self.teacher, self.preprocess, x_img, size)
+        if isinstance(raw, Raw):
+            size, batch, found = raw.size, len(x_img), self.teacher(x_img, raw)
         else:
-            x = self.preprocess(x_img)
-        check_tensor("preprocess's result", x)
-        found = self.teacher(x if dtype is None else x.to(dtype))
-        found = check_features("teacher's result", found, self.teacher.embed_dim, len(x))
-        grid = self.teacher_grid or (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+            x = self.preprocess(x_img, dtype, size) if ours else self.preprocess(x_img)
+            check_tensor("preprocess's result", x)
+            size, batch = (x.shape[-2], x.shape[-1]), len(x)
+            found = self.teacher(x if dtype is None else x.to(dtype))
+        found = check_features("teacher's result", found, self.teacher.embed_dim, batch)
+        grid = self.teacher_grid or (size[0] // self.patch_size, size[1] // self.patch_size)
         features: Features = {"global": found["global"], "patch": found.get("patch")}
         features |= {"layers": found["layers"]} if found.get("layers") else {}
         return {**features, "grid": found.get("grid") or grid, "image_size": (h, w)}

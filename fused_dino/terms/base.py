@@ -68,6 +68,10 @@ class Term(nn.Module):
         if student.ndim < 1 or len(student) != batch:
             raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(student.shape)}")
 
+    def similarity(self, value: Tensor) -> Tensor:
+        """Return the similarity that a loss means, for BySimilarity. A term without one raises ValueError."""
+        raise ValueError(f"{type(self).__name__} defines no similarity(value)")
+
     def forward(self, student: Tensor, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss and its logs.
 
@@ -117,6 +121,16 @@ class Alignment(Term):
         self.loss = make_loss(loss, eps, backend)
         self.normalize_weight = check_flag("normalize_weight", normalize_weight)
         self.out_dim = out_dim
+
+    def similarity(self, value: Tensor) -> Tensor:
+        """Return the mean similarity of rows, if the loss has it."""
+        of_loss = getattr(self.loss, "similarity", None)
+        if of_loss is None:
+            raise ValueError(f"{type(self.loss).__name__} has no cosine similarity")
+        if not self.normalize_weight:
+            raise ValueError("normalize_weight=False hides the similarity behind the sum of the weights")
+        similarity: Tensor = of_loss(value)
+        return similarity
 
     def parts(self) -> Parts:
         if self.projector is None:
