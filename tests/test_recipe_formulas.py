@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fused_dino import recipes
-from fused_dino.terms.tokens import TokenConv
+from fused_dino.terms.token_projectors import TokenConv
 
 S = torch.tensor([[1, 0], [1, 1], [0, 2], [-1, 1]], dtype=torch.float64)
 T = torch.tensor([[2, 1], [0, 1], [1, 1], [1, -1]], dtype=torch.float64)
