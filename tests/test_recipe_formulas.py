@@ -160,7 +160,9 @@ def test_repae_weighs_the_denoiser_and_the_autoencoder():
 def test_reg_counts_the_class_token_as_one_of_the_tokens():
     module = token_module(recipes.reg)
     h, given = draw(3, 9, 5).requires_grad_(), {**drawn(), "global": draw(3, 6, seed=9)}
-    similar = cosine(through(module.terms["token"].projector, h), torch.cat([given["global"][:, None], given["patch"]], 1))
+    similar = cosine(
+        through(module.terms["token"].projector, h), torch.cat([given["global"][:, None], given["patch"]], 1)
+    )
     same(module, given, {"token": h}, -0.5 * similar.sum() / 27)
     assert_close(module.loss_dict(features=given, students={"token": h})["dino_token"], -similar.mean().detach())
     with pytest.raises(ValueError, match="token"):
