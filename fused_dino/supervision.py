@@ -106,7 +106,7 @@ class Supervision(Supervised):
 
         Args:
             images (Tensor, optional): Images, as for ``encode``.
-            students (dict of str to Tensor): Each term's tensor, of the same images.
+            students (dict of str to Tensor): Each term's tensor, or list of tensors, of the same images.
             features (dict, optional): What ``encode`` returned, in place of ``images``. Of several teachers those that
                 no term needs may be left out.
             weight (Tensor or dict, optional): Weights of the images [B], or a dict by term, for tokens [B] or [B, N]. A
