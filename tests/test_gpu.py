@@ -1,5 +1,7 @@
 """What only a GPU can show: CUDA graphs, streams and devices. Collected where there is one, and tried on every op."""
 
+import copy
+
 import pytest
 import torch
 
@@ -98,3 +100,31 @@ def test_a_graph_of_a_teacher_has_positions_of_its_own():
     captured.fill_(float("nan"))
     graph.replay()
     torch.testing.assert_close(captured, want)
+
+
+@torch.no_grad()
+def test_a_graph_of_an_engine_computes_with_the_weights_that_are_loaded_later():
+    """A GPU holds the folded weights alone. The published ones stay on the host, and are folded into the same memory."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_small_patch14_dinov2", depth=2, img_size=56, num_classes=0)
+    published = DINOv2Backbone(model=copy.deepcopy(model), img_size=56, engine=False).cuda()
+    backbone = DINOv2Backbone(model=model, img_size=56).cuda()
+    assert {p.device.type for p in backbone.parameters()} == {"cuda"}
+    assert {p.device.type for p in backbone.model.parameters()} == {"cpu"}
+    x = torch.randn(2, 3, 56, 56, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.testing.assert_close(backbone(x)["patch"], published(x)["patch"], rtol=1e-4, atol=1e-4)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = backbone(x)["patch"]
+    state = {name: 1.1 * weight for name, weight in backbone.model.state_dict().items()}
+    backbone.model.load_state_dict(state)
+    published.model.load_state_dict(state)
+    graph.replay()
+    torch.testing.assert_close(captured, published(x)["patch"], rtol=1e-4, atol=1e-4)
+    assert "cosine 1.0000" in backbone.check(x)
+    assert {p.device.type for p in backbone.model.parameters()} == {"cpu"}
+    assert "on cuda:0" in backbone.bfloat16().explain()
