@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from conftest import make_supervision
 from fused_dino import DINOv2Backbone
-from test_engine import image, of_timm, official, pair
+from test_engine import MODELS, image, of_timm, official, pair
 
 SIZE = (28, 42)
 
@@ -51,6 +51,17 @@ def test_published_weights_are_no_part_of_the_module():
     assert not any(p.requires_grad for p in (*ours.parameters(), *ours.model.parameters()))
     moved = tiny().to("meta")
     assert {p.device.type for p in moved.parameters()} == {"meta"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["CLIP", "official without biases", "DINOv3 with SwiGLU"])
+def test_no_folded_weight_is_the_published_memory(name):
+    """Without LayerScale a product is as it was published: a write in place would apply to it and to no other."""
+    ours = pair(MODELS[name]())[1]
+    expected = ours(image(ours.img_size))
+    for p in ours.model.parameters():
+        p.mul_(2)
+    assert_close(ours(image(ours.img_size)), expected, rtol=0, atol=0)
 
 
 def test_without_it_the_model_is_a_submodule_as_before():

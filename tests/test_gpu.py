@@ -104,7 +104,7 @@ def test_a_graph_of_a_teacher_has_positions_of_its_own():
 
 @torch.no_grad()
 def test_a_graph_of_an_engine_computes_with_the_weights_that_are_loaded_later():
-    """A GPU holds the folded weights alone. The published ones stay on the host, and are folded into the same memory."""
+    """A GPU holds the folded weights alone. The published ones stay on the host, and are folded into its memory."""
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_small_patch14_dinov2", depth=2, img_size=56, num_classes=0)
     published = DINOv2Backbone(model=copy.deepcopy(model), img_size=56, engine=False).cuda()
