@@ -64,12 +64,14 @@ def on_meta(name: str, img_size: Any = 224, layers: Sequence[int] | None = None)
     return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
 
 
-def teacher_kernels(teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224) -> list[Kernel]:
-    """Return what the forward of a teacher on the meta device launches in eager PyTorch."""
+def teacher_kernels(
+    teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224, needs: frozenset[str] | None = None
+) -> list[Kernel]:
+    """Return what the forward of a teacher on the meta device launches in eager PyTorch, for what is read of it."""
     teacher.to(dtype)
     with torch.no_grad(), torch.device("meta"):
         images = torch.empty(batch, 3, side, side, dtype=dtype)
-        return count(lambda: teacher(images))
+        return count(lambda: teacher(images, needs))
 
 
 def projector_kernels(in_dim: int, out_dim: int, batch: int, dtype: torch.dtype) -> list[Kernel]:
@@ -113,7 +115,7 @@ def step(
 ) -> list[Part]:
     """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images."""
     ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
-    seen = teacher_kernels(teacher, batch, dtype, size)
+    seen = teacher_kernels(teacher, batch, dtype, size, frozenset({"global"}))
     projected = projector_kernels(in_dim, teacher.embed_dim, batch, dtype)
     compared = LOSSES[loss]((batch, teacher.embed_dim), dtype.itemsize)
     return [

@@ -320,7 +320,7 @@ def quantised(teacher: DINOv2Backbone) -> None:
     class Packed(nn.Parameter):
         pass
 
-    conv = teacher.model.patch_embed.proj
+    conv = teacher.computing.patch_embed.proj
     conv.weight = Packed(conv.weight.detach(), requires_grad=False)
 
 
@@ -331,8 +331,11 @@ def subclass(teacher: DINOv2Backbone) -> None:
 CHANGES = {
     "told": ("takes_raw is False", lambda teacher: setattr(teacher, "takes_raw", False)),
     "hook": ("a hook reads what the teacher is given", hook),
-    "hook of the embedding": ("a hook reads what the teacher", lambda teacher: hook(teacher.model.patch_embed)),
-    "hook of the convolution": ("a hook reads what the teacher", lambda teacher: hook(teacher.model.patch_embed.proj)),
+    "hook of the embedding": ("a hook reads what the teacher", lambda teacher: hook(teacher.computing.patch_embed)),
+    "hook of the convolution": (
+        "a hook reads what the teacher",
+        lambda teacher: hook(teacher.computing.patch_embed.proj),
+    ),
     "weights of another kind": ("the patch embedding's weight is a Packed", quantised),
     "model that reads twice": ("Twice may read its images elsewhere, too", None),
     "subclass": (None, subclass),
@@ -415,7 +418,7 @@ def test_copies_that_share_a_teacher_fold_their_own_weights():
     before = module.encode(x)["patch"]
     assert torch.equal(twin.encode(x)["patch"], before)
     with torch.no_grad():
-        twin.teacher.model.patch_embed.proj.weight.mul_(2)  # is written in both
+        twin.teacher.computing.patch_embed.proj.weight.mul_(2)  # is written in both
     after = module.encode(x)["patch"]
     assert not torch.equal(after, before)
     assert torch.equal(twin.encode(x)["patch"], after)

@@ -87,7 +87,7 @@ def find_option(preprocess: Any, patch_size: int) -> str | None:
 
 def find_obstacle(teacher: DINOv2Backbone) -> str | None:
     """Return why a teacher takes no raw images, or None if it does."""
-    projection, model = teacher.projection, teacher.model
+    projection, model = teacher.projection, teacher.computing
     if not teacher.takes_raw:
         return "takes_raw is False"
     if projection is None:
