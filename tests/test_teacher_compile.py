@@ -126,6 +126,13 @@ def test_a_compiler_around_it_takes_it_in(fresh_compiler):
     assert module.teacher.compiled.compiled is None
 
 
+def test_the_published_model_is_compared_as_it_is(traced):
+    """check runs the published model, which nothing compiles."""
+    module = backbone(compile=True)
+    assert "cosine 1.000000" in module.check(images(2, (56, 56)))
+    assert traced.frame_count == 1
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
