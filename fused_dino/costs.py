@@ -140,7 +140,8 @@ def supervised(
     teacher = supervision.teacher
     size = resolve(supervision.img_size, side, side, teacher.patch_size)[0]
     ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
-    seen = teacher_kernels(teacher, batch, dtype, size)
+    needs: frozenset[str] = frozenset().union(*(term.needs for term in supervision.terms.values()))
+    seen = teacher_kernels(teacher, batch, dtype, size, needs)
     parts = [Part("preprocess", [ours], LAUNCHES["preprocess"]), Part("teacher", seen, len(seen))]
     for name, term in supervision.terms.items():
         rows, grid = (batch, *students[name][:-1]), (size // teacher.patch_size,) * 2

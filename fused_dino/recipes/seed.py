@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import share_out
 from ..distributed import warn_if_unsynchronised
 from ..functional import Backend
 from ..legacy_checkpoint import Legacy
 from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..sizes import SizeRule, check_img_size
-from ..supervision import Call, Supervised, Supervision, share_out
+from ..supervised import Call, Supervised
+from ..supervision import Supervision
 from ..teacher.given import make_preprocess, make_teacher
 from ..terms.base import Parts
 from ..terms.projector import Projector

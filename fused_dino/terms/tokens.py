@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..features import Features, Grid, grid_of
+from ..features import Features, Grid
 from ..live import dtype_of
 from ..ops.plain import is_plain
 from ..reference.cosine import take_rows
@@ -17,7 +17,7 @@ from ..reference.dtypes import acc_dtype
 from ..validation import check_choice, check_int, check_positions
 from .base import Alignment, Parts, stand_in
 from .comparison import accepts
-from .token_grids import TokenGrids, check_grid, find_grid, resample
+from .token_grids import TokenGrids, check_grid, find_grid, grid_of_target, resample
 
 TOKEN_HIDDEN_DIM = 2048
 PROJECTORS = ("mlp", "conv")
@@ -49,6 +49,7 @@ class TokenTerm(Alignment):
         normalize_weight (bool): Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
         layer (int or sequence of ints, optional): Default: the last features.
+        teacher (str, optional): Default: the one without a name.
 
     Shape:
         - student: tokens :math:`(B, N, C)`, a map :math:`(B, C, h, w)`, or frames :math:`(B, T, N, C)` of
@@ -86,6 +87,7 @@ class TokenTerm(Alignment):
         normalize_weight: bool = True,
         backend: str | None = None,
         layer: int | Sequence[int] | None = None,
+        teacher: str | None = None,
     ) -> None:
         given = projector if isinstance(projector, nn.Module) else None
         super().__init__(
@@ -97,6 +99,7 @@ class TokenTerm(Alignment):
             normalize_weight=normalize_weight,
             backend=backend,
             layer=layer,
+            teacher=teacher,
         )
         self.in_dim = check_int("in_dim", in_dim)
         self.kind = check_projector("projector", projector)
@@ -162,16 +165,18 @@ class TokenTerm(Alignment):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
         features = self.choose(features)
-        tokens, grid = as_tokens("student", student, self.in_dim, len(features["global"]))
+        patch = features.get("patch")
+        batch, *_, width = (features["global"] if patch is None else patch).shape
+        tokens, grid = as_tokens("student", student, self.in_dim, batch)
         told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
-        patch, width = features.get("patch"), features["global"].shape[1]
         if patch is None:
             if self.kind == "conv":
                 grid = find_grid(tokens.shape[1], told, features.get("grid"), features.get("image_size"))
             projected = self.project(parts, tokens, grid, width)
             loss, logs = self.compare(parts, projected, stand_in(features, tokens.shape[1]), weight, scale)
             return loss, {**logs, "is_global": projected.new_ones(())}
-        teacher_grid = grid_of(features)
+        row_by_row = index is not None or (patch.shape[1] == tokens.shape[1] and self.kind != "conv")
+        teacher_grid = features.get("grid") or grid_of_target(patch.shape[1], told, row_by_row)
         if index is not None:
             patch = parts.grids.prepare(patch)
             patch = patch if told is None else resample(patch, teacher_grid, told)
