@@ -477,11 +477,3 @@ def test_compiles_as_one_graph_a_size(fresh_compiler, resized):
         assert_close(out["patch"], module.encode(x)["patch"], rtol=0, atol=1e-10)
         resized.clear()
     assert counter.frame_count <= 4
-
-
-def test_compiles_with_the_gradient_to_the_image(fresh_compiler):
-    module = encoder(backbone(dtype=torch.float64), stopgrad_image=False).double()
-    x, z = pictures((64, 64), (0, 1)).requires_grad_(), torch.randn(2, 64, dtype=torch.float64)
-    compiled = torch.compile(lambda z, x: module(z, x)[0], fullgraph=True, backend="aot_eager")
-    slopes = [torch.autograd.grad(run(z, x), x)[0] for run in (compiled, lambda z, x: module(z, x)[0])]
-    assert_close(*slopes, rtol=0, atol=1e-12)
