@@ -20,7 +20,7 @@ class Call(NamedTuple):
     """A term, what it gets in one call, its factor in the sum, and the parts that it uses in place of its own."""
 
     term: Any
-    student: Tensor
+    student: Any  # a tensor, or a list of them
     options: dict[str, Any]
     weight: float
     parts: Parts | None = None
@@ -64,7 +64,7 @@ class Supervised(Teachers):
         self, calls: Mapping[str, Call], x_img: Any, features: Any, alpha: Any, zeros: Sequence[Tensor] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the terms' losses, and their logs by the names of a trainer's log."""
-        device, needs = next(iter(calls.values())).student.device, needs_of(calls)
+        device, needs = students_of(calls)[0].device, needs_of(calls)
         features = self.features_of(x_img, features, device, needs)
         if alpha is not None:
             alpha = check_scalar("alpha", alpha, self.schedule.step.device)
@@ -125,7 +125,9 @@ class Supervised(Teachers):
 
 
 def students_of(calls: Mapping[str, Call]) -> list[Tensor]:
-    return [call.student for call in calls.values()]
+    """Return the students' tensors, of which a term may have several."""
+    students = [call.student for call in calls.values()]
+    return [x for student in students for x in ([student] if isinstance(student, Tensor) else student)]
 
 
 def needs_of(calls: Mapping[str, Call]) -> dict[str | None, frozenset[str]]:

@@ -106,7 +106,7 @@ class Supervision(Supervised):
 
         Args:
             images (Tensor, optional): Images, as for ``encode``.
-            students (dict of str to Tensor): Each term's tensor, of the same images.
+            students (dict of str to Tensor): Each term's tensor, or list of tensors, of the same images.
             features (dict, optional): What ``encode`` returned, in place of ``images``. Of several teachers those that
                 no term needs may be left out.
             weight (Tensor or dict, optional): Weights of the images [B], or a dict by term, for tokens [B] or [B, N]. A
@@ -162,7 +162,7 @@ class Supervision(Supervised):
 
         Returns:
             dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
-            From the schedule's ``stop_step`` on ``loss_dino`` alone, an exact zero.
+            From the schedule's stop on an exact zero, without the terms' logs. The schedule may have logs of its own.
 
         Raises:
             ValueError: If an input does not fit. The message names it.
@@ -201,7 +201,7 @@ class Supervision(Supervised):
 
 def check_schedule(schedule: Schedule, terms: Mapping[str, Term]) -> None:
     """Check that the terms have the similarity that a schedule follows, and that no log has the name of its."""
-    taken = schedule.logs(0.0, torch.zeros(())).keys() & terms.keys()
+    taken = terms.keys() & set(schedule.log_names)
     if taken:
         raise ValueError(f"terms must not have the names of the schedule's logs: {', '.join(sorted(taken))}")
     if schedule.watch is None:

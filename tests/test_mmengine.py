@@ -12,7 +12,17 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, Registry
 from mmengine.runner import Runner
 
-from fused_dino import CosineLoss, DinoSupervision, MSELoss, Preprocess, Scaled, VICRegLoss
+from fused_dino import (
+    AtStep,
+    BySimilarity,
+    CosineLoss,
+    DinoSupervision,
+    MSELoss,
+    Preprocess,
+    Scaled,
+    VICRegLoss,
+    Weight,
+)
 from fused_dino.integrations import mmengine as integration
 
 EXAMPLES = Path(__file__).parent.parent / "examples/mmengine"
@@ -64,6 +74,15 @@ def test_a_supervision_builds_from_its_terms(builder):
     assert out.keys() == {"loss_dino", "dino_token"}
     assert dino.img_size == Scaled(7 / 8)
     assert type(dino.terms["token"].loss) is MSELoss
+
+
+def test_a_schedule_builds_from_its_parts(builder):
+    weight = {"type": "Weight", "alpha": 0.5, "decay": "linear", "end_step": 9}
+    stop = {"type": "BySimilarity", "threshold": 0.8, "mode": "recoverable"}
+    schedule = builder.build({"type": "Schedule", "weight": weight, "stop": stop, "accumulate": 2})
+    assert schedule.weight == Weight(0.5, decay="linear", end_step=9)
+    assert schedule.stop == BySimilarity(0.8, mode="recoverable")
+    assert builder.build({"type": "Schedule", "stop": {"type": "AtStep", "step": 3}}).stop == AtStep(3)
 
 
 def test_dtypes_by_name(builder):

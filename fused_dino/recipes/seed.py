@@ -23,7 +23,8 @@ from ..terms.base import Parts
 from ..terms.projector import Projector
 from ..terms.regions import PATCH_TARGETS, Patches, RegionTerm, check_latent_shape
 from ..terms.token_grids import TokenGrids
-from ..terms.tokens import TokenTerm, check_projector
+from ..terms.token_projectors import check_projector
+from ..terms.tokens import TokenTerm
 from ..terms.whole import GlobalTerm
 from ..validation import check_choice, check_flag, check_number, check_size
 from .arguments import check_token_dim, check_tokens, check_z_text, make_loss
