@@ -157,6 +157,29 @@ def test_repae_weighs_the_denoiser_and_the_autoencoder():
     assert_close(*(torch.autograd.grad(x, h)[0] for x in (loss, -1.5 * similarity)), rtol=1e-9, atol=1e-11)
 
 
+def test_reg_counts_the_class_token_as_one_of_the_tokens():
+    module = token_module(recipes.reg)
+    h, given = draw(3, 9, 5).requires_grad_(), {**drawn(), "global": draw(3, 6, seed=9)}
+    similar = cosine(
+        through(module.terms["token"].projector, h), torch.cat([given["global"][:, None], given["patch"]], 1)
+    )
+    same(module, given, {"token": h}, -0.5 * similar.sum() / 27)
+    assert_close(module.loss_dict(features=given, students={"token": h})["dino_token"], -similar.mean().detach())
+    with pytest.raises(ValueError, match="token"):
+        module.loss_dict(features=given, students={"token": h[:, 1:]})
+
+
+def test_regs_first_values_and_checkpoints_are_its_codes():
+    module, other = token_module(recipes.reg), token_module(recipes.repa)
+    for layer in list(module.terms["token"].projector)[::2]:
+        assert layer.weight.abs().max() <= (6 / sum(layer.weight.shape)) ** 0.5
+        assert not layer.bias.any()
+    own = {f"projectors.0.{k}": 2 * v for k, v in other.terms["token"].projector.state_dict().items()}
+    with pytest.warns(UserWarning, match="of REG: 6 tensors renamed"):
+        module.load_state_dict(own)
+    assert_close(module.terms["token"].projector[0].weight, own["projectors.0.0.weight"])
+
+
 def test_prx():
     module = token_module(recipes.prx)
     h, given = draw(3, 8, 5).requires_grad_(), drawn()

@@ -13,6 +13,7 @@ from .irepa import irepa
 from .layersync import layersync
 from .prx import prx
 from .raev2 import LAST_SEVEN, raev2
+from .reg import reg
 from .repa import repa
 from .repae import repae
 from .seed import seed
@@ -45,6 +46,7 @@ RECIPES = {
     "irepa": Recipe(irepa, "hidden tokens with patch tokens standardised over space", "-cosine", TOKENS),
     "repae": Recipe(repae, "hidden tokens with patch tokens, for the autoencoder too", "-cosine", TOKENS),
     "haste": Recipe(haste, "hidden tokens with patch tokens, up to a step", "-cosine", TOKENS),
+    "reg": Recipe(reg, "hidden tokens and class token with the teacher's", "-cosine", {"token": (257, 1152)}),
     "prx": Recipe(
         prx, "hidden tokens with DINOv3's patch tokens", "-cosine", {"token": (256, 1792)},
         "vit_large_patch16_dinov3", 256,
