@@ -64,12 +64,14 @@ def on_meta(name: str, img_size: Any = 224, layers: Sequence[int] | None = None)
     return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
 
 
-def teacher_kernels(teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224) -> list[Kernel]:
-    """Return what the forward of a teacher on the meta device launches in eager PyTorch."""
+def teacher_kernels(
+    teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224, needs: frozenset[str] | None = None
+) -> list[Kernel]:
+    """Return what the forward of a teacher on the meta device launches in eager PyTorch, for what is read of it."""
     teacher.to(dtype)
     with torch.no_grad(), torch.device("meta"):
         images = torch.empty(batch, 3, side, side, dtype=dtype)
-        return count(lambda: teacher(images))
+        return count(lambda: teacher(images, needs))
 
 
 def projector_kernels(in_dim: int, out_dim: int, batch: int, dtype: torch.dtype) -> list[Kernel]:
@@ -111,9 +113,12 @@ class Part(NamedTuple):
 def step(
     teacher: DINOv2Backbone, batch: int, side: int, loss: str, dtype: torch.dtype, in_dim: int = 8192, size: int = 224
 ) -> list[Part]:
-    """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images."""
+    """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images.
+
+    Preprocessing and patch embedding are counted apart, also where the embedding reads raw images.
+    """
     ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
-    seen = teacher_kernels(teacher, batch, dtype, size)
+    seen = teacher_kernels(teacher, batch, dtype, size, frozenset({"global"}))
     projected = projector_kernels(in_dim, teacher.embed_dim, batch, dtype)
     compared = LOSSES[loss]((batch, teacher.embed_dim), dtype.itemsize)
     return [
@@ -136,7 +141,8 @@ def supervised(
     if teacher is not None:
         size = resolve(supervision.img_size, side, side, teacher.patch_size)[0]
         ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
-        seen = teacher_kernels(teacher, batch, dtype, size)
+        needs: frozenset[str] = frozenset().union(*(term.needs for term in supervision.terms.values()))
+        seen = teacher_kernels(teacher, batch, dtype, size, needs)
         parts = [Part("preprocess", [ours], LAUNCHES["preprocess"]), Part("teacher", seen, len(seen))]
     for name, term in supervision.terms.items():
         more = [(size // teacher.patch_size,) * 2] if getattr(term, "kind", None) == "conv" else []

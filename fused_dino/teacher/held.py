@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..features import Features, Grid, check_features, grid_of, map_features
+from ..features import Features, Grid, check_features, check_layers, grid_of, map_features
 from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from ..preprocess import Preprocess
 from ..sizes import check_img_size, resolve
@@ -33,6 +35,7 @@ class Taught(nn.Module):
     preprocess: nn.Module
     img_size: Any
     patch_size: int
+    _takes_needs: bool
     teacher_grid: Grid | None
     stopgrad_image: bool
 
@@ -55,6 +58,8 @@ class Taught(nn.Module):
         if name == "teacher":
             # nn.Module's own __setattr__ would register it as a submodule.
             self.__dict__[name] = value.requires_grad_(False).eval()
+            called: Any = getattr(value, "_orig_mod", value)  # of torch.compile
+            self._takes_needs = "needs" in inspect.signature(called.forward).parameters
         else:
             super().__setattr__(name, value)
 
@@ -94,7 +99,8 @@ class Taught(nn.Module):
         check_images(x_img, "x_img")
         return check_values("x_img", x_img, self.preprocess.range_of(x_img.dtype))
 
-    def _teach(self, x_img: Tensor) -> Features:
+    def _teach(self, x_img: Tensor, needs: frozenset[str] | None = None) -> Features:
+        """Return the teacher's features. needs: those that are read, by default all; it is told if it takes them."""
         check_tensor("x_img", x_img)
         check_loaded(self.teacher, x_img)
         if self.teacher.training:  # another module that holds it as a submodule may have set that
@@ -109,19 +115,21 @@ class Taught(nn.Module):
         # A compiler makes a program for each size that a rule gives.
         ruled = ours and callable(self.img_size)
         size = resolve(self.img_size, index(h), index(w), self.patch_size) if ruled else None
-        raw = None
+        raw, told = None, {"needs": needs} if self._takes_needs else {}
         if type(self.teacher) is DINOv2Backbone:
             raw = read_raw(self.teacher, self.preprocess, x_img, size)
         if isinstance(raw, Raw):
-            size, batch, found = raw.size, len(x_img), self.teacher(x_img, raw)
+            size, batch, found = raw.size, len(x_img), self.teacher(x_img, raw=raw, **told)
         else:
             x = self.preprocess(x_img, dtype, size) if ours else self.preprocess(x_img)
             check_tensor("preprocess's result", x)
             size, batch = (x.shape[-2], x.shape[-1]), len(x)
-            found = self.teacher(x if dtype is None else x.to(dtype))
-        found = check_features("teacher's result", found, self.teacher.embed_dim, batch)
+            found = self.teacher(x if dtype is None else x.to(dtype), **told)
+        its_layers_alone = bool(told) and needs == {"layers"} and isinstance(found, dict) and "global" not in found
+        check = check_layers if its_layers_alone else check_features
+        found = check("teacher's result", found, self.teacher.embed_dim, batch)
         grid = self.teacher_grid or (size[0] // self.patch_size, size[1] // self.patch_size)
-        features: Features = {"global": found["global"], "patch": found.get("patch")}
+        features: Features = {} if its_layers_alone else {"global": found["global"], "patch": found.get("patch")}
         features |= {"layers": found["layers"]} if found.get("layers") else {}
         return {**features, "grid": found.get("grid") or grid, "image_size": (h, w)}
 
@@ -154,7 +162,8 @@ class Taught(nn.Module):
         They are detached with stopgrad_image. needs: which of them are read.
         """
         if features is None:
-            features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
+            with torch.no_grad() if self.stopgrad_image else nullcontext():
+                features = self._teach(x_img, needs)
         ready = self.ready(features, device)
         ready["grid"] = ready.get("grid") or self.teacher_grid
         read = [ready] if "patch" in needs else []
