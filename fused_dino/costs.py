@@ -113,7 +113,10 @@ class Part(NamedTuple):
 def step(
     teacher: DINOv2Backbone, batch: int, side: int, loss: str, dtype: torch.dtype, in_dim: int = 8192, size: int = 224
 ) -> list[Part]:
-    """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images."""
+    """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images.
+
+    Preprocessing and patch embedding are counted apart, also where the embedding reads raw images.
+    """
     ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
     seen = teacher_kernels(teacher, batch, dtype, size, frozenset({"global"}))
     projected = projector_kernels(in_dim, teacher.embed_dim, batch, dtype)

@@ -128,3 +128,17 @@ def test_a_graph_of_an_engine_computes_with_the_weights_that_are_loaded_later():
     assert "cosine 1.0000" in backbone.check(x)
     assert {p.device.type for p in backbone.model.parameters()} == {"cpu"}
     assert "on cuda:0" in backbone.bfloat16().explain()
+
+
+@torch.no_grad()
+def test_a_teacher_replays_cuda_graphs():
+    """Features of one call outlive the next, which overwrites what the graph has written."""
+    timm = pytest.importorskip("timm")
+    torch._dynamo.reset()
+    model = timm.create_model("vit_small_patch14_dinov2", depth=2, img_size=56, num_classes=0)
+    plain = DINOv2Backbone(model=copy.deepcopy(model), img_size=56).cuda()
+    backbone = DINOv2Backbone(model=model, img_size=56, compile="reduce-overhead").cuda()
+    batches = [torch.randn(batch, 3, 56, 56, device="cuda") for batch in (4, 4, 4, 2, 4)]
+    found = [backbone(x)["patch"] for x in batches]
+    for x, out in zip(batches, found, strict=True):
+        torch.testing.assert_close(out, plain(x)["patch"], rtol=1e-4, atol=1e-4)

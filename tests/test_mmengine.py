@@ -62,6 +62,22 @@ def test_a_module_of_ones_own_builds_in_ones_own_registry(builder):
         MODELS.build({**SUPERVISION, "teacher": TEACHER, "loss_type": {"type": "OwnLoss"}})
 
 
+def test_teachers_by_name_layers_and_several_widths_build_from_a_config(builder):
+    config = Config(
+        {
+            "type": "Supervision",
+            "teacher": {"dino": {**TEACHER, "layers": [-1, 0]}, "other": TEACHER},
+            "terms": {"token": {"type": "TokenTerm", "in_dim": [6, 4], "teacher": "dino", "layer": [-1, 0]}},
+        }
+    )
+    module = builder.build(config._cfg_dict)
+    assert list(module.teachers["dino"].teacher.layers.blocks) == [-1, 0]
+    assert module.teachers["other"].teacher.layers is None
+    assert module.terms["token"].in_dim == (6, 4)
+    students = {"token": [torch.zeros(2, 4, 6), torch.zeros(2, 4, 4)]}
+    assert module(torch.zeros(2, 3, 28, 28), students)[0].isfinite()
+
+
 def test_a_supervision_builds_from_its_terms(builder):
     config = {
         "type": "Supervision",

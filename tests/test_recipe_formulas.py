@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fused_dino import recipes
-from fused_dino.terms.token_projectors import TokenConv
+from fused_dino.terms.token_projectors import TokenConv, TokenMLP
 
 S = torch.tensor([[1, 0], [1, 1], [0, 2], [-1, 1]], dtype=torch.float64)
 T = torch.tensor([[2, 1], [0, 1], [1, 1], [1, -1]], dtype=torch.float64)
@@ -98,6 +98,24 @@ def test_irepas_own_values(share, value):
     out = module.loss_dict(features=features(T[None], (2, 2)), students={"token": S[None]})
     assert out["loss_dino"].item() == pytest.approx(value, abs=1e-9)
     assert out["dino_token"].item() == pytest.approx(value, abs=1e-9)
+
+
+def test_the_standardised_targets_own_values():
+    term = recipes.irepa(2, teacher=Lone()).terms["token"]
+    channel = term.grids.prepare(T[None])[0, :, 0].tolist()
+    assert channel == pytest.approx([1.71464072, -0.734846023, 0.489897349, 0.489897349], abs=1e-8)
+
+
+def test_the_projectors_own_values():
+    """REPA's three layers with the same weights each."""
+    mlp = TokenMLP(2, 2, 2).double()
+    with torch.no_grad():
+        for layer in (mlp[0], mlp[2], mlp[4]):
+            layer.weight.copy_(torch.tensor([[1, 0.5], [-0.5, 1]]))
+            layer.bias.copy_(torch.tensor([0.1, -0.1], dtype=torch.float64))
+    expected = [[0.550088955, -0.620799415], [1.28192168, -0.935232813], [2.02467326, 0.0175391873],
+                [0.826203983, 0.572476340]]  # fmt: skip
+    assert_close(mlp(S), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-9)
 
 
 def test_the_convolutions_own_values():
@@ -317,8 +335,12 @@ def test_layersync():
 
 def test_layersync_has_repas_value_without_a_projector():
     """The number that REPA's code gave for one image."""
-    out = recipes.layersync(2).loss_dict(students={"token": S[None]}, targets={"token": T[None]})
+    s = S.clone().requires_grad_()
+    out = recipes.layersync(2, alpha=1.0).loss_dict(students={"token": s[None]}, targets={"token": T[None]})
     assert out["dino_token"].item() == pytest.approx(-0.327160188, abs=1e-9)
+    out["loss_dino"].backward()
+    slope = [0, -0.111803399, 0.0883883476, -0.0883883476, -0.0883883476, 0, 0, 0]
+    assert s.grad.flatten().tolist() == pytest.approx(slope, abs=1e-9)
     zero = S.clone()
     zero[0] = 0
     out = recipes.layersync(2).loss_dict(students={"token": zero[None]}, targets={"token": T[None]})

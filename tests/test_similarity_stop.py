@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fused_dino import BySimilarity, CosineLoss, MSELoss, RegionTerm, Schedule, Supervision, Term, TokenTerm, recipes
 from similarity import IMAGES, Axis, Model, as_tensor, plane
@@ -143,6 +143,14 @@ def test_an_evaluation_follows_nothing():
     assert model(as_tensor(0.2))["loss_dino"] == 0
 
 
+def test_an_evaluation_after_a_recoverable_stop_looks_at_nothing():
+    model = Model(BySimilarity(0.6, decay=0.5, every=10, mode="recoverable"))
+    assert model.weight_of(0.9, step=10) == 0
+    model.eval()
+    assert model(as_tensor(0.1), step=20)["loss_dino"] == 0
+    assert model.dino.teacher.calls == 1
+
+
 def test_a_step_that_is_given_decides():
     model = Model(BySimilarity(0.6, decay=0.5, every=10, mode="recoverable"))
     weights = [model.weight_of(c, step) for c, step in ((0.9, 1), (0.9, 10), (0.1, 11), (0.1, 20), (0.1, 21))]
@@ -209,7 +217,8 @@ def test_a_recomputation_follows_nothing_twice(fresh_compiler, mode, use_reentra
         c = as_tensor(cosine).requires_grad_()
         loss = plain(c)["loss_dino"]
         grads = torch.autograd.grad(loss, plain.length)
-        again = checkpoint(lambda c: forward(c)["loss_dino"], c, use_reentrant=use_reentrant)
+        with set_checkpoint_early_stop(mode == "permanent"):  # or it runs to its end, where steps are counted
+            again = checkpoint(lambda c: forward(c)["loss_dino"], c, use_reentrant=use_reentrant)
         twin.zero_grad()
         again.backward()
         assert_close(twin.length.grad, grads[0], rtol=1e-9, atol=1e-12)

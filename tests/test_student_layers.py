@@ -175,6 +175,15 @@ def test_positions_are_those_of_the_other_tokens(loss):
                 term(student, found, index=index)
 
 
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+def test_a_position_that_is_none_is_left_out_by_the_weight_of_its_own_token(loss):
+    term, student, index = make(class_token=True, loss=loss), randn(B, 4, C), torch.full((B, 3), 2, device=DEVICE)
+    index[:, 0] = N
+    weight = torch.tensor([1.0, 0, 1, 1], dtype=torch.float64, device=DEVICE).expand(B, -1)
+    expected = term(student[:, [0, 2, 3]], features(), index=index[:, 1:])[0]
+    assert_close(term(student, features(), weight, index=index)[0], expected, rtol=1e-12, atol=1e-14)
+
+
 def test_a_class_token_of_a_layer_of_a_target_and_of_several_layers():
     found, student = features(), randn(B, 1 + N, C)
     found["layers"] = {1: {"global": randn(B, D, seed=31), "patch": randn(B, N, D, seed=32)}}

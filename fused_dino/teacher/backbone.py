@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ..features import Features, Grid
 from ..live import dtype_of
 from ..sizes import Size, SizeRule, check_img_size
-from ..validation import check_flag, check_tensor
+from ..validation import check_flag, check_int, check_tensor
 from .embedding import PatchProjection, from_patches, from_raw, take_patches
 from .layers import Layers, find_layers, run_layers, wants, wants_last
-from .pixels import Raw
+from .pixels import Raw, folded
 from .positions import resampling_of, take_any_size
 from .reading import check_fixed_size, read_embed_dim, read_patch_size, read_prefix_tokens, read_statistic
 from .rewritten import Rewritten
+from .running import check_compile, joined
 from .transformers_model import call_options, split_tokens, without_head
 from .weights import PATCH_SIZE, canonical, create_timm, load_dinov2
 
@@ -71,6 +72,13 @@ class DINOv2Backbone(Rewritten):
             and LayerScale are folded into the weights, and no token is computed that nobody reads. ``explain()`` lists
             which hold, ``check(images)`` compares features with the published model's. A model that the engine does not
             know runs as it was published. Default: ``True``.
+        micro_batch (int, optional): Most images that are computed at a time; a batch is computed in slices, and
+            activations take the memory of one. Default: the whole batch.
+        grad_checkpointing (bool): Whether a backward, where a gradient reaches the image, computes each block again and
+            keeps its input alone. It needs the engine. Default: ``False``.
+        compile (bool or str): Whether torch.compile compiles the forward, at the first call of each size; or its mode:
+            ``"reduce-overhead"``, ``"max-autotune"``, ``"max-autotune-no-cudagraphs"``, ``"default"``. Features of a
+            mode that replays CUDA graphs are copies. Default: ``False``.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
             or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
             'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
@@ -116,7 +124,6 @@ class DINOv2Backbone(Rewritten):
     Source: DINOv2 (arXiv 2304.07193), registers (arXiv 2309.16588).
     """
 
-    takes_raw = True
     img_size: Any  # Size or SizeRule
     grid: Any  # Grid, or None with a rule
     layers: Layers | None
@@ -134,6 +141,9 @@ class DINOv2Backbone(Rewritten):
         pos_embed: str = "official",
         layers: Sequence[int] | None = None,
         engine: bool = True,
+        micro_batch: int | None = None,
+        grad_checkpointing: bool = False,
+        compile: bool | str = False,
         model: nn.Module | str | None = None,
     ) -> None:
         super().__init__()
@@ -141,7 +151,10 @@ class DINOv2Backbone(Rewritten):
             raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         check_flag("use_timm_fallback", use_timm_fallback)
         check_flag("pretrained", pretrained)
-        check_flag("engine", engine)
+        self.takes_raw = check_flag("engine", engine)
+        self.grad_checkpointing = check_flag("grad_checkpointing", grad_checkpointing)
+        self.micro_batch = None if micro_batch is None else check_int("micro_batch", micro_batch)
+        self.compiled = check_compile(compile)
         if model is not None and not isinstance(model, (str, nn.Module)):
             raise TypeError(f"model must be None, a timm model's name or a module, got {type(model).__name__}")
         if model is not None and (source, weights, pos_embed) != ("auto", None, "official"):
@@ -185,6 +198,8 @@ class DINOv2Backbone(Rewritten):
         self.rewrite(engine, dtype)
         if self.engine is not None:
             self.prefix_tokens = self.engine.prefix
+        elif grad_checkpointing:
+            raise ValueError(f"grad_checkpointing needs the engine, which does not run: {self.refused}")
         self.requires_grad_(False).eval()
 
     @property
@@ -208,12 +223,24 @@ class DINOv2Backbone(Rewritten):
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
+        weights = None
+        if raw is not None and self.projection is not None:
+            weights = folded(self.projection, x, raw)  # outside of a compiled forward, which takes them as they are
+        slices = [x] if self.micro_batch is None else x.split(self.micro_batch)
+        run = DINOv2Backbone.compute if self.compiled is None else partial(self.compiled, DINOv2Backbone.compute)
+        parts = [run(self, part, needs, raw, weights) for part in slices]
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def compute(
+        self, x: Tensor, needs: frozenset[str] | None, raw: Raw | None, weights: tuple[Tensor, Tensor] | None
+    ) -> Features:
+        """Return the features of one slice. weights: those of the patch embedding that raw is folded into."""
         h, w = self.size_of(x) if raw is None else raw.size
         p = self.patch_size
         grid = h // p, w // p
         run = partial(self.run, needs=needs)
-        if raw is not None and self.projection is not None:
-            out, layers = from_raw(self.projection, run, x, raw)
+        if raw is not None and weights is not None and self.projection is not None:
+            out, layers = from_raw(self.projection, run, x, raw, weights)
         else:
             x = x.to(dtype_of(self.computing) or x.dtype)
             out, layers = from_patches(self.computing, run, x, (h, w), p) if x.ndim == 3 else run(x)
@@ -229,7 +256,8 @@ class DINOv2Backbone(Rewritten):
         """Return the model's features of pixels x, and (global, patch) of each of the layers, from one forward."""
         if self.engine is not None:
             layers = self.layers.blocks if self.layers is not None and wants("layers", needs) else {}
-            return self.engine(x, layers, wants_last(needs, self.layers), wants("patch", needs))
+            asked = wants_last(needs, self.layers), wants("patch", needs)
+            return self.engine(x, layers, *asked, self.grad_checkpointing)
         if self.layers is not None:
             return run_layers(self.model, self.layers, self.prefix_tokens, self.call_options, x)
         return getattr(self.model, "forward_features", self.model)(x, **self.call_options), {}

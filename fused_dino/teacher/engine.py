@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, Linear, Published, read_block
 
@@ -35,21 +37,30 @@ class Engine(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(
-        self, x: Tensor, layers: Mapping[int, int], wants_last: bool = True, wants_patch: bool = True
+        self,
+        x: Tensor,
+        layers: Mapping[int, int],
+        wants_last: bool = True,
+        wants_patch: bool = True,
+        grad_checkpointing: bool = False,
     ) -> tuple[Tensor | None, dict[int, tuple[Tensor, Tensor]]]:
         """Return the last tokens of images x, and (global, patch) of chosen layers, all by the last norm.
 
         layers: each as it was given -> its block. The last tokens are [B, P + N, D], or [B, 1, D] where the class token
         alone is wanted, or None. No block runs after the last one that is wanted. Without a class token the mean of
-        the patch tokens stands for it.
+        the patch tokens stands for it. grad_checkpointing: whether a backward runs each block again from its input.
         """
         last = len(self.blocks) - 1
         wanted = {*layers.values(), *([last] if wants_last else [])}
         class_only = self.has_class and not wants_patch and last not in layers.values()
         tokens, ropes = self.embed(x)
         found: dict[int, Tensor] = {}
+        runs_again = grad_checkpointing and torch.is_grad_enabled()
         for number in range(max(wanted) + 1):
-            tokens = self.blocks[number](tokens, ropes[number], class_only and number == last)
+            block: Any = self.blocks[number]
+            if runs_again:
+                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            tokens = block(tokens, ropes[number], class_only and number == last)
             if number in wanted:
                 found[number] = self.shell.norm(tokens)
         return found.get(last), {n: self.take(found[block]) for n, block in layers.items()}

@@ -18,8 +18,10 @@ from ..hidden import FRESH, keeps_values, own
 from ..live import dtype_of
 from .blocks import UnlikeError, read_model
 from .engine import Engine
+from .pixels import find_obstacle
 
 HOST = torch.device("cpu")
+FOLDED = "resized and normalised by the patch embedding, where a patch has a window of whole pixels"
 
 
 class Rewritten(nn.Module):
@@ -28,6 +30,7 @@ class Rewritten(nn.Module):
     model: Any
     engine: Any  # Engine or None
     refused: str  # why there is no engine
+    takes_raw: bool  # whether resize and normalisation may be folded into the patch embedding
 
     @torch.no_grad()
     def rewrite(self, wanted: bool, dtype: torch.dtype | None) -> None:
@@ -136,9 +139,12 @@ class Rewritten(nn.Module):
 
     def explain(self) -> str:
         """Return which exact rewrites of the model hold, and why the others do not."""
-        if self.engine is None:
-            return f"engine: off, the model runs as it was published: {self.refused}"
-        return "\n".join(self.engine.describe(self.model))
+        lines = [f"engine: off, the model runs as it was published: {self.refused}"]
+        if self.engine is not None:
+            lines = self.engine.describe(self.model)
+        if self.takes_raw:
+            lines.append(f"  raw images           {find_obstacle(self) or FOLDED}")
+        return "\n".join(lines)
 
     @torch.no_grad()
     def check(self, images: Tensor) -> str:
@@ -158,7 +164,7 @@ class Rewritten(nn.Module):
             return f"the model runs as it was published, and there is nothing to compare: {self.refused}"
         device = next(self.engine.parameters()).device
         published = copy.copy(self)
-        published.__dict__["_modules"] = {"engine": None, "model": self.model.to(device)}
+        published.__dict__.update(_modules={"engine": None, "model": self.model.to(device)}, compiled=None)
         try:
             expected, found = published(images), self(images)
         finally:
