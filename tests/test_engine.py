@@ -385,6 +385,23 @@ def with_another_dtype(model):
     model.blocks[1].norm1.double()
 
 
+def with_a_gate(model):
+    model.blocks[1].attn.gate = nn.Linear(32, 32)
+
+
+def with_fewer_keys(model):
+    model.blocks[1].attn.num_kv_groups = 2
+
+
+def with_a_fast_norm(model):
+    model.blocks[1].norm2.__class__ = timm.layers.LayerNorm
+    model.blocks[1].norm2._fast_norm = True
+
+
+def with_another_drop_path(model):
+    model.blocks[1].drop_path2 = nn.Tanh()
+
+
 def with_checkpointing(model):
     model.set_grad_checkpointing()
 
@@ -409,6 +426,10 @@ def with_no_blocks(model):
         (with_a_parametrization, "block 1: proj is a ParametrizedLinear"),
         (with_another_scale, "block 1: attn has a scale of 1.0"),
         (with_another_dtype, "its weights have several dtypes or devices"),
+        (with_a_gate, "block 1: attn has a gate"),
+        (with_fewer_keys, "block 1: attn has fewer heads of keys than of queries"),
+        (with_a_fast_norm, "block 1: norm2 is timm's fast norm"),
+        (with_another_drop_path, "block 1: drop_path2 is a Tanh"),
         (with_checkpointing, "the model checkpoints its blocks"),
         (with_integers, "its weights are torch.int8"),
         (with_no_blocks, "it has no blocks"),
