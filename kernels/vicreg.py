@@ -40,11 +40,11 @@ def place_of(column, WIDTH: tl.constexpr, PLANES: tl.constexpr):
 
 @triton.jit
 def store_planes(out, value, mask, PLANES: tl.constexpr):
-    """Stores a tile of float32 as a sum of tiles of 16 bits, each the rounded rest of those before."""
+    """Stores a tile as a sum of tiles, each the rounded rest of those before: float32 as 16 bits, float64 as itself."""
     for i in tl.static_range(PLANES):
         part = value.to(out.dtype.element_ty)
         tl.store(out + i * BLOCK, part, mask=mask)
-        value -= part.to(tl.float32)
+        value -= part.to(value.dtype)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def vicreg_statistics_kernel(
 @triton.jit
 def vicreg_planes_kernel(
     student, shift, largest,  # [N, D], last dimension contiguous; [D]; [2]
-    planes,  # [padded N, PLANES * padded D]: xc as a sum of bfloat16 numbers, or None; 0 in the largest column (GRAM)
+    planes,  # [padded N, PLANES * padded D]: xc as a sum of bfloat16 numbers, or itself; 0 in the largest column (GRAM)
     cross,  # [RUNS, D]: sums over runs of rows of x_p x_j / dof (GRAM)
     stride, stride_planes, rows, width, padded_rows, rows_a_run, dof,
     GRAM: tl.constexpr, PLANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -210,8 +210,7 @@ def vicreg_planes_kernel(
                 x_p = load_centred(student, shift, stride, row, p + 0 * row, row < last, ACC)
                 x = tl.where((column == p)[None, :], 0, x)
                 total += tl.sum(x * x_p[:, None], 0)
-            if planes is not None:
-                at = place_of(tl.program_id(0) * BLOCK_D, BLOCK_D, PLANES) + tl.arange(0, BLOCK_D)
-                store_planes(planes + row[:, None] * stride_planes + at[None, :], x, True, PLANES)
+            at = place_of(tl.program_id(0) * BLOCK_D, BLOCK_D, PLANES) + tl.arange(0, BLOCK_D)
+            store_planes(planes + row[:, None] * stride_planes + at[None, :], x, True, PLANES)
         if GRAM:
             tl.store(cross + tl.program_id(1) * width + column, total / tl.cast(dof, ACC), mask=inside)

@@ -70,15 +70,17 @@ def vicreg_finish_kernel(
     crosses,  # [RUNS, D]: see vicreg_planes_kernel
     about,  # [D], what rows are multiplied less, where those of other ranks are in the product; else None
     product,  # [padded, PLANES * padded]: planes of the product over N - 1, times the scale of the facts
-    dots,  # [pieces of a row, own]: of the product and x_p (GRAM), or of it and what rows are multiplied less; None
+    planes,  # see vicreg_planes_kernel; gets the largest column, which the product has left out (GRAM)
+    dots,  # [pieces of a row, D], of the product and what rows are multiplied less; None where that is nothing
     cross,  # [D] (GRAM)
     sums, ticket,  # [programs], float64; a zero, which is left zero
     weights,  # [3] or None
     loss, invariance, variance, covariance,  # [], or None
-    stride, stride_product, pieces,
+    stride, stride_planes, stride_product, pieces,
     low, own,  # see vicreg_product_kernel
     width, size, splits, sums_of_rows, runs, divisor, inv_weight, var_weight, cov_weight,
-    GRAM: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
+    GRAM: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr, X_PLANES: tl.constexpr, PIECE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns a piece of the product on or above the diagonal, and its mirror image: small ones, so that many
     # loads are in flight. The one that finishes last makes the loss of what all have summed. Where own rows meet all
@@ -111,30 +113,26 @@ def vicreg_finish_kernel(
     value = tl.where(live, acc / dof, 0)
     if not GRAM:  # the diagonal is no part of the covariance
         value = tl.where(row[:, None] == column[None, :], 0, value)
-    if GRAM:
+    if GRAM:  # the gradient multiplies the largest column too
+        far = column.to(tl.int64)
         q = tl.maximum(p, 0)
-        x_left = load_centred(student, shift, stride, left.to(tl.int64), q + 0 * row, inside, ACC)
-        x_right = load_centred(student, shift, stride, column.to(tl.int64), q + 0 * column, column < size, ACC)
-    elif about is not None:
-        x_left = tl.load(about + row, mask=inside, other=0)
-        x_right = tl.load(about + column, mask=column < size, other=0)
+        x_p = load_centred(student, shift, stride, far, q + 0 * far, column < size, ACC)
+        at = planes + far * stride_planes + place_of(q, 1, X_PLANES)
+        store_planes(at, x_p, (column < size) & (i == 0) & (p >= 0), X_PLANES)
     elif dots is not None:
-        x_left = tl.where(p < 0, mean_of(student, shift, row, inside, ACC), 0)
-        x_right = tl.where(p < 0, mean_of(student, shift, column, column < size, ACC), 0)
-    if dots is not None:
-        if not PART:
-            tl.store(dots + i * size + column, tl.sum(value * x_left[:, None], 0), mask=column < size)
-        if (i != j) | PART:
-            tl.store(dots + j * own + row, tl.sum(value * x_right[None, :], 1), mask=inside)
+        if about is not None:
+            x_left = tl.load(about + row, mask=inside, other=0)
+            x_right = tl.load(about + column, mask=column < size, other=0)
+        else:
+            x_left = tl.where(p < 0, mean_of(student, shift, row, inside, ACC), 0)
+            x_right = tl.where(p < 0, mean_of(student, shift, column, column < size, ACC), 0)
+        tl.store(dots + i * size + column, tl.sum(value * x_left[:, None], 0), mask=column < size)
+        tl.store(dots + j * size + row, tl.sum(value * x_right[None, :], 1), mask=inside & (i != j))
     side = tl.arange(0, PIECE)
     at = row.to(tl.int64)[:, None] * stride_product + (place_of(j * PIECE, PIECE, PLANES) + side)[None, :]
     mirror = column.to(tl.int64)[:, None] * stride_product + (place_of(i * PIECE, PIECE, PLANES) + side)[None, :]
     off_diagonal = (i != j) & (not PART)
-    if tl.float64 == ACC:
-        tl.store(product + row.to(tl.int64)[:, None] * size + column[None, :], value, mask=live)
-        mirrored = tl.trans(live) & off_diagonal
-        tl.store(product + column.to(tl.int64)[:, None] * size + row[None, :], tl.trans(value), mask=mirrored)
-    elif product.dtype.element_ty == tl.float16:
+    if product.dtype.element_ty == tl.float16:
         if p < 0:
             scaled = value * tl.load(facts + 3).to(tl.float32)
             store_planes(product + at, scaled, True, PLANES)

@@ -20,10 +20,10 @@ def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constex
 def times_planes(
     product, stride_product, x, stride, i, j, rows, size, width, one,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr,
-    STORED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    STORED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Computes a tile of P x (GRAM) or x P, of the first PLANES of the STORED. WHOLE: no tile of x has an end in it."""
-    acc = tl.zeros((TILE, TILE), tl.float32)
+    acc = tl.zeros((TILE, TILE), ACC)
     side = tl.arange(0, TILE)
     lane = tl.arange(0, BLOCK_K)
     row = i * TILE + side
@@ -56,27 +56,6 @@ def times_planes(
 
 
 @triton.jit
-def times_centred(
-    product, student, shift, stride, row, column, rows, size, width, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Computes the same in float64, of rows that are centred as they are loaded."""
-    acc = tl.zeros((row.shape[0], column.shape[0]), tl.float64)
-    for start in range(0, size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        far = k.to(tl.int64)
-        live_a = (row < rows)[:, None] & (k < size)[None, :]
-        live_b = (k < size)[:, None] & (column < width)[None, :]
-        if GRAM:
-            a = tl.load(product + row.to(tl.int64)[:, None] * size + k[None, :], mask=live_a, other=0)
-            b = load_centred(student, shift, stride, far[:, None], column[None, :], live_b, tl.float64)
-        else:
-            a = load_centred(student, shift, stride, row.to(tl.int64)[:, None], k[None, :], live_a, tl.float64)
-            b = tl.load(product + far[:, None] * size + column[None, :], mask=live_b, other=0)
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
-    return acc
-
-
-@triton.jit
 def halves(x):
     """Splits a tile into its left and right columns."""
     HALF: tl.constexpr = x.shape[1] // 2
@@ -98,7 +77,7 @@ def part_of(x, i: tl.constexpr, PARTS: tl.constexpr):
 def vicreg_bwd_kernel(
     student, target,  # [N, D], last dimension contiguous
     shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [5], [2]
-    product, dots, cross,  # [padded, planes * padded], [pieces, rows], [D]: see vicreg_finish_kernel
+    product, dots, cross,  # [padded, planes * padded], [pieces, D] or None, [D]: see vicreg_finish_kernel
     grad_output, weights,  # [], [3] or None
     grad_student, grad_target,  # [N, D] contiguous; None where it is not wanted
     stride_student, stride_target, stride_planes, stride_product, pieces,
@@ -126,26 +105,22 @@ def vicreg_bwd_kernel(
     dof = tl.maximum(count - 1, 1)
     if COVARIANCE:
         outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * dof)
-        if tl.float64 == ACC:
-            whole = times_centred(
-                product, student, shift, stride_student, row, column, rows, size, width, GRAM, BLOCK_K
-            )
-        elif RAW:
+        if RAW:
             if p < 0:
                 whole = times_planes(
                     product, stride_product, student, stride_student, i, j, rows, size, width, one,
-                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K,
+                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K, ACC,
                 )  # fmt: skip
                 whole /= tl.load(facts + 3).to(tl.float32)
             else:
                 whole = times_planes(
                     as_bfloat16(product), stride_product, planes, stride_planes, i, j, rows, size, width, one,
-                    GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K,
+                    GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K, ACC,
                 )  # fmt: skip
         else:
             whole = times_planes(
                 product, stride_product, planes, stride_planes, i, j, rows, size, width, one,
-                GRAM, True, PLANE, PRODUCT_PLANES, PLANES, PLANES, TILE, PLANES_K,
+                GRAM, True, PLANE, PRODUCT_PLANES, PLANES, PLANES, TILE, PLANES_K, ACC,
             )  # fmt: skip
     # A part of the columns at a time: what the elementwise terms take of all would not fit the registers.
     far = row.to(tl.int64)  # int64: row * stride passes 2**31
@@ -161,11 +136,7 @@ def vicreg_bwd_kernel(
         coefficient = tl.zeros((column.shape[0],), ACC)
         square = tl.load(squares + column, mask=inside, other=1)
         if COVARIANCE:
-            if GRAM:
-                if (p >= tl.min(column, 0)) & (p <= tl.max(column, 0)):  # its own product, which the planes do not have
-                    own = add_rows(dots, pieces, rows, row, row < rows)
-                    grad = tl.where((column == p)[None, :], own[:, None], grad)
-            elif dots is not None:  # what the means have brought in
+            if dots is not None:  # what the means have brought in
                 grad -= add_rows(dots, pieces, width, column, inside)[None, :]
             # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
             grad = tl.where((square == 0)[None, :], 0, grad * outer)

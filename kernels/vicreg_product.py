@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .vicreg import BLOCK, load_centred, place_of
+from .vicreg import BLOCK, place_of
 
 
 @triton.jit
@@ -65,13 +65,13 @@ def multiply(a, live_a, b, live_b, OPERAND: tl.constexpr, A: tl.constexpr, B: tl
 def product_of_planes(
     x, stride, i, j, low, size, first, last, one,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PLANES: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Computes a tile of x x^T (GRAM) or x^T x from `first` to `last` of its depth. WHOLE: no tile has an end in it.
 
     low: the first row on the left, or None for the first of all.
     """
-    acc = tl.zeros((TILE, TILE), tl.float32)
+    acc = tl.zeros((TILE, TILE), ACC)
     side = tl.arange(0, TILE)
     lane = tl.arange(0, BLOCK_K)
     left = i * TILE + side
@@ -111,31 +111,9 @@ def product_of_planes(
 
 
 @triton.jit
-def product_of_centred(
-    student, shift, largest, stride, left, right, size, first, last, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Computes the same in float64, of rows that are centred as they are loaded."""
-    acc = tl.zeros((left.shape[0], right.shape[0]), tl.float64)
-    for start in range(first, last, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        live_a = (left < size)[:, None] & (k < last)[None, :]
-        live_b = (k < last)[:, None] & (right < size)[None, :]
-        if GRAM:
-            live_a &= (k != tl.load(largest))[None, :]
-            a = load_centred(student, shift, stride, left.to(tl.int64)[:, None], k[None, :], live_a, tl.float64)
-            b = load_centred(student, shift, stride, right.to(tl.int64)[None, :], k[:, None], live_b, tl.float64)
-        else:
-            row = k.to(tl.int64)
-            a = load_centred(student, shift, stride, row[None, :], left[:, None], live_a, tl.float64)
-            b = load_centred(student, shift, stride, row[:, None], right[None, :], live_b, tl.float64)
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
-    return acc
-
-
-@triton.jit
 def vicreg_product_kernel(
-    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [2]: see vicreg_statistics_kernel
-    planes,  # [padded N, PLANES * padded D]: see vicreg_planes_kernel; None for float64
+    student, largest,  # [N, D], last dimension contiguous; [2]: see vicreg_statistics_kernel
+    planes,  # [padded N, PLANES * padded D]: see vicreg_planes_kernel
     parts,  # [SPLITS, own, size]: tiles from the diagonal on, or all where own rows meet all rows
     row_sums,  # [SPLITS, tiles, size], of the product of rows as they are; None where the columns' means suffice
     stride, stride_planes,
@@ -160,12 +138,10 @@ def vicreg_product_kernel(
     last = tl.minimum(first + depth_a_split, depth)
     one = tl.where(depth > 0, 1.0, 0.0)
     live = (row < own)[:, None] & (right < size)[None, :]
-    if planes is None:
-        acc = product_of_centred(student, shift, largest, stride, left, right, size, first, last, GRAM, BLOCK_K)
-    elif RAW:
+    if RAW:
         if tl.load(largest) < 0:
             acc = product_of_planes(
-                student, stride, i, j, low, size, first, last, one, GRAM, WHOLE, OPERAND, 1, TILE, BLOCK_K
+                student, stride, i, j, low, size, first, last, one, GRAM, WHOLE, OPERAND, 1, TILE, BLOCK_K, ACC
             )
             if GRAM:
                 if not PART:
@@ -176,11 +152,11 @@ def vicreg_product_kernel(
                     tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 0), mask=right < size)
         else:
             acc = product_of_planes(
-                planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
+                planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K, ACC
             )
     else:
         acc = product_of_planes(
-            planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
+            planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K, ACC
         )
     at = (split.to(tl.int64) * own + row.to(tl.int64)[:, None]) * size + right[None, :]
     tl.store(parts + at, acc, mask=live)
