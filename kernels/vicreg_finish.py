@@ -51,12 +51,10 @@ def vicreg_part_kernel(
     at = row.to(tl.int64)[:, None] * size + column[None, :]
     acc = add_splits(parts, splits, tl.cast(size, tl.int64) * size, at, live, ACC)
     count = tl.cast(rows, ACC)
-    if RAW:
-        as_it_is = tl.load(largest) < 0
-        if as_it_is:
-            a = mean_of(student, shift, row, row < size, ACC)
-            b = mean_of(student, shift, column, column < size, ACC)
-            acc -= a[:, None] * b[None, :] * count
+    if RAW and tl.load(largest) < 0:
+        a = mean_of(student, shift, row, row < size, ACC)
+        b = mean_of(student, shift, column, column < size, ACC)
+        acc -= a[:, None] * b[None, :] * count
     a = tl.load(away + row, mask=row < size, other=0)
     b = tl.load(away + column, mask=column < size, other=0)
     acc += a[:, None] * b[None, :] * count
@@ -99,17 +97,15 @@ def vicreg_finish_kernel(
     p = tl.load(largest)
     rows = tl.load(largest + 1).to(ACC)
     dof = tl.maximum(rows - 1, 1)
-    if RAW:
-        as_it_is = p < 0
-        if as_it_is:  # what the means have brought in
-            if GRAM:
-                a = add_rows(row_sums, sums_of_rows, size, left, inside) / rows
-                b = add_rows(row_sums, sums_of_rows, size, column, column < size) / rows
-                acc -= a[:, None] + b[None, :] - tl.load(facts + 2).to(tl.float32)
-            else:
-                a = mean_of(student, shift, row, row < size, tl.float32)
-                b = mean_of(student, shift, column, column < size, tl.float32)
-                acc -= a[:, None] * b[None, :] * rows
+    if RAW and p < 0:  # what the means have brought in
+        if GRAM:
+            a = add_rows(row_sums, sums_of_rows, size, left, inside) / rows
+            b = add_rows(row_sums, sums_of_rows, size, column, column < size) / rows
+            acc -= a[:, None] + b[None, :] - tl.load(facts + 2).to(tl.float32)
+        else:
+            a = mean_of(student, shift, row, row < size, tl.float32)
+            b = mean_of(student, shift, column, column < size, tl.float32)
+            acc -= a[:, None] * b[None, :] * rows
     value = tl.where(live, acc / dof, 0)
     if not GRAM:  # the diagonal is no part of the covariance
         value = tl.where(row[:, None] == column[None, :], 0, value)
@@ -132,17 +128,13 @@ def vicreg_finish_kernel(
     at = row.to(tl.int64)[:, None] * stride_product + (place_of(j * PIECE, PIECE, PLANES) + side)[None, :]
     mirror = column.to(tl.int64)[:, None] * stride_product + (place_of(i * PIECE, PIECE, PLANES) + side)[None, :]
     off_diagonal = (i != j) & (not PART)
-    if product.dtype.element_ty == tl.float16:
-        if p < 0:
-            scaled = value * tl.load(facts + 3).to(tl.float32)
-            store_planes(product + at, scaled, True, PLANES)
-            store_planes(product + mirror, tl.trans(scaled), off_diagonal, PLANES)
-        else:
-            store_planes(as_bfloat16(product) + at, value, True, PLANES)
-            store_planes(as_bfloat16(product) + mirror, tl.trans(value), off_diagonal, PLANES)
+    scaled = value * tl.load(facts + 3).to(ACC)
+    if product.dtype.element_ty == tl.float16 and p >= 0:
+        store_planes(as_bfloat16(product) + at, scaled, True, PLANES)
+        store_planes(as_bfloat16(product) + mirror, tl.trans(scaled), off_diagonal, PLANES)
     else:
-        store_planes(product + at, value, True, PLANES)
-        store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)
+        store_planes(product + at, scaled, True, PLANES)
+        store_planes(product + mirror, tl.trans(scaled), off_diagonal, PLANES)
     # In float64 as soon as they are few: the columns' own squares are subtracted from their sum.
     square = tl.sum(tl.sum(value * value, 1).to(tl.float64), 0)
     tl.store(sums + tl.program_id(0), tl.where(off_diagonal, 2 * square, square))

@@ -5,9 +5,9 @@ import triton.language as tl
 
 from .columns import deviation
 from .store import store
-from .vicreg import load_centred, place_of, weight_of
+from .vicreg import load_centred, weight_of
 from .vicreg_finish import add_rows, as_bfloat16
-from .vicreg_product import multiply
+from .vicreg_product import product_of
 
 
 @triton.jit
@@ -17,42 +17,22 @@ def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constex
 
 
 @triton.jit
-def times_planes(
+def times(
     product, stride_product, x, stride, i, j, rows, size, width, one,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr,
     STORED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Computes a tile of P x (GRAM) or x P, of the first PLANES of the STORED. WHOLE: no tile of x has an end in it."""
-    acc = tl.zeros((TILE, TILE), ACC)
-    side = tl.arange(0, TILE)
-    lane = tl.arange(0, BLOCK_K)
-    row = i * TILE + side
     if GRAM:
-        a = row.to(tl.int64)[:, None] * stride_product
-        b = lane.to(tl.int64)[:, None] * stride + (place_of(j * TILE, TILE, STORED) + side)[None, :]
+        return product_of(
+            product, stride_product, i * TILE, rows, x, stride, j * TILE, width, 0, size, one,
+            True, True, PRODUCT_PLANES, PRODUCT_PLANES, False, WHOLE, STORED, PLANES, OPERAND, TILE, BLOCK_K, ACC,
+        )  # fmt: skip
     else:
-        if not WHOLE:  # rows past the last are read as the last, and are not stored
-            row = tl.minimum(row, rows - 1)
-        a = row.to(tl.int64)[:, None] * stride
-        b = lane.to(tl.int64)[:, None] * stride_product + (place_of(j * TILE, TILE, PRODUCT_PLANES) + side)[None, :]
-    down = tl.zeros((), tl.int64)
-    for start in range(0, size, BLOCK_K):
-        live = None
-        if GRAM:
-            if not WHOLE:
-                live = (lane < size - start)[:, None] & (j * TILE + side < width)[None, :]
-            at_a = product + (a + (place_of(start, BLOCK_K, PRODUCT_PLANES) + lane)[None, :])
-            at_b = x + (b + down)
-            step = multiply(at_a, None, at_b, live, OPERAND, PRODUCT_PLANES, PLANES)
-            down += tl.cast(stride, tl.int64) * BLOCK_K
-        else:
-            if not WHOLE:
-                live = (lane < size - start)[None, :]
-            at_a = x + (a + (place_of(start, BLOCK_K, STORED) + lane)[None, :])
-            at_b = product + (b + tl.cast(start, tl.int64) * stride_product)
-            step = multiply(at_a, live, at_b, None, OPERAND, PLANES, PRODUCT_PLANES)
-        acc += step * one
-    return acc
+        return product_of(
+            x, stride, i * TILE, rows, product, stride_product, j * TILE, width, 0, size, one,
+            True, WHOLE, STORED, PLANES, False, True, PRODUCT_PLANES, PRODUCT_PLANES, OPERAND, TILE, BLOCK_K, ACC,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -105,22 +85,16 @@ def vicreg_bwd_kernel(
     dof = tl.maximum(count - 1, 1)
     if COVARIANCE:
         outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * dof)
-        if RAW:
-            if p < 0:
-                whole = times_planes(
-                    product, stride_product, student, stride_student, i, j, rows, size, width, one,
-                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K, ACC,
-                )  # fmt: skip
-                whole /= tl.load(facts + 3).to(tl.float32)
-            else:
-                whole = times_planes(
-                    as_bfloat16(product), stride_product, planes, stride_planes, i, j, rows, size, width, one,
-                    GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K, ACC,
-                )  # fmt: skip
+        if RAW and p < 0:
+            whole = times(
+                product, stride_product, student, stride_student, i, j, rows, size, width, one,
+                GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K, ACC,
+            )  # fmt: skip
+            whole /= tl.load(facts + 3).to(tl.float32)
         else:
-            whole = times_planes(
-                product, stride_product, planes, stride_planes, i, j, rows, size, width, one,
-                GRAM, True, PLANE, PRODUCT_PLANES, PLANES, PLANES, TILE, PLANES_K, ACC,
+            whole = times(
+                as_bfloat16(product) if RAW else product, stride_product, planes, stride_planes, i, j, rows, size,
+                width, one, GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K, ACC,
             )  # fmt: skip
     # A part of the columns at a time: what the elementwise terms take of all would not fit the registers.
     far = row.to(tl.int64)  # int64: row * stride passes 2**31
