@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .columns import deviation, is_last, merge_runs, run_statistics
+from .columns import deviation, is_last, merge_runs, store_run
 
 LARGE_MEANS = tl.constexpr(1.0)  # squared, by the variance: beyond it a mean is subtracted before the product
 DOMINANCE = tl.constexpr(4.0)
@@ -94,16 +94,10 @@ def vicreg_statistics_kernel(
 ):  # fmt: skip
     # One program owns BLOCK_D columns of one run of rows. The one that finishes last merges the runs, and finds what
     # all columns together decide.
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < width
-    first = tl.program_id(1) * rows_a_run
-    last = tl.minimum(first + rows_a_run, rows)
-    mean, square, error = run_statistics(
-        student, target, None, column, inside, first, last, stride_student, stride_target, BLOCK_N, ACC
-    )
-    at = tl.program_id(1) * width + column
-    tl.store(means + at, mean, mask=inside)
-    tl.store(parts + at, square, mask=inside)
+    error = store_run(
+        student, target, None, means, parts, rows, width, rows_a_run, stride_student, stride_target,
+        BLOCK_N, BLOCK_D, ACC,
+    )  # fmt: skip
     if target is not None:
         tl.store(errors + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(error.to(tl.float64), 0))
     if is_last(ticket):

@@ -5,8 +5,7 @@ allows TF32. Students of 16 bits are multiplied as they are, or as planes where 
 dominates; float64 in its own instructions. The product, [N, N] or [D, D], waits for the backward as planes, and so do
 the student's. Splits of a product together hold no more numbers than the student.
 
-Each launch serves a group's ranks too (vicreg_ranks_triton.py): by rows the student is all ranks' rows, of which `own`
-are this rank's.
+Each launch serves a group's ranks too: by rows the student is all ranks' rows, of which `own` are this rank's.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .columns import COLUMNS, ROWS, runs_of
 from .dispatch import acc_of, cdiv, launched, rows_of
 from .plain import launch
 from .tickets import ticket
-from .vicreg_plan import BackwardOptions, Grads, Plan, Terms
+from .vicreg_plan import BackwardOptions, Grads, Plan, Terms, empty_grads, empty_terms, terms_of
 from .vicreg_tiles import HALF, PAD, PIECE, TILES, is_raw, padded, planes_in
 
 
@@ -57,8 +56,7 @@ class Forward(NamedTuple):
 def vicreg_fwd_empty(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Forward:
     """Allocates the loss and its three terms [], then what the backward needs."""
     dtype = acc_dtype(student, target)
-    loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
-    return Forward(loss, invariance, variance, covariance, *empty_saved(student, dtype, plan))
+    return Forward(*empty_terms(student, dtype), *empty_saved(student, dtype, plan))
 
 
 def empty_saved(student: Tensor, dtype: torch.dtype, plan: Plan, own: slice | None = None) -> Saved:
@@ -85,11 +83,11 @@ def launch_vicreg_fwd(out: Forward, student: Tensor, target: Tensor, weights: Te
     student, target = rows_of(student, target)
     terms, saved = out[:4], Saved(*out[4:])
     if not student.shape[0]:
-        computed = (plan.invariance or plan.variance, plan.invariance, plan.variance)
-        for term, nothing in zip(terms, computed, strict=False):
-            term.fill_(float("nan") if nothing else 0)
-        for x in out[3:]:
+        for x in saved:
             x.zero_()
+        nothing = saved.facts[0]
+        for term, x in zip(terms, terms_of(nothing, 0, saved.squares, nothing, 1, weights, plan), strict=True):
+            term.copy_(x)
         return
     with torch.cuda.device_of(student):
         raw = is_raw(student, saved.shift.dtype)
@@ -193,20 +191,18 @@ def launch_finish(
         parts, row_sums, student, saved.shift, saved.squares, saved.facts, saved.largest, crosses, about,
         saved.product, saved.planes, saved.dots if saved.dots.numel() else None, saved.cross,
         student.new_empty(programs, dtype=torch.float64), ticket(student), weights, *(terms or (None,) * 4),
-        student.stride(0), saved.planes.stride(0), saved.product.stride(0), pieces, None if own is None else own.start, rows, d, size, splits,
+        student.stride(0), saved.planes.stride(0), saved.product.stride(0), pieces,
+        None if own is None else own.start, rows, d, size, splits,
         0 if row_sums is None else len(row_sums), 0 if crosses is None else len(crosses), plan.divisor, *plan.weights,
-        GRAM=plan.gram, RAW=raw, PLANES=planes_in(saved.product, size), X_PLANES=planes_in(saved.planes, d), PIECE=PIECE,
-        ACC=acc_of(dtype), num_warps=4, enable_fp_fusion=True,
+        GRAM=plan.gram, RAW=raw, PLANES=planes_in(saved.product, size), X_PLANES=planes_in(saved.planes, d),
+        PIECE=PIECE, ACC=acc_of(dtype), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def vicreg_bwd_empty(
     student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved, options: BackwardOptions
-) -> tuple[Tensor, Tensor]:
-    """Allocates the gradients of student and target, each [N, D] and contiguous, or empty where not wanted."""
-    for_s = student.new_empty(student.shape if options.for_student else 0)
-    for_t = target.new_empty(target.shape if options.for_target else 0)
-    return for_s, for_t
+) -> Grads:
+    return empty_grads(student, target, options)
 
 
 def launch_vicreg_bwd(
