@@ -84,9 +84,10 @@ def vicreg_statistics_kernel(
     means, parts, errors,  # [RUNS, D], [RUNS, D], [programs]: see run_statistics
     ticket,  # a zero, which is left zero
     shift, squares,  # [D]
-    facts,  # [5] float64: invariance, variance, |mean|^2, what the product is multiplied by where it is stored, and the
-    # sum of squared covariances, which vicreg_finish_kernel adds
-    largest,  # [2]: the column that deviates most, or -1 where rows of 16 bits can be multiplied as they are; N
+    facts,  # [7] float64: invariance, variance, |mean|^2, what the product is multiplied by where it is stored, the sum
+    # of s and of s^2, and the sum of squared covariances, which vicreg_finish_kernel adds
+    largest,  # [3]: the column that deviates most, or -1 where rows of 16 bits can be multiplied as they are; N; and
+    # whether the first plane of the product is enough, which vicreg_finish_kernel finds
     weights, loss, invariance, variance, covariance,  # see vicreg_finish_kernel; None where it stores the terms
     stride_student, stride_target, rows, width, rows_a_run, runs, over, inv_weight, var_weight, cov_weight,
     GAMMA: tl.constexpr, EPS: tl.constexpr, VARIANCE: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr,
@@ -128,9 +129,9 @@ def vicreg_statistics_kernel(
             which = tl.where(larger, each, which)
             if RAW:
                 centre += tl.load(student + each, mask=there, other=0).to(tl.float64)
+                total += merged
                 if GRAM:
                     mean_square += centre * centre
-                    total += merged
                     fourth += merged * merged
                 else:
                     excess = tl.maximum(excess, centre * centre - merged * LARGE_MEANS / n)
@@ -167,11 +168,14 @@ def vicreg_statistics_kernel(
             var = tl.sum(hinge, 0) / width
         tl.store(largest, p)
         tl.store(largest + 1, rows)
+        tl.store(largest + 2, 0)
         tl.store(facts, inv)
         tl.store(facts + 1, var)
         tl.store(facts + 2, squared)
         tl.store(facts + 3, scale.to(tl.float64))
-        tl.store(facts + 4, tl.zeros((), tl.float64))
+        tl.store(facts + 4, tl.sum(total, 0))
+        tl.store(facts + 5, tl.sum(fourth, 0))
+        tl.store(facts + 6, tl.zeros((), tl.float64))
         if loss is not None:
             store_terms(
                 inv, var, tl.zeros((), tl.float64), weights, loss, invariance, variance, covariance,
@@ -181,7 +185,7 @@ def vicreg_statistics_kernel(
 
 @triton.jit
 def vicreg_planes_kernel(
-    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [2]
+    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [3]
     planes,  # [padded N, PLANES * padded D]: xc as a sum of bfloat16 numbers, or itself; 0 in the largest column (GRAM)
     cross,  # [RUNS, D]: sums over runs of rows of x_p x_j / dof (GRAM)
     stride, stride_planes, rows, width, padded_rows, rows_a_run, dof,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .columns import is_last
-from .vicreg import load_centred, mean_of, place_of, store_planes, store_terms
+from .vicreg import load_centred, mean_of, place_of, store_planes, store_terms, weight_of
 from .vicreg_product import pair_of, place_in
 
 
@@ -39,7 +39,7 @@ def add_splits(parts, splits, numbers, at, live, ACC: tl.constexpr):
 @triton.jit
 def vicreg_part_kernel(
     parts,  # [SPLITS, D, D]: see vicreg_product_kernel; the first becomes their sum, about the mean of all ranks' rows
-    student, shift, largest,  # [N, D], [D], [2]: see vicreg_statistics_kernel
+    student, shift, largest,  # [N, D], [D], [3]: see vicreg_statistics_kernel
     away,  # [D], from the mean of these rows to that of all ranks'
     rows, size, splits, RAW: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -62,9 +62,28 @@ def vicreg_part_kernel(
 
 
 @triton.jit
+def is_first_plane_enough(facts, covariance, weights, inv_weight, var_weight, cov_weight, rows, width, divisor):
+    """Whether what the first plane of P leaves out drowns in the gradient's own rounding, whatever the student is.
+
+    Of the norms over all elements, where u is half of a last digit: the errors' part of the gradient has
+    2 sqrt(invariance / (N d)), the variance's at most 1 / sqrt(d n), and the covariance's at most 2 C with
+    C = 4 |P| |xc| / (D n). Rows as they are have at most sqrt(2) |xc|, so what is left out has at most sqrt(2) u C. It
+    may be a quarter of u times the whole. NaN is not enough. By rows |P|^2 has the squares of s / n as well.
+    """
+    n = tl.maximum(rows - 1, 1)
+    d = tl.cast(width, tl.float32)
+    squared = covariance.to(tl.float32) + tl.load(facts + 5).to(tl.float32) / n / n
+    of_errors = 2 * tl.sqrt(tl.load(facts).to(tl.float32) / rows / d)
+    of_errors *= tl.abs(weight_of(weights, 0, inv_weight, tl.float32))
+    of_variance = tl.abs(weight_of(weights, 1, var_weight, tl.float32)) / tl.sqrt(d * n)
+    c = 4 * tl.abs(weight_of(weights, 2, cov_weight, tl.float32)) / (tl.cast(divisor, tl.float32) * n)
+    return 8 * c * tl.sqrt(squared) * tl.sqrt(tl.load(facts + 4).to(tl.float32)) <= of_errors - of_variance
+
+
+@triton.jit
 def vicreg_finish_kernel(
     parts, row_sums,  # see vicreg_product_kernel
-    student, shift, squares, facts, largest,  # [N, D], [D], [D], [5], [2]: see vicreg_statistics_kernel
+    student, shift, squares, facts, largest,  # [N, D], [D], [D], [7], [3]: see vicreg_statistics_kernel
     crosses,  # [RUNS, D]: see vicreg_planes_kernel
     about,  # [D], what rows are multiplied less, where those of other ranks are in the product; else None
     product,  # [padded, PLANES * padded]: planes of the product over N - 1, times the scale of the facts
@@ -159,8 +178,13 @@ def vicreg_finish_kernel(
                     twice *= tl.cast(own, tl.float64) / tl.load(largest + 1)
                 total += twice
         energy = tl.sum(total, 0)
-        tl.store(facts + 4, energy)
+        tl.store(facts + 6, energy)
         if loss is not None:
+            if RAW:
+                enough = is_first_plane_enough(
+                    facts, energy, weights, inv_weight, var_weight, cov_weight, rows, width, divisor
+                )
+                tl.store(largest + 2, enough.to(tl.int32))
             store_terms(
                 tl.load(facts), tl.load(facts + 1), energy / tl.cast(divisor, tl.float64), weights,
                 loss, invariance, variance, covariance, inv_weight, var_weight, cov_weight, ACC,

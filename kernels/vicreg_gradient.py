@@ -19,19 +19,19 @@ def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constex
 @triton.jit
 def times(
     product, stride_product, x, stride, i, j, rows, size, width, one,
-    GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr,
-    STORED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, STORED_P: tl.constexpr, P: tl.constexpr,
+    STORED_X: tl.constexpr, X: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile of P x (GRAM) or x P, of the first PLANES of the STORED. WHOLE: no tile of x has an end in it."""
+    """Computes a tile of P x (GRAM) or x P, of the first planes of each. WHOLE: no tile of x has an end in it."""
     if GRAM:
         return product_of(
             product, stride_product, i * TILE, rows, x, stride, j * TILE, width, 0, size, one,
-            True, True, PRODUCT_PLANES, PRODUCT_PLANES, False, WHOLE, STORED, PLANES, OPERAND, TILE, BLOCK_K, ACC,
+            True, True, STORED_P, P, False, WHOLE, STORED_X, X, OPERAND, TILE, BLOCK_K, ACC,
         )  # fmt: skip
     else:
         return product_of(
             x, stride, i * TILE, rows, product, stride_product, j * TILE, width, 0, size, one,
-            True, WHOLE, STORED, PLANES, False, True, PRODUCT_PLANES, PRODUCT_PLANES, OPERAND, TILE, BLOCK_K, ACC,
+            True, WHOLE, STORED_X, X, False, True, STORED_P, P, OPERAND, TILE, BLOCK_K, ACC,
         )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def part_of(x, i: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def vicreg_bwd_kernel(
     student, target,  # [N, D], last dimension contiguous
-    shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [5], [2]
+    shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [7], [3]
     product, dots, cross,  # [padded, planes * padded], [pieces, D] or None, [D]: see vicreg_finish_kernel
     grad_output, weights,  # [], [3] or None
     grad_student, grad_target,  # [N, D] contiguous; None where it is not wanted
@@ -86,15 +86,22 @@ def vicreg_bwd_kernel(
     if COVARIANCE:
         outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * dof)
         if RAW and p < 0:
-            whole = times(
-                product, stride_product, student, stride_student, i, j, rows, size, width, one,
-                GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K, ACC,
-            )  # fmt: skip
+            if tl.load(largest + 2) > 0:  # the same branch in every program
+                whole = times(
+                    product, stride_product, student, stride_student, i, j, rows, size, width, one,
+                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, 1, TILE, BLOCK_K, ACC,
+                )  # fmt: skip
+            else:
+                whole = times(
+                    product, stride_product, student, stride_student, i, j, rows, size, width, one,
+                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K, ACC,
+                )  # fmt: skip
             whole /= tl.load(facts + 3).to(tl.float32)
         else:
             whole = times(
                 as_bfloat16(product) if RAW else product, stride_product, planes, stride_planes, i, j, rows, size,
-                width, one, GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K, ACC,
+                width, one,
+                GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, PRODUCT_PLANES, TILE, PLANES_K, ACC,
             )  # fmt: skip
     # A part of the columns at a time: what the elementwise terms take of all would not fit the registers.
     far = row.to(tl.int64)  # int64: row * stride passes 2**31

@@ -112,7 +112,7 @@ def product_of(
 
 @triton.jit
 def vicreg_product_kernel(
-    student, largest,  # [N, D], last dimension contiguous; [2]: see vicreg_statistics_kernel
+    student, largest,  # [N, D], last dimension contiguous; [3]: see vicreg_statistics_kernel
     planes,  # [padded N, PLANES * padded D]: see vicreg_planes_kernel
     parts,  # [SPLITS, own, size]: tiles from the diagonal on, or all where own rows meet all rows
     row_sums,  # [SPLITS, tiles, size], of the product of rows as they are; None where the columns' means suffice

@@ -64,7 +64,7 @@ def by_rows(
         row_sums = ranks.sum(of_rows).view(1, -1)
     if parts is not None:
         launches.launch_finish(saved, student, parts, row_sums, crosses, raw, None, None, plan, own)
-    error, total = ranks.sum(torch.stack([error, saved.facts[4]])).unbind()
+    error, total = ranks.sum(torch.stack([error, saved.facts[6]])).unbind()
     return (error, student.shape[0], saved.squares, total), student, saved
 
 
@@ -93,7 +93,7 @@ def by_columns(
     if plan.covariance:
         saved, about = finish_options(saved, student, moments)
         launches.launch_finish(saved, student, product[None], None, None, False, None, None, plan, about=about)
-    return (moments.error, moments.rows, squares, saved.facts[4]), student, saved
+    return (moments.error, moments.rows, squares, saved.facts[6]), student, saved
 
 
 def about_all(parts: Tensor, saved: Saved, student: Tensor, moments: Moments) -> Tensor:

@@ -30,8 +30,9 @@ class Saved(NamedTuple):
 
     shift: Tensor  # [D]; the mean of a column is its first element plus this
     squares: Tensor  # [D], of the centred columns
-    facts: Tensor  # [5] float64, of all columns: see vicreg_statistics_kernel
-    largest: Tensor  # [2], the column that is left out of planes, or -1 where the student is multiplied as it is; N
+    facts: Tensor  # [7] float64, of all columns: see vicreg_statistics_kernel
+    largest: Tensor  # [3], the column that is left out of planes, or -1 where the student is multiplied as it is; N;
+    # whether one plane of the product is enough there
     planes: Tensor  # [padded N, planes * padded D] of the centred student; unwritten where it is not used
     product: Tensor  # [padded N, planes * padded N] or [padded D, planes * padded D]
     dots: Tensor  # [pieces, D]: parts of the product of columns with what is subtracted from rows after it
@@ -62,7 +63,7 @@ def vicreg_fwd_empty(student: Tensor, target: Tensor, weights: Tensor | None, pl
 def empty_saved(student: Tensor, dtype: torch.dtype, plan: Plan, own: slice | None = None) -> Saved:
     (n, d), half = student.shape, student.dtype in HALF
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
-    facts, largest = student.new_empty(5, dtype=torch.float64), student.new_empty(2, dtype=torch.int32)
+    facts, largest = student.new_empty(7, dtype=torch.float64), student.new_empty(3, dtype=torch.int32)
     shapes: dict[str, Any] = {"planes": 0, "product": 0, "dots": 0, "cross": 0}
     plane = dtype if dtype == torch.float64 else torch.bfloat16
     dtypes = {"planes": plane, "product": student.dtype if half and dtype == torch.float32 else plane}
