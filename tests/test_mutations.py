@@ -358,6 +358,16 @@ MUTATIONS = {
         "acc += 0 * a[:, None] * b[None, :]",
         "test_distributed_triton.py",
     ),
+    "vicreg_gradient: the rest of the product left out where it counts": (
+        "if tl.load(largest + 2) > 0:",
+        "if tl.load(largest + 2) >= 0:",
+        "test_vicreg_planes.py::test_one_plane_would_not_do_for_a_difference",
+    ),
+    "vicreg_finish: a first plane that is always enough": (
+        "<= of_errors - of_variance",
+        ">= -1",
+        "test_vicreg_planes.py::test_the_second_plane_is_read_only_where_it_counts",
+    ),
     "vicreg_product: a product past its rows": (
         "live_b = (lane < high - start)[:, None]",
         "live_b = (lane < high + 1 - start)[:, None]",
