@@ -14,7 +14,7 @@ INTERPRETED := $(addprefix tests/,test_ops.py test_random_shapes.py test_kernels
 ON_THE_UNIT := $(addprefix tests/,test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py test_vicreg_planes.py \
 	test_standardize.py test_ops.py) -k "(vicreg or standardize) and not derivatives and not gradients_of_both and not compiles"
 
-.PHONY: help setup demo test test-all test-oldest lint aot bench host results report gpu dist clean
+.PHONY: help setup demo test test-all test-oldest lint aot bench host results report recipes gpu dist clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -52,8 +52,11 @@ results: .venv/.dev  ## measure this machine, keep the evidence in benchmarks/re
 	$(BIN)/python -m benchmarks run --self-check --json benchmarks/results/$(NAME).json $(ARGS)
 	$(BIN)/python -m benchmarks report
 
-report: .venv/.dev  ## render docs/performance.md and the README's table from benchmarks/results/
+report: .venv/.dev  ## render docs/performance.md, docs/costs.md and the README's table from benchmarks/results/
 	$(BIN)/python -m benchmarks report
+
+recipes: .venv/.dev  ## render docs/recipes/ from the recipes' docstrings and costs
+	$(BIN)/python -m fused_dino.cli.recipe_pages
 
 host: .venv/.dev  ## what a call costs the host, without a GPU
 	$(BIN)/python -m benchmarks.host

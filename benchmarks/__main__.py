@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_arguments(commands.add_parser("run", help="measure, print tables, and keep the evidence"))
-    commands.add_parser("report", help="render docs/performance.md and the README's table from benchmarks/results/")
+    commands.add_parser("report", help="render the pages' figures from benchmarks/results/")
     options = vars(parser.parse_args(argv))
     try:
         if options.pop("command") == "run":

@@ -54,7 +54,10 @@ class Timing:
 
 @dataclass
 class Record:
-    """A row in one direction: its work, and the times of each provider."""
+    """A row in one direction: its work, and the times of each provider.
+
+    images: How many a call sees, where a whole model runs.
+    """
 
     op: str
     row: str
@@ -65,6 +68,7 @@ class Record:
     flops: float
     timings: list[Timing]
     quick: bool = False
+    images: int | None = None
 
     @property
     def headline(self) -> str:

@@ -41,6 +41,7 @@ class Bench:
     exact(row): The truth, where the recipe rounds even in float64.
     parts(row, *inputs): {name: a call without arguments}, parts of the work that are timed beside the whole.
     asks: The op whose backends explain_backend is asked for, where `op` is no op.
+    backends: Whether ours has backends, each of which is timed.
     """
 
     op: str
@@ -53,6 +54,12 @@ class Bench:
     exact: Callable[[Row], Function] | None = None
     parts: Callable[..., Mapping[str, Callable[[], Any]]] | None = None
     asks: str | None = None
+    backends: bool = True
+
+    @property
+    def of_a_model(self) -> bool:
+        """Tell whether a whole model runs, and not an op alone."""
+        return self.parts is not None or not self.backends
 
 
 def benches() -> dict[str, Bench]:
@@ -143,12 +150,18 @@ def providers(case: Case, device: str, twice: bool = False) -> Iterator[Provider
     if twice:
         yield Provider("eager again", "again", recipe)
     yield Provider("torch.compile", "compile", lambda: compiled(recipe()))
-    if device == "cuda" and row.quick:  # tuning takes a minute a row
+    if device == "cuda" and row.quick and bench.parts is None:  # tuning takes a minute a row
         yield Provider("torch.compile, tuned", "compile", lambda: compiled(recipe(), "max-autotune-no-cudagraphs"))
-    for backend in ("triton", "torch") if device == "cuda" else ("torch",):
+    if not bench.backends:
+        yield Provider("fused_dino", "ours", partial(bench.ours, row, "auto"))
+    for backend in backends(device) if bench.backends else ():
         yield Provider(f"fused_dino {backend}", "ours", partial(ours, bench, row, backend, device))
     for name, factory in bench.peers.items():
         yield Provider(name, "peer", partial(factory, row))
+
+
+def backends(device: str) -> tuple[str, ...]:
+    return ("triton", "torch") if device == "cuda" else ("torch",)
 
 
 def compiled(function: Function, mode: str | None = None) -> Function:

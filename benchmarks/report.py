@@ -1,6 +1,6 @@
-"""Render docs/performance.md and the README's table from benchmarks/results/*.json, docs/gpu.md's from predictions.py.
+"""Render docs/performance.md, docs/costs.md and the README's table from benchmarks/results/*.json.
 
-No figure is typed by hand.
+docs/gpu.md's table comes from predictions.py. No figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import evidence, judge, table
+from . import cost_page, evidence, judge, table
 from .evidence import ROOT, Evidence
 
 RESULTS, PAGE, README = ROOT / "benchmarks/results", ROOT / "docs/performance.md", ROOT / "README.md"
-GPU_PAGE = ROOT / "docs/gpu.md"
+GPU_PAGE, COST_PAGE = ROOT / "docs/gpu.md", ROOT / "docs/costs.md"
 BEGIN, END = "<!-- performance: rendered by make report -->", "<!-- performance: end -->"
 
 PREAMBLE = """# Performance
@@ -23,7 +23,8 @@ of the rounds, and `+-` their interquartile range over it.
 
 - `time` on a GPU is cold: GPU time alone, with the whole call enqueued and other data in the L2. `graph` is the time of
   a CUDA graph over more inputs than the L2 holds. `host` is the time that enqueuing a call takes.
-- `GB/s` counts the least bytes that must be moved, so that a provider that moves more looks slow.
+- `GB/s` counts the least bytes that must be moved, so that a provider that moves more looks slow. Where a whole model
+  runs, `images/s` stands in its place.
 - `roof` is the share of the nearer roof. `in cache` is faster than memory, so that no roof applies.
 - `error` is the largest of value and gradients against float64, over the largest true element. A provider whose error
   is above twice eager's and a few roundings is not timed.
@@ -34,9 +35,10 @@ def write() -> int:
     """Render everything, and return the exit status."""
     evidences = load()
     PAGE.write_text(page(evidences), encoding="utf-8")
+    COST_PAGE.write_text(cost_page.page(evidences), encoding="utf-8")
     for path, rendered in ((README, summary(evidences)), (GPU_PAGE, judge.expected().markdown())):
         path.write_text(insert(path.read_text(encoding="utf-8"), rendered, path.name), encoding="utf-8")
-    pages = ", ".join(str(path.relative_to(ROOT)) for path in (PAGE, README, GPU_PAGE))
+    pages = ", ".join(str(path.relative_to(ROOT)) for path in (PAGE, COST_PAGE, README, GPU_PAGE))
     print(f"Rendered {len(evidences)} results into {pages}")
     return 0
 

@@ -19,7 +19,7 @@ SECONDS = {True: 1.0, False: 2.0}  # quick or not: of rounds, beyond the least
 
 
 def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
-    """Return the cases of a run, telling rows first and whole steps last, since it may be ended at any time."""
+    """Return the cases of a run, telling rows first and models after ops, since it may be ended at any time."""
     cases = [
         Case(bench, row, direction)
         for bench in benches
@@ -27,7 +27,7 @@ def plan(benches: Iterable[Bench], device: str, quick: bool) -> list[Case]:
         if device in row.on and (row.quick or not quick)
         for direction in (row.directions[-1:] if quick else row.directions)
     ]
-    return sorted(cases, key=lambda case: (not case.row.quick, case.bench.parts is not None))
+    return sorted(cases, key=lambda case: (not case.row.quick, case.bench.of_a_model))
 
 
 def default_device() -> str:
@@ -116,6 +116,7 @@ def record(case: Case, device: str, seconds: float, twice: bool = False) -> Reco
         flops=computed,
         timings=timings,
         quick=row.quick,
+        images=row.shape[0] if bench.of_a_model else None,
     )
 
 

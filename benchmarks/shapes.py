@@ -43,6 +43,13 @@ class Row:
         return "TF32" if self.tf32 else {"bfloat16": "bf16", "float16": "fp16"}.get(self.dtype, "IEEE")
 
 
+def read(text: str) -> Row:
+    """Return the row whose line this is, with options as text."""
+    *sizes, last = text.split(" x ")
+    size, dtype, *options = last.split()
+    return Row((*map(int, sizes), int(size)), "", dtype, dict(option.split("=") for option in options))
+
+
 TOKENS = "patch tokens of 256 images of a ViT-L/14 at 224"
 ROWS = (
     Row((256, 1024), "global tokens of one batch: launches and overhead count, not memory"),
@@ -92,8 +99,19 @@ BATCHES = (
     Row((256, 1024), "one batch of a ViT-L teacher", quick=True, on=GPU),
 )  # of vicreg
 
+CLASS, PATCHES = {"needs": "global"}, {"needs": "patch"}
+SMALL, LARGE = {"teacher": "vits14"}, {"teacher": "vitl14"}
+TEACHERS = (
+    Row((2, 3, 224, 224), "what a CPU bears", options=SMALL | CLASS, directions=AHEAD, on=CPU),
+    Row((2, 3, 224, 224), "16 bits", "bfloat16", SMALL | CLASS, directions=AHEAD, on=CPU),
+    Row((2, 3, 224, 224), "tokens are aligned", options=SMALL | PATCHES, directions=AHEAD, on=CPU),
+    Row((256, 3, 224, 224), "the recipe's teacher", "bfloat16", LARGE | CLASS, directions=AHEAD, on=GPU, quick=True),
+    Row((256, 3, 224, 224), "tokens are aligned", "bfloat16", LARGE | PATCHES, directions=AHEAD, on=GPU),
+    Row((64, 3, 224, 224), "the weights as they are published", options=LARGE | CLASS, directions=AHEAD, on=GPU),
+)
+
 WHOLE = (BACKWARD,)
 STEPS = (
-    Row((2, 3, 256, 256), "what a CPU bears", options={"teacher": "vits14"}, directions=WHOLE, on=CPU),
-    Row((64, 3, 256, 256), "the recipe's teacher", "bfloat16", {"teacher": "vitl14"}, directions=WHOLE, on=GPU),
+    Row((2, 3, 256, 256), "what a CPU bears", options=SMALL, directions=WHOLE, on=CPU),
+    Row((64, 3, 256, 256), "the recipe's teacher", "bfloat16", LARGE, directions=WHOLE, on=GPU, quick=True),
 )

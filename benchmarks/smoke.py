@@ -72,7 +72,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def chosen(benches: Iterable[harness.Bench], device: str) -> list[Case]:
     """Return all rows of the ops that have kernels. A CPU only shows that this runs, and takes each op's smallest."""
-    plan = [case for case in session.plan(benches, device, quick=False) if case.bench.parts is None]
+    plan = session.plan((bench for bench in benches if not bench.of_a_model), device, quick=False)
     if device == "cuda":
         return plan
     smallest = {c.bench.op: min((x.row for x in plan if x.bench is c.bench), key=lambda r: prod(r.shape)) for c in plan}

@@ -9,7 +9,7 @@ from .evidence import Evidence, Record, Timing
 from .roofs import of_the_roof
 
 # Columns of words, which Markdown aligns to the left.
-WORDS = ("op", "row", "precision", "direction", "provider", "figure", "limiter", "target")
+WORDS = ("op", "row", "precision", "direction", "provider", "figure", "limiter", "target", "teacher", "part")
 SAME = 0.05  # two speeds that are nearer than this are called equal
 
 
@@ -79,7 +79,8 @@ def cells(record: Record, timing: Timing, evidence: Evidence) -> dict[str, str]:
     if record.kind == "cuda":
         line |= {name: time(timing.figure(name)) for name in ("graph", "host")}
     line["vs eager"] = times(record.ratio(timing, record.of("eager"))) if timed else "-"
-    line["GB/s"] = digits(record.bytes / seconds / 1e9) if timed and seconds else "-"
+    amount, unit = (record.bytes / 1e9, "GB/s") if record.images is None else (record.images, "images/s")
+    line[unit] = digits(amount / seconds) if timed and seconds else "-"
     line["roof"] = roof(record, timing, evidence)
     if record.kind == "cuda":
         line["peak"] = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.0f} MiB"

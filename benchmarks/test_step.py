@@ -1,32 +1,27 @@
 """Measure a whole supervised step in the row's dtype, on random weights, and the share of each of its parts."""
 
-from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_dino import DinoSupervision, DINOv2Backbone, Projector, costs
+from fused_dino import DinoSupervision, Projector, costs
 from fused_dino import functional as FD
 
 from .harness import Bench, normal
+from .models import SIZE, in_timm, ours
 from .shapes import STEPS, Row
 from .test_cosine import recipe as cosine
 
-IN_DIM, SIZE = 8192, 224
+IN_DIM = 8192
 MEAN, STD = (torch.tensor(x).view(1, 3, 1, 1) for x in (FD.IMAGENET_MEAN, FD.IMAGENET_STD))
-
-
-@cache
-def teacher(name: str) -> DINOv2Backbone:
-    torch.manual_seed(0)
-    return DINOv2Backbone(name, SIZE, pretrained=False)
 
 
 class Recipe(nn.Module):
     def __init__(self, row: Row) -> None:
         super().__init__()
-        self.teacher = teacher(row.options["teacher"])
+        self.teacher: Any = in_timm(row.options["teacher"])
         torch.manual_seed(1)
         self.projector = Projector(IN_DIM, out_dim=self.teacher.embed_dim)
         self.to(getattr(torch, row.dtype))
@@ -35,16 +30,17 @@ class Recipe(nn.Module):
         with torch.no_grad():
             x = ((images + 1) / 2 - MEAN.to(images)) / STD.to(images)
             x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-            g = self.teacher(x)["global"]
+            g = self.teacher.forward_features(x)[:, 0]
         return cosine(self.projector(z), g)
 
 
 class Ours(nn.Module):
     def __init__(self, row: Row, backend: str) -> None:
         super().__init__()
+        teacher = ours(row.options["teacher"])
         torch.manual_seed(1)  # the projector's weights are the recipe's
         given = {"backend": "auto" if backend == "triton" else backend}  # not every op in it has a kernel
-        self.dino = DinoSupervision(IN_DIM, teacher=teacher(row.options["teacher"]), img_size=SIZE, **given)  # type: ignore[arg-type]
+        self.dino = DinoSupervision(IN_DIM, teacher=teacher, img_size=SIZE, **given)  # type: ignore[arg-type]
         self.to(getattr(torch, row.dtype))
 
     def forward(self, z: Tensor, images: Tensor) -> Tensor:
@@ -56,14 +52,16 @@ def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def parts(row: Row, z: Tensor, images: Tensor) -> dict:
-    recipe = Recipe(row).to(z.device)
-    x, see, leaf = FD.preprocess(images, SIZE), torch.no_grad()(recipe.teacher), z.detach().requires_grad_()
-    g, y = see(x)["global"], recipe.projector(z).detach().requires_grad_()
-    weights = [leaf, *recipe.projector.parameters()]
+    """Return the parts of ours; those of projector and loss have their backward in them."""
+    teacher = ours(row.options["teacher"]).to(z)
+    projector = Projector(IN_DIM, out_dim=teacher.embed_dim).to(z)
+    x, see, leaf = FD.preprocess(images, SIZE), torch.no_grad()(teacher), z.detach().requires_grad_()
+    g, y = see(x)["global"], projector(z).detach().requires_grad_()
+    weights = [leaf, *projector.parameters()]
     return {
         "preprocess": lambda: FD.preprocess(images, SIZE),
         "teacher": lambda: see(x),
-        "projector": lambda: torch.autograd.grad(recipe.projector(leaf), weights, y),
+        "projector": lambda: torch.autograd.grad(projector(leaf), weights, y),
         "loss": lambda: torch.autograd.grad(FD.cosine_loss(y, g), y),
     }
 

@@ -5,7 +5,7 @@ from .backend import explain_backend, use_backend
 from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
 from .recipes.seed import DinoSupervision
-from .schedule import Schedule
+from .schedule import AtStep, BySimilarity, Schedule, Weight
 from .sizes import Area, Scaled
 from .supervision import Supervision
 from .teacher import DINOv2Backbone
@@ -13,7 +13,7 @@ from .terms import GlobalTerm, Projector, RegionTerm, Term, TokenTerm
 
 __version__ = "0.1.0"
 __all__ = [
-    "Area", "CosineLoss", "DINOv2Backbone", "DinoSupervision", "GlobalTerm", "MSELoss", "Preprocess", "Projector",
-    "RegionTerm", "Scaled", "Schedule", "Supervision", "Term", "TokenTerm", "VICRegLoss", "explain_backend",
-    "functional", "recipes", "use_backend",
+    "Area", "AtStep", "BySimilarity", "CosineLoss", "DINOv2Backbone", "DinoSupervision", "GlobalTerm", "MSELoss",
+    "Preprocess", "Projector", "RegionTerm", "Scaled", "Schedule", "Supervision", "Term", "TokenTerm", "VICRegLoss",
+    "Weight", "explain_backend", "functional", "recipes", "use_backend",
 ]  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 
 from .counting import Kernel, count
+from .losses import CosineLoss, MSELoss, VICRegLoss
+from .sizes import resolve
 from .teacher import DINOv2Backbone
 from .teacher.weights import VARIANTS
 from .terms import Projector
@@ -48,15 +51,16 @@ def vicreg_loss(shape: Sequence[int], itemsize: int, backward: bool = True) -> K
 
 
 LOSSES = {"cosine": cosine_loss, "mse": mse_loss, "vicreg": vicreg_loss}
+KINDS = {"cosine": CosineLoss, "mse": MSELoss, "vicreg": VICRegLoss}
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def on_meta(name: str, img_size: Any = 224) -> DINOv2Backbone:
+def on_meta(name: str, img_size: Any = 224, layers: Sequence[int] | None = None) -> DINOv2Backbone:
     """Build a teacher without memory, weights or network."""
     argument: dict[str, Any] = {"variant" if name in VARIANTS else "model": name}
     with torch.device("meta"):
-        teacher = DINOv2Backbone(**argument, img_size=img_size, pretrained=False)
+        teacher = DINOv2Backbone(**argument, img_size=img_size, pretrained=False, layers=layers)
     return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
 
 
@@ -71,10 +75,14 @@ def teacher_kernels(teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, sid
 def projector_kernels(in_dim: int, out_dim: int, batch: int, dtype: torch.dtype) -> list[Kernel]:
     """Return what a projector launches in eager PyTorch, forward and backward, down to its input's gradient."""
     with torch.device("meta"):
-        projector = Projector(in_dim, out_dim=out_dim).to(dtype)
-        z = torch.empty(batch, in_dim, dtype=dtype, requires_grad=True)
-        grad = torch.empty(batch, out_dim, dtype=dtype)
-        return count(lambda: torch.autograd.grad(projector(z), [z, *projector.parameters()], grad))
+        return there_and_back(Projector(in_dim, out_dim=out_dim).to(dtype), (batch, in_dim), dtype)
+
+
+def there_and_back(module: Any, shape: Sequence[int], dtype: torch.dtype, *more: Any) -> list[Kernel]:
+    """Return what a module on the meta device launches for a tensor [*shape], and for its gradients."""
+    x = torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+    outputs = torch.empty_like(module(x, *more))
+    return count(lambda: torch.autograd.grad(module(x, *more), [x, *module.parameters()], outputs))
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
@@ -114,3 +122,31 @@ def step(
         Part("projector", projected, len(projected)),
         Part("loss", [compared], LAUNCHES[f"{loss}_loss"]),
     ]
+
+
+def supervised(
+    supervision: Any, batch: int, side: int, students: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> list[Part]:
+    """Return the parts of a step under a supervision of the meta device.
+
+    students: the shapes of its terms' tensors without the batch. Tokens lie on the teacher's grid.
+    """
+    supervision.to(dtype)
+    teacher = supervision.teacher
+    size = resolve(supervision.img_size, side, side, teacher.patch_size)[0]
+    ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
+    seen = teacher_kernels(teacher, batch, dtype, size)
+    parts = [Part("preprocess", [ours], LAUNCHES["preprocess"]), Part("teacher", seen, len(seen))]
+    for name, term in supervision.terms.items():
+        rows, grid = (batch, *students[name][:-1]), (size // teacher.patch_size,) * 2
+        more = [grid] if getattr(term, "kind", None) == "conv" else []
+        kernels = there_and_back(term.projector, (batch, *students[name]), dtype, *more)
+        parts.append(Part("projector", kernels, len(kernels)))
+        if (grids := getattr(term, "grids", None)) is not None and grids.standardize:
+            target = torch.empty(*rows, teacher.embed_dim, dtype=dtype, device="meta")
+            kernels = count(partial(grids.prepare, target))
+            parts.append(Part("targets", kernels, len(kernels)))
+        loss = next(x for x, kind in KINDS.items() if isinstance(term.loss, kind))
+        compared = LOSSES[loss]((prod(rows), teacher.embed_dim), dtype.itemsize)
+        parts.append(Part("loss", [compared], LAUNCHES[f"{loss}_loss"]))
+    return parts

@@ -107,6 +107,19 @@ def start_gather_rows(x: Tensor, counts: list[int], group: ProcessGroup) -> Call
     return rows
 
 
+def default_group() -> ProcessGroup | None:
+    """Return the default process group if torch.distributed is initialised with more than one process, else None."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def shares_buffers() -> bool:
+    """Whether this is in a forward of DistributedDataParallel that gives all ranks the buffers of the first."""
+    wrapper = DistributedDataParallel._active_ddp_module
+    return wrapper is not None and wrapper.broadcast_buffers
+
+
 def group_of(name: str) -> ProcessGroup:
     """Return the process group of a name: torch's dispatcher passes strings, and no groups."""
     from torch.distributed.distributed_c10d import _resolve_process_group

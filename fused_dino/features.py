@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -11,13 +12,13 @@ from .validation import check_size
 Grid = tuple[int, int]  # (rows, columns)
 Features = TypedDict(
     "Features",
-    {"global": Tensor, "patch": Tensor | None, "grid": Grid, "image_size": Grid},
+    {"global": Tensor, "patch": Tensor | None, "grid": Grid, "image_size": Grid, "layers": dict[int, "Features"]},
     total=False,
 )
 """The features of B images, of which a teacher may leave out what it does not have.
 
 global [B, D]; patch [B, N, D] or None, row by row; grid: the rows and columns of patch; image_size: the height and
-width of the images before preprocessing.
+width of the images before preprocessing; layers: {'global', 'patch'} of the layers that the teacher was asked for.
 """
 
 
@@ -40,7 +41,21 @@ def check_features(name: str, features: Any, width: int, batch: int | None = Non
         rows, columns = check_size(features["grid"], f"the grid of {name}")
         if patch.shape[1] != rows * columns:
             raise ValueError(f"{name} has {patch.shape[1]} patch tokens on a grid of {rows} x {columns}")
+    layers = features.get("layers", {})
+    if not isinstance(layers, dict):
+        raise TypeError(f"the layers of {name} must be a dict of features by int, got {type(layers).__name__}")
+    for n, layer in layers.items():
+        its = layer | {"grid": features.get("grid")} if isinstance(layer, dict) else layer
+        check_features(f"layer {n} of {name}", its, width, len(token))
     return features  # type: ignore[return-value]
+
+
+def map_features(change: Callable[[Tensor], Tensor], features: Mapping[str, Any]) -> Any:
+    """Return features with every tensor changed, those of the layers, too."""
+    return {
+        name: change(x) if isinstance(x, Tensor) else map_features(change, x) if isinstance(x, Mapping) else x
+        for name, x in features.items()
+    }
 
 
 def grid_of(features: Features) -> Grid:

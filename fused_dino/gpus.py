@@ -28,6 +28,7 @@ def products(bf16: float, tf32: float, ieee: float) -> dict[str, float]:
     return {"bf16": bf16 * 1e12, "fp16": bf16 * 1e12, "TF32": tf32 * 1e12, "IEEE": ieee * 1e12}
 
 
+COPIED = 0.9  # of `copy`, what a copy reaches: 4.3 of 4.8 TB/s were measured on an H200
 HOPPER = products(989.4, 494.7, 66.9)
 GPUS = {
     "a100": GPU("A100", "SXM, 80 GB", 2.039e12, products(312, 156, 19.5),
@@ -37,3 +38,8 @@ GPUS = {
     "h200": GPU("H200", "SXM", 4.8e12, HOPPER, "https://www.nvidia.com/en-us/data-center/h200/"),
     "b200": GPU("B200", "HGX", 7.7e12, products(2250, 1100, 75), "https://www.nvidia.com/en-us/data-center/hgx/"),
 }  # fmt: skip
+
+
+def find(device: str) -> GPU | None:
+    """Return the GPU of the table that a device is, by its name."""
+    return next((gpu for gpu in GPUS.values() if gpu.is_named(device)), None)

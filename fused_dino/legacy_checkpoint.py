@@ -52,10 +52,10 @@ def adopt(module: Any, state_dict: dict[str, Any], prefix: str, theirs: str, tak
     message = f"loading a checkpoint of {whose}: {moved} tensors renamed"
     if dropped:
         message += f", {dropped} of {theirs}{gone} dropped (the teacher is loaded on its own)"
-    step = "schedule.step"
-    if moved and prefix + step not in state_dict:
-        state_dict[prefix + step] = module.get_buffer(step).clone()
-        message += f"; it holds no {prefix}{step}, so that the warm-up goes on from this module's own"
+    step = f"{prefix}schedule.step"
+    if moved and step not in state_dict:
+        state_dict.update(module.schedule.state_dict(prefix=f"{prefix}schedule."))
+        message += f"; it holds no {step}, so that the warm-up goes on from this module's own"
     warnings.warn(message, stacklevel=2)
 
 

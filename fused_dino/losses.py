@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as FD
 from .backend import on_reference
+from .distributed import default_group
 from .functional import Backend, Reduction, VICRegOutput
 from .hidden import move
 from .validation import check_choice, check_flag, check_group
@@ -103,6 +103,12 @@ class CosineLoss(Loss):
     ) -> Tensor:
         """Return the function's result of student and target [..., D], with weight [...] and index [B, M]."""
         return self.compute(student, target, weight=weight, index=index)
+
+    def similarity(self, loss: Tensor) -> Tensor:
+        """Return the mean similarity of the rows that a loss means. Options that hide it raise ValueError."""
+        if self.options["scale"] is not None or self.options["reduction"] != "mean":
+            raise ValueError("a CosineLoss with a scale, or another reduction than 'mean', tells no mean similarity")
+        return 1 - loss
 
 
 class MSELoss(Loss):
@@ -272,10 +278,3 @@ class VICRegLoss(Loss):
         group = default_group() if self.group == "auto" else self.group
         alone = not (self.training and torch.is_grad_enabled())
         return self.compute(student, target, group=None if alone else group)
-
-
-def default_group() -> ProcessGroup | None:
-    """Return the default process group if torch.distributed is initialised with more than one process, else None."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .distributed import warn_if_unsynchronised
@@ -17,7 +18,7 @@ from .sizes import SizeRule, check_img_size
 from .teacher.given import make_preprocess, make_teacher
 from .teacher.held import Taught
 from .terms.base import Parts, Term
-from .validation import check_flag, check_int, check_scalar
+from .validation import check_flag, check_scalar
 
 
 class Call(NamedTuple):
@@ -42,6 +43,11 @@ class Call(NamedTuple):
             got = getattr(loss, "shape", type(loss).__name__)
             raise TypeError(f"{type(self.term).__name__} must return a scalar tensor as its loss, got {got}")
         return loss * (scale.to(loss) if isinstance(scale, Tensor) else scale), {"value": loss.detach(), **logs}
+
+    def similarity(self, value: Tensor) -> Tensor:
+        """Return the similarity that the logged loss means: NaN where all rows are left out."""
+        weight, found = self.options.get("weight"), self.term.similarity(value)
+        return found if weight is None else torch.where((weight != 0).any(), found, torch.nan)
 
 
 class Supervised(Taught):
@@ -80,16 +86,32 @@ class Supervised(Taught):
     def _log_name(self, name: str, key: str) -> str:
         return f"dino_{name}" if key == "value" else f"dino_{name}_{key}"
 
-    def _scheduled(self, run: Callable[..., Any], step: int | None, *inputs: Tensor | None) -> dict[str, Tensor]:
-        """Count a step, and return what run(alpha=...) gives under the schedule, or the zero after its stop."""
-        if step is None:
-            self.schedule.advance()
+    def _scheduled(
+        self, run: Callable[..., Any], step: int | None, calls: Mapping[str, Call], *inputs: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return what run(alpha=...) gives under the schedule, or the zero after its stop, and count a step.
+
+        The step is counted at the end, since a call that raises is none.
+        """
+        schedule = self.schedule
+        now = schedule.begin(step)
+        if schedule.skips(now):
+            loss, logs = self._zero(*inputs), {}
+            more = schedule.logs(0.0, loss)
         else:
-            step = check_int("step", step, 0)
-        if self.schedule.stopped(step):
-            return {"loss_dino": self._zero(*inputs)}
-        loss, logs = run(alpha=self.schedule.factor(step))
-        return {"loss_dino": self.schedule.cut(loss, step), **logs}
+            loss, logs = run(alpha=schedule.factor(now))
+            similarity = None if schedule.watch is None else self._similarity(calls, logs, schedule.watch.stop.term)
+            loss, more = schedule.settle(loss, now, similarity)
+        if step is None:
+            schedule.advance()
+        return {"loss_dino": loss, **logs, **{f"dino_{key}": value for key, value in more.items()}}
+
+    def _similarity(self, calls: Mapping[str, Call], logs: Mapping[str, Tensor], term: str | None) -> Tensor:
+        """Return the similarity of a call's term, or the mean of all, from the logs."""
+        if term is not None and term not in calls:
+            raise ValueError(f"BySimilarity's term {term!r} must be one of the call's: {', '.join(calls)}")
+        names = list(calls) if term is None else [term]
+        return torch.stack([calls[name].similarity(logs[self._log_name(name, "value")]) for name in names]).mean()
 
     def _zero(self, *inputs: Tensor | None, without: str = "") -> Tensor:
         """Return 0 that gives inputs and parameters a zero gradient. without: a child that is left out."""
@@ -161,7 +183,8 @@ class Supervision(Supervised):
         self.img_size = check_img_size(img_size)
         self.stopgrad_image = check_flag("stopgrad_image", stopgrad_image)
         self.schedule = Schedule(1.0, 0) if schedule is None else schedule
-        self.teacher = make_teacher(teacher, self.img_size, True, None)
+        layers = dict.fromkeys(n for term in terms.values() for n in term.layers)
+        self.teacher = make_teacher(teacher, self.img_size, True, None, layers)
         self.preprocess = make_preprocess(preprocess, self.img_size, input_range, self.teacher, backend)
         self.teacher_grid = self._find_grid(img_size)
         for name, term in terms.items():
@@ -169,6 +192,7 @@ class Supervision(Supervised):
                 raise ValueError(f"stopgrad_image=False needs a loss of {name} with detach_teacher=False")
             term.build(int(self.teacher.embed_dim))
         self.terms = nn.ModuleDict(terms)
+        check_schedule(self.schedule, terms)
 
     def forward(
         self,
@@ -211,7 +235,7 @@ class Supervision(Supervised):
         self._check_alpha(alpha, as_dict, step)
         calls = self._calls(images, students, features, weight, index, token_grid)
         run = partial(self._sum, calls, images, features)
-        return self._scheduled(run, step, *students_of(calls)) if as_dict else run(alpha)
+        return self._scheduled(run, step, calls, *students_of(calls)) if as_dict else run(alpha)
 
     def loss_dict(
         self,
@@ -246,8 +270,8 @@ class Supervision(Supervised):
         if self.training:
             warn_if_unsynchronised(self)
         options = {"features": features, "weight": weight, "index": index, "token_grid": token_grid}
-        calls = self._calls(images, students, **options)  # refuses before the step is counted
-        return self._scheduled(partial(self, images, students, **options), step, *students_of(calls))
+        calls = self._calls(images, students, **options)
+        return self._scheduled(partial(self, images, students, **options), step, calls, *students_of(calls))
 
     def _calls(
         self, images: Any, students: Any, features: Any, weight: Any, index: Any, token_grid: Any
@@ -280,6 +304,23 @@ def check_terms(terms: Any) -> None:
             raise ValueError(f"terms must have names that are identifiers without 'loss', and no dict's, got {name!r}")
         if not isinstance(term, Term):
             raise TypeError(f"terms[{name!r}] must be a Term, got {type(term).__name__}")
+
+
+def check_schedule(schedule: Schedule, terms: Mapping[str, Term]) -> None:
+    """Check that the terms have the similarity that a schedule follows, and that no log has the name of its."""
+    taken = schedule.logs(0.0, torch.zeros(())).keys() & terms.keys()
+    if taken:
+        raise ValueError(f"terms must not have the names of the schedule's logs: {', '.join(sorted(taken))}")
+    if schedule.watch is None:
+        return
+    term = schedule.watch.stop.term
+    if term is not None and term not in terms:
+        raise ValueError(f"BySimilarity's term must be one of {', '.join(terms)}, got {term!r}")
+    for name in terms if term is None else (term,):
+        try:
+            terms[name].similarity(torch.zeros(()))
+        except ValueError as error:
+            raise ValueError(f"BySimilarity cannot follow the term {name!r}: {error}; give term= another") from None
 
 
 def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from fused_dino import DINOv2Backbone, Preprocess, Scaled
 from fused_dino.sizes import resolve
 from fused_dino.teacher import backbone as loading
 from fused_dino.teacher import positions
+from fused_dino.teacher.kept import LIMIT
 from fused_dino.teacher.weight_files import official_names
 
 timm = pytest.importorskip("timm")
@@ -202,16 +203,16 @@ def resized(backbone: DINOv2Backbone, x: Tensor) -> bool:
 def test_positions_are_kept_for_the_sizes_used_last():
     backbone = tiny()
     often = image(backbone, (2, 2))
-    grids = [(1, columns) for columns in range(1, positions.LIMIT + 1)]
+    grids = [(1, columns) for columns in range(1, LIMIT + 1)]
     for grid in grids:
         backbone(often)
         assert resized(backbone, image(backbone, grid))
         assert not resized(backbone, image(backbone, grid))
-    assert len(backbone.model.kept.results) == positions.LIMIT
+    assert len(backbone.model.kept.results) == LIMIT
     assert not resized(backbone, often)
     assert not resized(backbone, image(backbone, grids[1]))
     assert resized(backbone, image(backbone, grids[0]))
-    assert len(backbone.model.kept.results) == positions.LIMIT
+    assert len(backbone.model.kept.results) == LIMIT
 
 
 def test_they_are_in_no_checkpoint():

@@ -15,7 +15,7 @@ import torch
 
 import proving
 from benchmarks import command, evidence, harness, measure, roofs, session, table, yardstick
-from benchmarks.shapes import BACKWARD, BATCHES, FORWARD, IMAGES, ROWS, STEPS, Row
+from benchmarks.shapes import BACKWARD, BATCHES, FORWARD, IMAGES, ROWS, STEPS, TEACHERS, Row
 
 TINY = Row((4, 8), "as small as it gets", quick=True)
 ROOT = Path(__file__).parents[1]
@@ -236,6 +236,26 @@ class TestRuns:
         bench = tiny(parts=lambda row, x, y: {"product": lambda: x * y})
         run = session.run(session.plan([bench], "cpu", True), device="cpu")
         assert "of fused_dino torch: product" in table.report(run, 1)
+        assert run.records[0].images == TINY.shape[0]
+
+    def test_a_model_counts_images_and_has_no_backends(self):
+        record = session.record(harness.Case(tiny(backends=False), TINY, FORWARD), "cpu", 0.0)
+        assert [t.name for t in record.timings] == ["eager", "torch.compile", "fused_dino"]
+        run = evidence.Evidence({"kind": "cpu", "name": "x", "threads": 1, "cores": 1}, {"torch": "2"}, None, "", False)
+        assert table.of_record(record, run).header[4] == "images/s"
+        assert session.record(harness.Case(tiny(), TINY, FORWARD), "cpu", 0.0).images is None
+
+    def test_on_a_gpu_the_teacher_and_the_step_are_among_the_first_rows(self):
+        cases = session.plan(harness.benches().values(), "cuda", quick=False)
+        quick = [case.bench.op for case in cases if case.row.quick]
+        assert [case.row.quick for case in cases[: len(quick)]] == [True] * len(quick)
+        assert quick[-2:] == ["step", "teacher"]
+        tuned = [
+            case.bench.op
+            for case in cases
+            if any("tuned" in provider.name for provider in harness.providers(case, "cuda"))
+        ]
+        assert tuned == [op for op in quick if op != "step"], "a step's tuning would repeat its teacher's"
 
     def test_a_part_that_cannot_be_timed_ends_no_run(self):
         bench = tiny(parts=lambda row, x, y: {"product": lambda: 1 / 0})
@@ -317,7 +337,7 @@ class TestFace:
 
 
 class TestShapes:
-    @pytest.mark.parametrize("rows", [ROWS, IMAGES, BATCHES, STEPS])
+    @pytest.mark.parametrize("rows", [ROWS, IMAGES, BATCHES, TEACHERS, STEPS])
     def test_each_has_a_reason_and_differs_from_the_others(self, rows):
         assert all(row.reason for row in rows)
         for device in ("cpu", "cuda"):

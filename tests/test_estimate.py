@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_dino import costs
+from fused_dino import costs, gpus
 from fused_dino.benchmarks import evidence, harness, judge, report
 from fused_dino.benchmarks.evidence import Evidence, Record, Timing
 from fused_dino.cli import estimate, main
@@ -77,6 +77,10 @@ def test_the_benchmarks_count_the_same() -> None:
                 parts = costs.step(costs.on_meta(row.options["teacher"]), 2, 256, "cosine", torch.float32)
                 assert computed == sum(part.flops for part in parts)
                 assert moved < sum(part.bytes for part in parts), "the least bytes are fewer than eager's"
+            elif name == "teacher":
+                seen = costs.teacher_kernels(costs.on_meta(row.options["teacher"]), row.shape[0], torch.float32)
+                assert computed == sum(kernel.flops for kernel in seen)
+                assert moved < sum(kernel.bytes for kernel in seen)
             elif name != "preprocess":
                 assert (moved, computed) == getattr(costs, name)(row.shape, itemsize, backward)
                 assert moved == (3 if backward else 2) * math.prod(row.shape) * itemsize
@@ -86,6 +90,19 @@ def test_the_predictions_speak_of_gpus_of_the_table() -> None:
     assert [gpu.name for gpu in judge.GPUS] == ["H100", "H200"]
     assert judge.gpu_of("NVIDIA H200") == 1
     assert judge.gpu_of("NVIDIA A100-SXM4-80GB") is None
+    assert (GPUS["h100"], GPUS["h200"]) == judge.GPUS
+
+
+def test_a_row_that_memory_limits_is_predicted_by_its_bytes_and_the_tables_speed() -> None:
+    """Each such row moves what the benchmarks count, at its target's share of what a copy reaches."""
+    rows = {(bench.op, str(row)): (bench, row) for bench in harness.benches().values() for row in bench.rows}
+    streamed = [p for p in judge.PREDICTIONS if p.us is not None and "memory" in p.limiter]
+    assert len(streamed) == 8
+    for p in streamed:
+        bench, row = rows[p.op, p.row]
+        moved, _ = bench.work(row, p.direction)
+        for gpu, us, share in zip(judge.GPUS, p.us, p.share, strict=True):
+            assert us == round(moved * p.traffic / (share * gpus.COPIED * gpu.copy) * 1e6)
 
 
 def test_our_launches_are_what_the_kernels_do() -> None:
@@ -141,10 +158,11 @@ def test_measurements_of_that_gpu_and_size_stand_beside(capsys: pytest.CaptureFi
         triton=("ours", 9e-3), teacher=("part", 8e-3), preprocess=("part", 2e-5),
     )  # fmt: skip
     op = record("preprocess", "64 x 3 x 256 x 256 bfloat16 size=224", "forward", triton=("ours", 1e-5))
+    alone = record("teacher", "32 x 3 x 224 x 224 bfloat16 teacher=vits14 needs=global", "forward", ours=("ours", 3e-3))
     other = record("cosine_loss", "65 x 384 bfloat16", "forward + backward", triton=("ours", 1.0))
     for name in ("H100", "H200"):
         run = Evidence({"kind": "cuda", "name": f"NVIDIA {name}"}, {}, None, "2026-01-01", False, {"copy": 3e12})
-        run.records = [step, op, other] if name == "H100" else []
+        run.records = [step, op, alone, other] if name == "H100" else []
         evidence.save(run, results / f"{name.lower()}.json")
     measured = {name: x["measured"] for name, x in lines(capsys, *SMALL).items()}
     assert measured == {"preprocess": 1e-5, "teacher": 8e-3, "projector": None, "loss": None, "step": 9e-3}
@@ -153,6 +171,7 @@ def test_measurements_of_that_gpu_and_size_stand_beside(capsys: pytest.CaptureFi
     assert "8.00 ms" in out
     assert "benchmarks/results/h100.json. Roofs, measured in the same run: copy 3000 GB/s" in out
     assert set(lines(capsys, *SMALL, "--batch", "65")["teacher"].items()) >= {("measured", None)}
+    assert lines(capsys, *SMALL, "--batch", "32")["teacher"]["measured"] == 3e-3, "the teacher alone was measured"
     assert lines(capsys, *SMALL, "--loss", "mse")["step"]["measured"] is None, "the benchmark's step is by cosine"
 
 

@@ -179,7 +179,7 @@ def test_every_command_of_the_page_is_understood(monkeypatch):
             options = gpu.arguments().parse_args(argv)
             assert options.seconds < 600
     assert len(lines) >= 6
-    assert {run["op"] for run in runs} == {None, "vicreg_loss", "step"}
+    assert {run["op"] for run in runs} == {None, "vicreg_loss", "step", "teacher"}
 
 
 KILLED = """

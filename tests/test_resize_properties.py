@@ -89,9 +89,9 @@ def test_linear_ramps_stay_linear(preprocess, interpolation, antialias, length, 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_one_column_is_one_row_turned(preprocess, interpolation):
     """torch on a CPU leaves an antialiased image's rows as they are where the result is one column wide."""
-    x = pixels(2, 3, 9, 17, dtype=torch.float64).requires_grad_()
+    x = pixels(1, 3, 5, 9, dtype=torch.float64).requires_grad_()
     run = partial(preprocess, interpolation=interpolation, antialias=True)
-    out, turned = run(x, (6, 1)), run(x.mT, (1, 6)).mT
+    out, turned = run(x, (3, 1)), run(x.mT, (1, 3)).mT
     assert_close(out, turned, rtol=1e-12, atol=1e-12)
     ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, turned))
     assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

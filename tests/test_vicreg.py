@@ -43,8 +43,10 @@ def test_is_the_recipe(shape, options):
 def test_gradients_of_both_inputs(shape, options):
     y, g = (x.requires_grad_() for x in pair(*shape))
     assert torch.autograd.gradcheck(lambda y, g: FD.vicreg_loss(y, g, **options).loss, (y, g))
-    assert torch.autograd.gradgradcheck(lambda y, g: FD.vicreg_loss(y, g, **options).loss, (y, g))
-    assert torch.autograd.gradgradcheck(lambda y: FD.vicreg_loss(y, g.detach(), **options).loss, y)
+    # Along random directions: each of many elements would take a backward of its own.
+    assert torch.autograd.gradgradcheck(lambda y, g: FD.vicreg_loss(y, g, **options).loss, (y, g), fast_mode=True)
+    alone = g.detach()
+    assert torch.autograd.gradgradcheck(lambda y: FD.vicreg_loss(y, alone, **options).loss, y, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

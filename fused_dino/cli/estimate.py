@@ -13,7 +13,7 @@ from ..benchmarks import report
 from ..benchmarks.evidence import Evidence, Record
 from ..benchmarks.shapes import BACKWARD, FORWARD, Row
 from ..benchmarks.table import Table, digits, percent, roofs, time
-from ..costs import on_meta, step
+from ..costs import Part, on_meta, step
 from ..gpus import GPU, GPUS
 from .errors import CommandError
 from .teachers import matching
@@ -88,13 +88,16 @@ def estimate(
         parts = step(model, batch, side, loss, getattr(torch, dtype), size=SIDE)
     except Exception as error:  # timm's models refuse in many ways
         raise CommandError(f"--teacher: {teacher} cannot teach at {SIDE}: {' '.join(str(error).split())}") from None
+    return at_the_roofs(parts, gpu, dtype, measurements(teacher, batch, side, loss, dtype, model.embed_dim, results))
+
+
+def at_the_roofs(parts: Sequence[Part], gpu: GPU, dtype: str, measured: dict[str, float]) -> list[Line]:
     roof = gpu.copy, gpu.matrix[precision_of(dtype)]
-    times = {part.name: part.seconds(*roof) for part in parts}
-    whole = sum(times.values())
-    measured = measurements(teacher, batch, side, loss, dtype, model.embed_dim, results)
+    times = [part.seconds(*roof) for part in parts]
+    whole = sum(times)
     lines = [
-        Line(x.name, x.flops, x.bytes, x.launches, times[x.name], times[x.name] / whole, measured.get(x.name))
-        for x in parts
+        Line(x.name, x.flops, x.bytes, x.launches, seconds, seconds / whole, measured.get(x.name))
+        for x, seconds in zip(parts, times, strict=True)
     ]
     flops, moved, launches = (sum(column) for column in list(zip(*lines, strict=True))[1:4])
     return [*lines, Line("step", flops, moved, launches, whole, 1.0, measured.get("step"))]
@@ -121,6 +124,11 @@ def measurements(
     found: dict[str, float] = {}
     rows = {
         "preprocess": ("preprocess", FORWARD, Row((batch, 3, side, side), "", dtype, {"size": SIDE})),
+        "teacher": (
+            "teacher",
+            FORWARD,
+            Row((batch, 3, SIDE, SIDE), "", dtype, {"teacher": teacher, "needs": "global"}),
+        ),
         "loss": (f"{loss}_loss", BACKWARD, Row((batch, width), "", dtype)),
         "step": ("step", BACKWARD, Row((batch, 3, side, side), "", dtype, {"teacher": teacher})),
     }

@@ -76,7 +76,7 @@ def silence(stream: TextIO) -> None:
 def make_parser() -> Parser:
     parser = Parser("fused-dino", description="Supervision by a frozen DINOv2 teacher: try it, time it, check it.")
     parser.add_argument("--version", action="version", version=f"fused-dino {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor,teachers,estimate}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,bench,doctor,teachers,estimate,recipes}")
     from ..benchmarks.arguments import add_arguments  # beyond a link, which main has checked
 
     add_demo(commands)
@@ -97,6 +97,11 @@ def make_parser() -> Parser:
     teachers.add_argument("--json", action="store_true", dest="json_", help="print one JSON document")
     teachers.set_defaults(command=run_teachers)
     add_estimate(commands)
+    text = "List the published definitions by name, or show some: formula, constants, cost, and the lines of use."
+    recipes = commands.add_parser("recipes", help="list the published definitions, or show one", description=text)
+    recipes.add_argument("names", nargs="*", metavar="NAME", help="show these")
+    recipes.add_argument("--json", action="store_true", dest="json_", help="print one JSON document")
+    recipes.set_defaults(command=run_recipes)
     return parser
 
 
@@ -170,6 +175,12 @@ def run_teachers(**options: Any) -> int:
 
 def run_estimate(**options: Any) -> int:
     from .estimate import run
+
+    return run(**options)
+
+
+def run_recipes(**options: Any) -> int:
+    from .recipes import run
 
     return run(**options)
 

@@ -16,6 +16,8 @@ from mmengine.registry import MODELS, Registry
 
 from .. import (
     Area,
+    AtStep,
+    BySimilarity,
     CosineLoss,
     DinoSupervision,
     DINOv2Backbone,
@@ -29,11 +31,12 @@ from .. import (
     Supervision,
     TokenTerm,
     VICRegLoss,
+    Weight,
 )
 
 MODULES: tuple[type[Any], ...] = (
-    DinoSupervision, Supervision, GlobalTerm, RegionTerm, TokenTerm, Schedule, DINOv2Backbone, Projector, Preprocess,
-    CosineLoss, MSELoss, VICRegLoss, Scaled, Area,
+    DinoSupervision, Supervision, GlobalTerm, RegionTerm, TokenTerm, Schedule, Weight, AtStep, BySimilarity,
+    DINOv2Backbone, Projector, Preprocess, CosineLoss, MSELoss, VICRegLoss, Scaled, Area,
 )  # fmt: skip
 
 

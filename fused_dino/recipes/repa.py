@@ -11,8 +11,13 @@ from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..supervision import Supervision
 from ..teacher import DINOv2Backbone
+from ..teacher.given import make_teacher
+from ..terms.base import Term
 from ..terms.tokens import TokenTerm
 from ..validation import check_int
+
+Teacher = str | nn.Module
+PROJECTOR = "terms.token.projector"  # in a supervision's checkpoint
 
 
 class NegativeCosine(CosineLoss):
@@ -25,6 +30,10 @@ class NegativeCosine(CosineLoss):
         loss = super().forward(student, target, weight, index)
         return loss - (1 if weight is None else (weight != 0).any().to(loss))
 
+    def similarity(self, loss: Tensor) -> Tensor:
+        """Return the mean similarity that a loss means."""
+        return super().similarity(loss) - 1
+
 
 def initialise(module: nn.Module) -> None:
     """Give a linear layer the first values that REPA's code gives it."""
@@ -33,42 +42,63 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def repa(
-    token_dim: int = 1152, *, teacher: str | nn.Module = "vitb14", resolution: int = 256, alpha: float = 0.5
+def repas_teacher(teacher: Teacher, resolution: int) -> tuple[Any, int]:
+    """Return a teacher, one given by name with REPA's size and positions, and the side of its input."""
+    if check_int("resolution", resolution) < 256:
+        raise ValueError(f"resolution must be at least 256, from which REPA's teacher has an input, got {resolution}")
+    size = 224 * (resolution // 256)
+    if isinstance(teacher, str):
+        teacher = DINOv2Backbone(teacher, size, pos_embed="timm")
+    return make_teacher(teacher, size, True, None), size
+
+
+def cosine_term(token_dim: int, projector: str | nn.Module, **options: Any) -> Any:
+    return TokenTerm(token_dim, projector=projector, loss=NegativeCosine(detach_teacher=False), **options)
+
+
+def of_repas_images(
+    term: Term, teacher: nn.Module, size: int, alpha: float, legacy: Legacy, **options: Any
 ) -> Supervision:
-    r"""Returns REPA's supervision: hidden tokens against a teacher's patch tokens, by cosine.
+    """Return a supervision of one term of tokens, by a constant weight, of images as REPA's teacher gets them."""
+    made = Supervision(teacher, {"token": term}, Schedule(alpha, 0), img_size=size, preprocess="bicubic", **options)
+    made.legacy = legacy
+    return made
 
-    .. math:: loss = -\alpha \operatorname{mean}_{b,n} \cos(P(h_{bn}), g_{bn})
 
-    P is Linear, SiLU, Linear, SiLU, Linear with 2048 features inside, Xavier-uniform with zero biases, of the tokens
-    after block 8. The paper and the code agree in :math:`\alpha = 0.5`. Images of R x R pixels are resized to
-    224 (R // 256), bicubic without antialias; positions are resampled as timm does. Its ``projectors.0.*`` load.
+def repa(
+    token_dim: int = 1152, *, teacher: Teacher = "vitb14", resolution: int = 256, alpha: float = 0.5, **options: Any
+) -> Supervision:
+    """Returns REPA's supervision: hidden tokens against a teacher's patch tokens, by cosine.
+
+    Formula::
+
+        loss = -alpha * mean[b, n] cos(P(h[b, n]), g[b, n])
+        P    = Linear(C, 2048), SiLU, Linear(2048, 2048), SiLU, Linear(2048, D)
+        h    = hidden tokens [B, N, C] after block 8 of SiT-XL and SiT-L, 4 of SiT-B; g = patch tokens [B, N, D]
+
+    P begins Xavier-uniform with zero biases. Images of R x R pixels are resized to 224 * (R // 256), bicubic without
+    antialias; positions are resampled as timm does. Checkpoints with ``projectors.0.*`` load.
 
     Args:
-        token_dim (int): Width of a hidden token. Default: 1152, of SiT-XL.
+        token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
         teacher (str or nn.Module): As in Supervision; a name gets REPA's size and positions. Default: ``"vitb14"``.
         resolution (int): Side R of the images, at least 256. Default: 256.
-        alpha (float): Weight of the loss, from the first step on. Default: 0.5.
+        alpha (float): Weight of the loss; the paper and the code agree. Default: 0.5.
+        **options: Of Supervision, such as ``input_range``.
 
     Returns:
-        Supervision: Of one term, ``"token"``.
+        Supervision: Of one term, ``"token"``, whose log is minus the mean cosine.
 
     Raises:
         ValueError: If an argument is out of range. The message names it.
 
     Example:
         >>> supervision = repa(48, teacher=DINOv2Backbone("vits14", pretrained=False))
-        >>> out = supervision.loss_dict(torch.zeros(2, 3, 256, 256), {"token": torch.randn(2, 256, 48)})
+        >>> losses = supervision.loss_dict(torch.zeros(2, 3, 256, 256), {"token": torch.randn(2, 256, 48)})
 
     Source: Yu et al., arXiv 2410.06940; github.com/sihyun-yu/REPA, loss.py and train.py.
     """
-    if check_int("resolution", resolution) < 256:
-        raise ValueError(f"resolution must be at least 256, from which REPA's teacher has an input, got {resolution}")
-    size = 224 * (resolution // 256)
-    if isinstance(teacher, str):
-        teacher = DINOv2Backbone(teacher, size, pos_embed="timm")
-    term: Any = TokenTerm(token_dim, loss=NegativeCosine(detach_teacher=False))
-    supervision = Supervision(teacher, {"token": term}, Schedule(alpha, 0), img_size=size, preprocess="bicubic")
+    model, size = repas_teacher(teacher, resolution)
+    term = cosine_term(token_dim, "mlp", out_dim=model.embed_dim)
     term.projector.apply(initialise)
-    supervision.legacy = Legacy("REPA", {"projectors.0": "terms.token.projector"})
-    return supervision
+    return of_repas_images(term, model, size, alpha, Legacy("REPA", {"projectors.0": PROJECTOR}), **options)

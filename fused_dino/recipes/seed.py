@@ -245,7 +245,7 @@ class DinoSupervision(Supervised):
         def run(alpha: Any) -> tuple[Tensor, dict[str, Tensor]]:
             return self._sum(calls, x_img, features, alpha, zeros)
 
-        return self._scheduled(run, step, z_text, tokens) if as_dict else run(alpha)
+        return self._scheduled(run, step, calls, z_text, tokens) if as_dict else run(alpha)
 
     def loss_dict(
         self,
@@ -284,8 +284,8 @@ class DinoSupervision(Supervised):
             warn_if_unsynchronised(self)
         options: dict[str, Any] = {"features": features, "tokens": tokens, "weight": weight}
         options.update(index=index, token_grid=token_grid)
-        self._calls(z_text, x_img, **options)  # refuses before the step is counted
-        return self._scheduled(partial(self, z_text, x_img, **options), step, z_text, tokens)
+        calls = self._calls(z_text, x_img, **options)
+        return self._scheduled(partial(self, z_text, x_img, **options), step, calls, z_text, tokens)
 
     def _calls(
         self, z_text: Any, x_img: Any, features: Any, tokens: Any, weight: Any, index: Any, token_grid: Any
@@ -332,12 +332,16 @@ def take_projector(term: Any) -> Any:
 def seed(
     in_dim: int = 8192, *, teacher: str | nn.Module = "vitl14", loss: str | nn.Module = "cosine", alpha: float = 0.2
 ) -> Supervision:
-    r"""Returns the seed's supervision of a latent: the code that people pasted into their trainers, as one term.
+    """Returns the seed's supervision of a latent: the code that people pasted into their trainers, as one term.
 
-    .. math:: loss = \alpha \min(1, step / 5000) \, L(P(z), g)
+    Formula::
 
-    P is Linear, GELU, LayerNorm, Linear with 4096 features inside; images are resized bilinearly to 224 x 224.
-    DinoSupervision is the same with the seed's own names, and with regions.
+        loss = alpha * min(1, step / 5000) * L(P(z), g)
+        L    = mean[b] (1 - cos), or the seed's normalised MSE or VICReg
+        P    = Linear(C, 4096), GELU, LayerNorm(4096), Linear(4096, D)
+        z    = latents [B, C]; g = the global token [B, D]
+
+    Images are resized bilinearly to 224 x 224. DinoSupervision is the same with the seed's own names, and with regions.
 
     Args:
         in_dim (int): Width of the latent. Default: 8192.
@@ -353,7 +357,8 @@ def seed(
 
     Example:
         >>> supervision = seed(64, teacher=DINOv2Backbone("vits14", pretrained=False))
-        >>> list(supervision.loss_dict(torch.zeros(2, 3, 64, 64), {"global": torch.randn(2, 64)}))
-        ['loss_dino', 'dino_global']
+        >>> losses = supervision.loss_dict(torch.zeros(2, 3, 64, 64), {"global": torch.randn(2, 64)})
+
+    Source: the code that DinoSupervision replaces; negative cosine of SimSiam, arXiv 2011.10566, plus one.
     """
     return Supervision(teacher, {"global": GlobalTerm(in_dim, loss=loss)}, Schedule(alpha, 5000))

@@ -5,30 +5,23 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..features import Features
+from ..features import Features, Grid
 from ..hidden import FRESH
 from ..live import dtype_of
 from ..sizes import Size, SizeRule, check_img_size
-from ..validation import check_flag, check_tensor, check_triple, is_int, plain_int
-from .embedding import from_patches, take_patches
+from ..validation import check_flag, check_tensor
+from .embedding import PatchProjection, from_patches, from_raw, take_patches
+from .layers import Layers, find_layers, run_layers
+from .pixels import Raw
 from .positions import resampling_of, take_any_size
-from .transformers_model import (
-    CLASSES,
-    call_options,
-    count_prefix_tokens,
-    find_core,
-    is_pretrained,
-    read_own_statistics,
-    split_tokens,
-    without_head,
-)
+from .reading import check_fixed_size, read_embed_dim, read_patch_size, read_prefix_tokens, read_statistic
+from .transformers_model import call_options, split_tokens, without_head
 from .weights import PATCH_SIZE, canonical, create_timm, load_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -70,6 +63,9 @@ class DINOv2Backbone(nn.Module):
             them, ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224;
             ``"transformers"`` as transformers does. The last two need ``source`` not to be hub. Default:
             ``"official"``.
+        layers (sequence of ints, optional): Blocks whose features are given too, as ``features["layers"][n]``, by the
+            last norm, as the official ``get_intermediate_layers`` does: counted from 0, or from the end where negative.
+            Default: none.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
             or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
             'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
@@ -93,7 +89,8 @@ class DINOv2Backbone(nn.Module):
           ``preprocess(patch_size=p)`` writes them for a fixed ``img_size``
         - Output: a dict of ``'global'`` :math:`(B, D)`, the normalised class token, ``'patch'`` :math:`(B, N, D)`, the
           normalised patch tokens row by row, without class and register tokens, and ``'grid'``, rows and columns
-          of patches in x
+          of patches in x; with ``layers`` also ``'layers'``, a dict of ``'global'`` and ``'patch'`` by each int as it
+          was given. Without a class token the mean of a layer's patch tokens is its ``'global'``
 
     Raises:
         ValueError: If an argument is out of range, or ``img_size`` a rule and the model built for one size. The message
@@ -112,8 +109,10 @@ class DINOv2Backbone(nn.Module):
     """
 
     model: nn.Module
+    takes_raw = True
     img_size: Any  # Size or SizeRule
     grid: Any  # Grid, or None with a rule
+    layers: Layers | None
 
     def __init__(
         self,
@@ -126,6 +125,7 @@ class DINOv2Backbone(nn.Module):
         pretrained: bool = True,
         dtype: torch.dtype | None = None,
         pos_embed: str = "official",
+        layers: Sequence[int] | None = None,
         model: nn.Module | str | None = None,
     ) -> None:
         super().__init__()
@@ -162,6 +162,7 @@ class DINOv2Backbone(nn.Module):
         self.patch_size = read_patch_size(self.model)
         self.call_options = call_options(self.model, size)
         self.prefix_tokens = read_prefix_tokens(self.model)
+        self.layers = find_layers(layers, self.model)
         self.mean = read_statistic(self.model, "mean", IMAGENET_MEAN)
         self.std = read_statistic(self.model, "std", IMAGENET_STD)
         self.grid = None
@@ -175,31 +176,58 @@ class DINOv2Backbone(nn.Module):
         take_patches(self.model, self.patch_size)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor) -> Features:
+    @property
+    def projection(self) -> PatchProjection | None:
+        """The model's patch embedding, where that is a convolution by patches."""
+        return take_patches(self.model, self.patch_size)
+
+    def input_size(self, size: Size) -> Size:
+        """Return the one size that this model takes, or `size` where it takes any."""
+        return size if self.grid is None else (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+
+    def forward(self, x: Tensor, raw: Raw | None = None) -> Features:
         """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
         x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
         img_size's grid, row by row, each in the order of a Conv2d's weight, for models whose patch embedding is a
         convolution by patches, as a ViT's is: it becomes one matrix product.
+        raw: what a supervision's preprocessing would do, where x are raw images and it is folded into that convolution.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
-        h, w = self.size_of(x)
+        h, w = self.size_of(x) if raw is None else raw.size
         p = self.patch_size
-        rows, columns = h // p, w // p
-        run = getattr(self.model, "forward_features", self.model)
-        run = partial(run, **self.call_options) if self.call_options else run
-        x = x.to(dtype_of(self.model) or x.dtype)
-        features = from_patches(self.model, run, x, (h, w), p) if x.ndim == 3 else run(x)
-        pooled, patch = self.split(features)
+        grid = h // p, w // p
+        if raw is not None and self.projection is not None:
+            out, layers = from_raw(self.projection, self.run, x, raw)
+        else:
+            x = x.to(dtype_of(self.model) or x.dtype)
+            out, layers = from_patches(self.model, self.run, x, (h, w), p) if x.ndim == 3 else self.run(x)
+        pooled, patch = self.split(out)
+        features: Features = {**self.fit(pooled, patch, grid), "grid": grid}
+        if self.layers is not None:
+            features["layers"] = {n: self.fit(token, patch, grid) for n, (token, patch) in layers.items()}
+        return features
+
+    def run(self, x: Tensor) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
+        """Return the model's features of pixels x, and (global, patch) of each of the layers, from one forward."""
+        if self.layers is not None:
+            return run_layers(self.model, self.layers, self.prefix_tokens, self.call_options, x)
+        return getattr(self.model, "forward_features", self.model)(x, **self.call_options), {}
+
+    def fit(self, pooled: Tensor, patch: Tensor | None, grid: Grid) -> Features:
+        """Return features of the model, or raise ValueError if they do not fit embed_dim and the grid of x."""
+        rows, columns = grid
         if pooled.shape[1:] != (self.embed_dim,):
             raise ValueError(f"model gave global features {list(pooled.shape)} where embed_dim is {self.embed_dim}")
         if patch is not None and patch.shape[1:] != (rows * columns, self.embed_dim):
             raise ValueError(
-                f"model gave patch tokens {list(patch.shape)} where images of {h} x {w} at patch_size {p} have "
-                f"{rows} x {columns} of width {self.embed_dim}"
+                f"model gave patch tokens {list(patch.shape)} where images of {rows * self.patch_size} x "
+                f"{columns * self.patch_size} at patch_size {self.patch_size} have {rows} x {columns} of width "
+                f"{self.embed_dim}"
             )
-        return {"global": pooled, "patch": patch, "grid": (rows, columns)}
+        # A view would keep all tokens for as long as a loss keeps the global one.
+        return {"global": pooled.contiguous(), "patch": patch}
 
     def size_of(self, x: Tensor) -> Size:
         """Return the height and width of images or patches x, or raise ValueError if this model does not take them."""
@@ -265,54 +293,3 @@ class DINOv2Backbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.variant}, img_size={self.img_size}, embed_dim={self.embed_dim}, source={self.source}, frozen"
-
-
-def read_embed_dim(model: nn.Module) -> int:
-    """Return the features' width. num_features comes first, since embed_dim is the width of Swin's first stage."""
-    for name in ("num_features", "embed_dim"):
-        if is_int(width := getattr(model, name, None)):
-            return plain_int(width)
-    if (core := find_core(model)) is not None:
-        return int(core.config.hidden_size)
-    hint = f"; of transformers' models these have one: {', '.join(CLASSES.values())}" if is_pretrained(model) else ""
-    raise ValueError(
-        f"model {type(model).__name__} must have an int embed_dim or num_features, its features' width{hint}"
-    )
-
-
-def read_prefix_tokens(model: nn.Module) -> int:
-    """Return how many tokens come before the patches: the model's num_prefix_tokens, or transformers', else 1."""
-    core = find_core(model)
-    return int(getattr(model, "num_prefix_tokens", 1 if core is None else count_prefix_tokens(core)))
-
-
-def read_patch_size(model: nn.Module) -> int:
-    """Return the pixels per side of a token: timm's last reduction, or the model's own patch_size, else 14."""
-    if stages := getattr(model, "feature_info", None):
-        return int(stages[-1]["reduction"])
-    embed: Any = getattr(model, "patch_embed", None)
-    core = find_core(model)
-    default = PATCH_SIZE if core is None else core.config.patch_size
-    size: Any = getattr(model, "patch_size", None) or getattr(embed, "patch_size", default)
-    sides = set(size) if isinstance(size, Sequence) else {size}
-    if len(sides) != 1 or not all(map(is_int, sides)):
-        raise ValueError(f"{type(model).__name__} must have a patch_size of a positive int, for squares, got {size!r}")
-    return int(sides.pop())
-
-
-def read_statistic(model: nn.Module, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the model's own mean or std, or that of its configuration by timm or transformers, else the default."""
-    value = getattr(model, name, None)
-    if value is None:
-        core = find_core(model)
-        known = getattr(model, "pretrained_cfg", None) or ({} if core is None else read_own_statistics(core))
-        value = known.get(name, default)
-    numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
-    return check_triple(f"{name} of {type(model).__name__}", numbers, positive=name == "std")
-
-
-def check_fixed_size(model: nn.Module, img_size: Size) -> None:
-    """Raise ValueError if a timm model takes images of one size only, and img_size is another."""
-    embed: Any = getattr(model, "patch_embed", None)
-    if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != img_size:
-        raise ValueError(f"img_size must be {tuple(embed.img_size)}, which model was built for, got {img_size}")

@@ -1,4 +1,4 @@
-"""Patch embedding by one matrix product, for a teacher that is given patches in place of pixels."""
+"""Patch embedding outside of the model, for a teacher that is given patches or raw images in place of its input."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..sizes import Size
+from .kept import Keeps, Kept
+from .pixels import Raw, embed, reads_all_pixels
 from .transformers_model import is_known
 
 
@@ -19,10 +22,14 @@ def caller() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-class PatchProjection(nn.Conv2d):
-    """A Conv2d whose next output can be injected: it returns the result stored for this thread, else it convolves."""
+class PatchProjection(Keeps, nn.Conv2d):
+    """A Conv2d whose next output can be injected: it returns the result stored for this thread, else it convolves.
+
+    It keeps its folded weights. reads_all: whether the model reads its images here alone.
+    """
 
     results: dict[int, Tensor]
+    reads_all: bool
 
     def forward(self, input: Tensor) -> Tensor:
         result = self.results.pop(caller(), None)
@@ -39,7 +46,7 @@ def take_patches(model: nn.Module, patch_size: int) -> PatchProjection | None:
     fits = all(getattr(conv, name, None) == value for name, value in by_patches.items())
     if type(conv) is nn.Conv2d and fits and conv.padding in ((0, 0), "valid"):
         conv.__class__ = PatchProjection  # in its place, so that parameters, their names and hooks stay
-        conv.__dict__["results"] = {}
+        vars(conv).update(results={}, kept=Kept(), reads_all=reads_all_pixels(model))
     return conv if isinstance(conv, PatchProjection) else None
 
 
@@ -47,7 +54,7 @@ def from_patches(
     model: nn.Module,
     run: Callable[[Tensor], Any],  # of the model: pixels -> features
     patches: Tensor,  # [B, N, 3 p p]
-    img_size: tuple[int, int],
+    img_size: Size,
     patch_size: int,
 ) -> Any:
     """Return the model's features of patches: they are embedded here, and its own projection returns the result."""
@@ -56,11 +63,25 @@ def from_patches(
     if projection is None:
         raise ValueError(f"{refused} has no patch embedding that is a convolution by patches of {patch_size}")
     tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)
+    return inject(
+        projection, run, rearrange(tokens, "b (h w) d -> b d h w", h=img_size[0] // patch_size), img_size, refused
+    )
+
+
+def from_raw(projection: PatchProjection, run: Callable[[Tensor], Any], images: Tensor, raw: Raw) -> Any:
+    """Return the model's features of raw images, which are embedded here."""
+    return inject(projection, run, embed(projection, images, raw), raw.size, "the model")
+
+
+def inject(
+    projection: PatchProjection, run: Callable[[Tensor], Any], tokens: Tensor, img_size: Size, refused: str
+) -> Any:
+    """Return the model's features of tokens [B, D, h, w], which its own projection returns."""
     results = projection.results
-    results[caller()] = rearrange(tokens, "b (h w) d -> b d h w", h=img_size[0] // patch_size)
+    results[caller()] = tokens
     try:
         # Of these pixels the model sees the shape only; they take no memory.
-        features = run(patches.new_zeros(()).expand(patches.shape[0], 3, *img_size))
+        features = run(tokens.new_zeros(()).expand(tokens.shape[0], 3, *img_size))
         if caller() in results:
             raise ValueError(f"{refused} never ran its patch embedding")
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,18 +11,27 @@ from torch import nn
 
 from ..preprocess import Preprocess
 from ..validation import check_choice, check_flag, check_floating_dtype, is_int
-from .backbone import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone, read_statistic
+from .backbone import IMAGENET_MEAN, IMAGENET_STD, DINOv2Backbone
+from .reading import read_statistic
 from .weights import VARIANTS, canonical
 
 
-def make_teacher(teacher: str | nn.Module, img_size: Any, pretrained: bool, dtype: torch.dtype | None) -> nn.Module:
+def make_teacher(
+    teacher: str | nn.Module,
+    img_size: Any,
+    pretrained: bool,
+    dtype: torch.dtype | None,
+    layers: Collection[int] = (),
+) -> nn.Module:
+    """Return a teacher of a name, which gives features of these layers, too, or a module in its place."""
     check_flag("pretrained", pretrained)
     check_floating_dtype("teacher_dtype", dtype)
     if isinstance(teacher, str):
         # No checkpoint of the model holds its weights, so that they are loaded even inside torch.device("meta").
         with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
-            name: dict[str, Any] = {"variant" if names_dinov2(teacher) else "model": teacher}
-            return DINOv2Backbone(**name, img_size=img_size, pretrained=pretrained, dtype=dtype)
+            options: dict[str, Any] = {"variant" if names_dinov2(teacher) else "model": teacher}
+            options.update(img_size=img_size, pretrained=pretrained, dtype=dtype, layers=tuple(layers) or None)
+            return DINOv2Backbone(**options)
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher must be a model's name or a module, got {type(teacher).__name__}")
     if not is_int(getattr(teacher, "embed_dim", None)):
@@ -30,6 +39,10 @@ def make_teacher(teacher: str | nn.Module, img_size: Any, pretrained: bool, dtyp
             f"teacher {type(teacher).__name__} must have an int embed_dim, the width of its features; "
             "DINOv2Backbone(model=...) makes a teacher of a model of timm's or transformers'"
         )
+    if isinstance(teacher, DINOv2Backbone):
+        given = {} if teacher.layers is None else teacher.layers.blocks
+        if missing := sorted(set(layers) - given.keys()):
+            raise ValueError(f"teacher gives no layer {missing[0]}, which a term reads: build it with layers={missing}")
     return teacher if dtype is None else teacher.to(dtype=dtype)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import Features, Grid, check_features, grid_of
+from ..features import Features, Grid, check_features, grid_of, map_features
 from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from ..preprocess import Preprocess
 from ..sizes import resolve
 from ..validation import check_images, check_size, check_tensor, check_values
-from .backbone import read_patch_size
+from .backbone import DINOv2Backbone
+from .pixels import Raw, read_raw
+from .reading import read_patch_size
 
 
 class Taught(nn.Module):
@@ -114,22 +116,25 @@ class Taught(nn.Module):
         dtype = None if weight is None else weight.dtype
         x_img = as_images(x_img)
         h, w = x_img.shape[-2:]
-        if isinstance(self.preprocess, Preprocess):
-            # A compiler makes a program for each size that a rule gives.
-            size = resolve(self.img_size, index(h), index(w), self.patch_size) if callable(self.img_size) else None
-            x = self.preprocess(x_img, dtype, size)
+        ours = isinstance(self.preprocess, Preprocess)
+        # A compiler makes a program for each size that a rule gives.
+        ruled = ours and callable(self.img_size)
+        size = resolve(self.img_size, index(h), index(w), self.patch_size) if ruled else None
+        raw = None
+        if type(self.teacher) is DINOv2Backbone:
+            raw = read_raw(self.teacher, self.preprocess, x_img, size)
+        if isinstance(raw, Raw):
+            size, batch, found = raw.size, len(x_img), self.teacher(x_img, raw)
         else:
-            x = self.preprocess(x_img)
-        check_tensor("preprocess's result", x)
-        found = self.teacher(x if dtype is None else x.to(dtype))
-        found = check_features("teacher's result", found, self.teacher.embed_dim, len(x))
-        grid = self.teacher_grid or (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-        return {
-            "global": found["global"],
-            "patch": found.get("patch"),
-            "grid": found.get("grid") or grid,
-            "image_size": (h, w),
-        }
+            x = self.preprocess(x_img, dtype, size) if ours else self.preprocess(x_img)
+            check_tensor("preprocess's result", x)
+            size, batch = (x.shape[-2], x.shape[-1]), len(x)
+            found = self.teacher(x if dtype is None else x.to(dtype))
+        found = check_features("teacher's result", found, self.teacher.embed_dim, batch)
+        grid = self.teacher_grid or (size[0] // self.patch_size, size[1] // self.patch_size)
+        features: Features = {"global": found["global"], "patch": found.get("patch")}
+        features |= {"layers": found["layers"]} if found.get("layers") else {}
+        return {**features, "grid": found.get("grid") or grid, "image_size": (h, w)}
 
     def _check_images(self, x_img: Any, features: Any, name: str = "x_img") -> int:
         """Check that one of the two is given, and return its batch size. name: of the images' argument, for errors."""
@@ -156,12 +161,12 @@ class Taught(nn.Module):
         """
         if features is None:
             features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
-        ready: Any = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
-        if self.stopgrad_image:
-            ready = {name: x.detach() if isinstance(x, Tensor) else x for name, x in ready.items()}
+        stop = self.stopgrad_image
+        ready = map_features(lambda x: x.to(device).detach() if stop else x.to(device), features)
         ready["grid"] = ready.get("grid") or self.teacher_grid
-        patch = ready.get("patch")
-        if patch is not None and "patch" in needs:
+        read = [ready] if "patch" in needs else []
+        read += ready.get("layers", {}).values() if "layers" in needs else []
+        for patch in (x["patch"] for x in read if x.get("patch") is not None):
             rows, columns = grid_of(ready)
             if patch.shape[1] != rows * columns:
                 raise ValueError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
-from collections.abc import Callable, Hashable
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -13,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..features import Grid
+from .kept import Keeps, Kept
 
-LIMIT = 16  # sizes whose position embeddings are kept
 SOURCES = {  # the position embeddings of classes that have a method interpolate_pos_encoding
     "DinoVisionTransformer": "pos_embed",
     "Dinov2Embeddings": "position_embeddings",
@@ -85,62 +83,11 @@ def _(positions: Tensor, h: int, w: int, rows: int, columns: int, antialias: boo
     return positions.new_empty(1, positions.shape[1] - h * w + rows * columns, positions.shape[2])
 
 
-class Kept:
-    """Results for the keys used last. A copy and a pickle begin without any."""
-
-    def __init__(self) -> None:
-        self.results: dict[Hashable, tuple[Tensor, Tensor]] = {}
-        self.lock = threading.Lock()
-
-    def __reduce__(self) -> Any:
-        return Kept, ()
-
-    def get(self, key: Hashable, source: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """Return compute(), or what it returned for this key and these bits of its source."""
-        device = source.device
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        autocast = torch.is_autocast_enabled(device.type)
-        key = key, source.data_ptr(), source._version, source.dtype, device, stream, autocast
-        with self.lock:
-            found = self.results.pop(key, None)
-        if found is None:
-            # Memory that an entry holds is no other tensor's: its address stays that of these bits.
-            found = source.detach(), compute()
-        with self.lock:
-            self.results[key] = found
-            if len(self.results) > LIMIT:
-                del self.results[next(iter(self.results))]
-        return found[1]
-
-
-def may_keep(source: Tensor) -> bool:
-    """Whether a result of position embeddings may outlive this call: not in a graph, a transform or with a gradient."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    plain = type(source) in (Tensor, nn.Parameter) and not source.is_inference() and not source.requires_grad
-    plain = plain and not source.is_meta  # it has no bits to know again
-    # A graph that is captured replays its own kernels, in memory of its own.
-    return plain and not (source.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-class Positions:
+class Positions(Keeps):
     """Keeps a module's resampled position embeddings, out of its state_dict, until it is moved, cast or loaded.
 
     Its subclasses are mixed into the class of a module that exists, so that parameters, their names and hooks stay.
     """
-
-    kept: Kept
-
-    def keep(self, key: Hashable, source: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        return self.kept.get(key, source, compute) if may_keep(source) else compute()
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        self.kept = Kept()
-        return super()._apply(*args, **options)  # type: ignore[misc]
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.kept = Kept()
-        super()._load_from_state_dict(*args)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         mixin, base = type(self).__bases__
@@ -153,7 +100,7 @@ class Interpolated(Positions):
     def interpolate_pos_encoding(self, x: Tensor, *size: int) -> Tensor:
         interpolate = super().interpolate_pos_encoding  # type: ignore[misc]
         source = attrgetter(SOURCES[type(self).__name__])(self)
-        return self.keep((x.shape[1], x.dtype, size), source, lambda: interpolate(x, *size))
+        return self.keep((x.shape[1], x.dtype, size), (source,), lambda: interpolate(x, *size))
 
 
 class Resampled(Positions):
@@ -164,7 +111,7 @@ class Resampled(Positions):
     def resample(self: Any, grid: Grid, to: Grid) -> Tensor:
         """Return positions [1, P + N, D] for a grid of N patches."""
         source, options = self.pos_embed, self.resampling._asdict()
-        return self.keep(to, source, lambda: resize_pos_embed(source, grid, to, **options))
+        return self.keep(to, (source,), lambda: resize_pos_embed(source, grid, to, **options))
 
 
 class HubPositions(Resampled):

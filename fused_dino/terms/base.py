@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..features import Features
 from ..validation import check_flag, check_number, check_tensor, is_int
 from .comparison import accepts, compare, make_loss
+from .source import check_layer, choose
 
 
 class Term(nn.Module):
@@ -27,7 +28,8 @@ class Term(nn.Module):
         - Output: a scalar loss, and a dict of detached scalars
 
     Attributes:
-        needs (frozenset of str): The features that it reads, ``"global"``, ``"patch"`` or both.
+        needs (frozenset of str): The features that it reads, of ``"global"``, ``"patch"`` and ``"layers"``.
+        layers (tuple of ints): The layers that it reads, of which a teacher that is made for it gives features.
 
     Raises:
         ValueError: If ``weight`` is no finite number.
@@ -42,6 +44,7 @@ class Term(nn.Module):
     """
 
     needs: frozenset[str] = frozenset({"global"})
+    layers: tuple[int, ...] = ()
     takes: ClassVar[frozenset[str]] = frozenset()  # the names of forward's parameters
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -64,6 +67,10 @@ class Term(nn.Module):
         check_tensor(name, student)
         if student.ndim < 1 or len(student) != batch:
             raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(student.shape)}")
+
+    def similarity(self, value: Tensor) -> Tensor:
+        """Return the similarity that a loss means, for BySimilarity. A term without one raises ValueError."""
+        raise ValueError(f"{type(self).__name__} defines no similarity(value)")
 
     def forward(self, student: Tensor, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss and its logs.
@@ -93,14 +100,19 @@ class Alignment(Term):
     def __init__(
         self,
         projector: nn.Module | None,
+        *,
         out_dim: int | None,
         loss: str | nn.Module,
         eps: float | None,
         weight: float,
         normalize_weight: bool,
         backend: str | None,
+        layer: int | Sequence[int] | None,
     ) -> None:
         super().__init__(weight)
+        self.layers = check_layer(layer)
+        if self.layers:
+            self.needs = frozenset({"layers"})
         if projector is not None and not isinstance(projector, nn.Module):
             raise TypeError(f"projector must be a module or a name, got {type(projector).__name__}")
         if out_dim is not None and not is_int(out_dim):
@@ -109,6 +121,16 @@ class Alignment(Term):
         self.loss = make_loss(loss, eps, backend)
         self.normalize_weight = check_flag("normalize_weight", normalize_weight)
         self.out_dim = out_dim
+
+    def similarity(self, value: Tensor) -> Tensor:
+        """Return the mean similarity of rows, if the loss has it."""
+        of_loss = getattr(self.loss, "similarity", None)
+        if of_loss is None:
+            raise ValueError(f"{type(self.loss).__name__} has no cosine similarity")
+        if not self.normalize_weight:
+            raise ValueError("normalize_weight=False hides the similarity behind the sum of the weights")
+        similarity: Tensor = of_loss(value)
+        return similarity
 
     def parts(self) -> Parts:
         if self.projector is None:
@@ -128,6 +150,10 @@ class Alignment(Term):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
         raise NotImplementedError(f"{type(self).__name__} must define align(parts, student, features)")
+
+    def choose(self, features: Features) -> Features:
+        """Return the features that the term reads: the last, or in their place those of its layers."""
+        return choose(features, self.layers, type(self).needs)
 
     def check_weight(self, weight: Any, rows: tuple[int, ...]) -> None:
         """Check the rows' weights. rows: the shape of all rows, of which the weights may have the first dimension."""

@@ -44,6 +44,7 @@ class RegionTerm(Alignment):
         weight (float): Default: 1.
         normalize_weight (bool): Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
+        layer (int or sequence of ints, optional): Default: the last features.
 
     Shape:
         - student: :math:`(B, C h w)` or a map :math:`(B, C, h, w)`
@@ -79,8 +80,18 @@ class RegionTerm(Alignment):
         weight: float = 1.0,
         normalize_weight: bool = True,
         backend: str | None = None,
+        layer: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(projector, out_dim, loss, eps, weight, normalize_weight, backend)
+        super().__init__(
+            projector,
+            out_dim=out_dim,
+            loss=loss,
+            eps=eps,
+            weight=weight,
+            normalize_weight=normalize_weight,
+            backend=backend,
+            layer=layer,
+        )
         self.latent_shape = check_latent_shape(latent_shape, None)
         self.patches = Patches(
             check_choice("target", target, PATCH_TARGETS), self.latent_shape, check_size(grid, "grid")
@@ -118,6 +129,7 @@ class RegionTerm(Alignment):
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
+        features = self.choose(features)
         student = student.to(dtype_of(parts.projector) or student.dtype).flatten(1)
         student, tokens = parts.projector(parts.grids(student)), features.get("patch")
         if tokens is not None:

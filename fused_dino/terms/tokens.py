@@ -48,6 +48,7 @@ class TokenTerm(Alignment):
         weight (float): Default: 1.
         normalize_weight (bool): Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
+        layer (int or sequence of ints, optional): Default: the last features.
 
     Shape:
         - student: tokens :math:`(B, N, C)`, a map :math:`(B, C, h, w)`, or frames :math:`(B, T, N, C)` of
@@ -84,9 +85,19 @@ class TokenTerm(Alignment):
         weight: float = 1.0,
         normalize_weight: bool = True,
         backend: str | None = None,
+        layer: int | Sequence[int] | None = None,
     ) -> None:
         given = projector if isinstance(projector, nn.Module) else None
-        super().__init__(given, out_dim, loss, eps, weight, normalize_weight, backend)
+        super().__init__(
+            given,
+            out_dim=out_dim,
+            loss=loss,
+            eps=eps,
+            weight=weight,
+            normalize_weight=normalize_weight,
+            backend=backend,
+            layer=layer,
+        )
         self.in_dim = check_int("in_dim", in_dim)
         self.kind = check_projector("projector", projector)
         self.grids = TokenGrids(token_grid, None, standardize, unbiased, compare)
@@ -150,6 +161,7 @@ class TokenTerm(Alignment):
         token_grid: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
+        features = self.choose(features)
         tokens, grid = as_tokens("student", student, self.in_dim, len(features["global"]))
         told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
         patch, width = features.get("patch"), features["global"].shape[1]
@@ -184,20 +196,21 @@ class TokenTerm(Alignment):
 
 
 class TokenMLP(nn.Sequential):
-    """REPA's projector (arXiv 2410.06940): Linear, SiLU, Linear, SiLU, Linear of each token, 2048 features inside."""
+    """REPA's projector (arXiv 2410.06940): Linear, SiLU, Linear, SiLU, Linear of each token. width: inside."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        width = TOKEN_HIDDEN_DIM
+    def __init__(self, in_dim: int, out_dim: int, width: int = TOKEN_HIDDEN_DIM) -> None:
         super().__init__(
             nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim)
         )
 
 
 class TokenConv(nn.Conv2d):
-    """A 3 x 3 convolution with padding 1 over the grid of the tokens: [B, N, C] -> [B, N, D]."""
+    """A convolution over the grid of the tokens, padded by zeros: [B, N, C] -> [B, N, D]. kernel: its odd side."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__(in_dim, out_dim, 3, padding=1)
+    def __init__(self, in_dim: int, out_dim: int, kernel: int = 3) -> None:
+        if check_int("kernel", kernel) % 2 == 0:
+            raise ValueError(f"kernel must be odd, so that the grid keeps its size, got {kernel}")
+        super().__init__(in_dim, out_dim, kernel, padding=kernel // 2)
 
     def forward(self, input: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
         maps = rearrange(input, "b (h w) c -> b c h w", h=grid[0])
@@ -205,9 +218,9 @@ class TokenConv(nn.Conv2d):
 
 
 def check_projector(name: str, projector: Any) -> str | None:
-    """Return the kind of a projector that is given by name, or None for a module."""
+    """Return the kind of a projector: None for a module, unless that is a convolution, which is told the grid."""
     if isinstance(projector, nn.Module):
-        return None
+        return "conv" if isinstance(projector, TokenConv) else None
     if not isinstance(projector, str):
         raise TypeError(f"{name} must be 'mlp', 'conv' or a module, got {type(projector).__name__}")
     return check_choice(name, projector, PROJECTORS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class GlobalTerm(Alignment):
         normalize_weight (bool): Divides by the sum of a call's weights; False by the number of images, as a gate by
             noise level wants. Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
+        layer (int or sequence of ints, optional): The teacher's layer that is the target, by its number in the
+            backbone's ``layers``; several are summed, as RAEv2 sums the last k. Default: the last features.
 
     Shape:
         - student: :math:`(B, C)`; weight, of a call: :math:`(B)`
@@ -59,8 +62,18 @@ class GlobalTerm(Alignment):
         weight: float = 1.0,
         normalize_weight: bool = True,
         backend: str | None = None,
+        layer: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(projector, out_dim, loss, eps, weight, normalize_weight, backend)
+        super().__init__(
+            projector,
+            out_dim=out_dim,
+            loss=loss,
+            eps=eps,
+            weight=weight,
+            normalize_weight=normalize_weight,
+            backend=backend,
+            layer=layer,
+        )
         self.in_dim, self.hidden_dim = check_int("in_dim", in_dim), check_int("hidden_dim", hidden_dim)
         if self.out_dim is not None:
             self.build(self.out_dim)
@@ -82,6 +95,7 @@ class GlobalTerm(Alignment):
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
+        features = self.choose(features)
         student = student.to(dtype_of(parts.projector) or student.dtype)
         return self.compare(parts, parts.projector(student), features["global"], weight, scale)
 

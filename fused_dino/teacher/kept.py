@@ -1,0 +1,69 @@
+"""Results that are made of a module's weights, kept for the sizes used last until it is moved, cast or loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LIMIT = 16  # results that a module keeps
+
+
+class Kept:
+    """Results for the keys used last. A copy and a pickle begin without any."""
+
+    def __init__(self) -> None:
+        self.results: dict[Hashable, tuple[Any, Any]] = {}
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
+
+    def get(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        """Return compute(), or what it returned for this key and these bits of its sources."""
+        device = sources[0].device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        autocast = torch.is_autocast_enabled(device.type)
+        bits = tuple((x.data_ptr(), x._version, x.dtype) for x in sources)
+        key = key, bits, device, stream, autocast
+        with self.lock:
+            found = self.results.pop(key, None)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():  # it may serve a gradient later
+                # Memory that an entry holds is no other tensor's: its address stays that of these bits.
+                found = [x.detach() for x in sources], compute()
+        with self.lock:
+            self.results[key] = found
+            if len(self.results) > LIMIT:
+                del self.results[next(iter(self.results))]
+        return found[1]
+
+
+def may_keep(source: Tensor) -> bool:
+    """Whether what is made of a weight may outlive this call: not in a graph, a transform or with a gradient."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    plain = type(source) in (Tensor, nn.Parameter) and not source.is_inference() and not source.requires_grad
+    plain = plain and not source.is_meta  # it has no bits to know again
+    # A graph that is captured replays its own kernels, in memory of its own.
+    return plain and not (source.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+class Keeps:
+    """Lets a module keep results, out of its state_dict, until it is moved, cast or loaded."""
+
+    kept: Kept
+
+    def keep(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        return self.kept.get(key, sources, compute) if all(map(may_keep, sources)) else compute()
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self.kept = Kept()
+        return super()._apply(*args, **options)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.kept = Kept()
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
