@@ -109,11 +109,15 @@ def vicreg_finish_kernel(
     inside = row < own
     live = inside[:, None] & (column < size)[None, :]
     at = row.to(tl.int64)[:, None] * size + column[None, :]
+    p = tl.load(largest)
+    if GRAM and (i == 0) & (p >= 0):  # the gradient multiplies the largest column too
+        far = column.to(tl.int64)
+        x_p = load_centred(student, shift, stride, far, p + 0 * far, column < size, ACC)
+        store_planes(planes + far * stride_planes + place_of(p, 1, X_PLANES), x_p, column < size, X_PLANES)
     acc = add_splits(parts, splits, tl.cast(own, tl.int64) * size, at, live, ACC)
     left = row
     if PART:
         left += low
-    p = tl.load(largest)
     rows = tl.load(largest + 1).to(ACC)
     dof = tl.maximum(rows - 1, 1)
     if RAW and p < 0:  # what the means have brought in
@@ -128,13 +132,7 @@ def vicreg_finish_kernel(
     value = tl.where(live, acc / dof, 0)
     if not GRAM:  # the diagonal is no part of the covariance
         value = tl.where(row[:, None] == column[None, :], 0, value)
-    if GRAM:  # the gradient multiplies the largest column too
-        far = column.to(tl.int64)
-        q = tl.maximum(p, 0)
-        x_p = load_centred(student, shift, stride, far, q + 0 * far, column < size, ACC)
-        at = planes + far * stride_planes + place_of(q, 1, X_PLANES)
-        store_planes(at, x_p, (column < size) & (i == 0) & (p >= 0), X_PLANES)
-    elif dots is not None:
+    if dots is not None:
         if about is not None:
             x_left = tl.load(about + row, mask=inside, other=0)
             x_right = tl.load(about + column, mask=column < size, other=0)
@@ -143,20 +141,21 @@ def vicreg_finish_kernel(
             x_right = tl.where(p < 0, mean_of(student, shift, column, column < size, ACC), 0)
         tl.store(dots + i * size + column, tl.sum(value * x_left[:, None], 0), mask=column < size)
         tl.store(dots + j * size + row, tl.sum(value * x_right[None, :], 1), mask=inside & (i != j))
-    side = tl.arange(0, PIECE)
-    at = row.to(tl.int64)[:, None] * stride_product + (place_of(j * PIECE, PIECE, PLANES) + side)[None, :]
-    mirror = column.to(tl.int64)[:, None] * stride_product + (place_of(i * PIECE, PIECE, PLANES) + side)[None, :]
     off_diagonal = (i != j) & (not PART)
-    scaled = value * tl.load(facts + 3).to(ACC)
-    if product.dtype.element_ty == tl.float16 and p >= 0:
-        store_planes(as_bfloat16(product) + at, scaled, True, PLANES)
-        store_planes(as_bfloat16(product) + mirror, tl.trans(scaled), off_diagonal, PLANES)
-    else:
-        store_planes(product + at, scaled, True, PLANES)
-        store_planes(product + mirror, tl.trans(scaled), off_diagonal, PLANES)
     # In float64 as soon as they are few: the columns' own squares are subtracted from their sum.
     square = tl.sum(tl.sum(value * value, 1).to(tl.float64), 0)
     tl.store(sums + tl.program_id(0), tl.where(off_diagonal, 2 * square, square))
+    if product.dtype.element_ty == tl.float16:
+        value *= tl.load(facts + 3).to(tl.float32)
+    side = tl.arange(0, PIECE)
+    at = row.to(tl.int64)[:, None] * stride_product + (place_of(j * PIECE, PIECE, PLANES) + side)[None, :]
+    mirror = column.to(tl.int64)[:, None] * stride_product + (place_of(i * PIECE, PIECE, PLANES) + side)[None, :]
+    if product.dtype.element_ty == tl.float16 and p >= 0:
+        store_planes(as_bfloat16(product) + at, value, True, PLANES)
+        store_planes(as_bfloat16(product) + mirror, tl.trans(value), off_diagonal, PLANES)
+    else:
+        store_planes(product + at, value, True, PLANES)
+        store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)
     if is_last(ticket):
         tl.store(ticket, 0)
         LANES: tl.constexpr = 1024
