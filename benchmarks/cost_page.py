@@ -15,7 +15,7 @@ from .shapes import Row, read
 from .table import Table, digits, percent, time, times
 
 BATCH, SIDE = 256, 256  # images of the predicted step, and their side
-NAMED = ("vits14", "vitb14", "vitl14", "vitg14", "vit_base_patch16_dinov3", "vit_large_patch16_dinov3")
+NAMED = ("vits14", "vitb14", "vitl14", "vitl14_reg", "vitg14")  # whose kernels are one in all releases of timm
 SHARES = "h100"  # whose shares of the parts are predicted
 
 PREAMBLE = """# What it costs
@@ -61,7 +61,7 @@ def predicted() -> str:
         parts = parts_of(name, BATCH, SIDE, row.dtype)
         flops = next(part.flops for part in parts if part.name == "teacher") / BATCH
         steps = [sum(seconds_of(parts, gpu, row.precision).values()) for gpu in GPUS.values()]
-        speeds.rows.append([name, digits(flops / 1e9), *(f"{BATCH / step:,.0f}" for step in steps)])
+        speeds.rows.append([name, digits(flops / 1e9), *(three_digits(BATCH / step) for step in steps)])
         times = seconds_of(parts, GPUS[SHARES], row.precision)
         whole = sum(times.values())
         shares.rows.append([name, time(whole), *(percent(spent / whole) for spent in times.values())])
@@ -72,6 +72,11 @@ def predicted() -> str:
         f"The same step on an {GPUS[SHARES].name}, and the share of each part:", shares.markdown(),
         "The roofs of these GPUs:", "\n".join(sources),
     ]) + "\n"  # fmt: skip
+
+
+def three_digits(value: float) -> str:
+    """Print three digits and zeros: the calculation is no finer, and releases of torch and timm differ past them."""
+    return f"{float(f'{value:.3g}'):,.0f}"
 
 
 # --- measured ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def in_the_official_code(name: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def ours(name: str) -> DINOv2Backbone:
-    backbone = DINOv2Backbone(name, SIZE, pretrained=False)
+def ours(name: str, engine: bool = True) -> DINOv2Backbone:
+    backbone = DINOv2Backbone(name, SIZE, pretrained=False, engine=engine)
     backbone.model.load_state_dict(weights(name))
     return backbone

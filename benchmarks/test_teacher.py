@@ -22,7 +22,7 @@ class Sees(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(self.model, DINOv2Backbone):
-            return self.model(images)[self.needs]
+            return self.model(images, needs=frozenset({self.needs}))[self.needs]
         features = self.model.forward_features(images)
         if isinstance(features, dict):
             return features["x_norm_clstoken" if self.needs == "global" else "x_norm_patchtokens"]
@@ -45,6 +45,9 @@ BENCH = Bench(
     recipe=lambda row: Sees(in_timm(row.options["teacher"]), row),
     ours=lambda row, backend: Sees(ours(row.options["teacher"]), row),
     work=work,
-    peers={"hub's code": lambda row: Sees(in_the_official_code(row.options["teacher"]), row)},
+    peers={
+        "fused_dino, engine=False": lambda row: Sees(ours(row.options["teacher"], engine=False), row),
+        "hub's code": lambda row: Sees(in_the_official_code(row.options["teacher"]), row),
+    },
     backends=False,
 )

@@ -64,12 +64,14 @@ def on_meta(name: str, img_size: Any = 224, layers: Sequence[int] | None = None)
     return teacher.to("meta")  # some models make their buffers on the CPU, whatever is asked
 
 
-def teacher_kernels(teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224) -> list[Kernel]:
-    """Return what the forward of a teacher on the meta device launches in eager PyTorch."""
+def teacher_kernels(
+    teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224, needs: frozenset[str] | None = None
+) -> list[Kernel]:
+    """Return what the forward of a teacher on the meta device launches in eager PyTorch, for what is read of it."""
     teacher.to(dtype)
     with torch.no_grad(), torch.device("meta"):
         images = torch.empty(batch, 3, side, side, dtype=dtype)
-        return count(lambda: teacher(images))
+        return count(lambda: teacher(images, needs))
 
 
 def projector_kernels(in_dim: int, out_dim: int, batch: int, dtype: torch.dtype) -> list[Kernel]:
@@ -111,9 +113,12 @@ class Part(NamedTuple):
 def step(
     teacher: DINOv2Backbone, batch: int, side: int, loss: str, dtype: torch.dtype, in_dim: int = 8192, size: int = 224
 ) -> list[Part]:
-    """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images."""
+    """Return the parts of a step that supervises z [B, in_dim] by the teacher's global token of images.
+
+    Preprocessing and patch embedding are counted apart, also where the embedding reads raw images.
+    """
     ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
-    seen = teacher_kernels(teacher, batch, dtype, size)
+    seen = teacher_kernels(teacher, batch, dtype, size, frozenset({"global"}))
     projected = projector_kernels(in_dim, teacher.embed_dim, batch, dtype)
     compared = LOSSES[loss]((batch, teacher.embed_dim), dtype.itemsize)
     return [
@@ -132,21 +137,30 @@ def supervised(
     students: the shapes of its terms' tensors without the batch. Tokens lie on the teacher's grid.
     """
     supervision.to(dtype)
-    teacher = supervision.teacher
-    size = resolve(supervision.img_size, side, side, teacher.patch_size)[0]
-    ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
-    seen = teacher_kernels(teacher, batch, dtype, size)
-    parts = [Part("preprocess", [ours], LAUNCHES["preprocess"]), Part("teacher", seen, len(seen))]
+    teacher, size, parts = supervision.teacher, 0, []
+    if teacher is not None:
+        size = resolve(supervision.img_size, side, side, teacher.patch_size)[0]
+        ours = preprocess((batch, 3, side, side), size, dtype.itemsize, dtype.itemsize)
+        needs: frozenset[str] = frozenset().union(*(term.needs for term in supervision.terms.values()))
+        seen = teacher_kernels(teacher, batch, dtype, size, needs)
+        parts = [Part("preprocess", [ours], LAUNCHES["preprocess"]), Part("teacher", seen, len(seen))]
     for name, term in supervision.terms.items():
-        rows, grid = (batch, *students[name][:-1]), (size // teacher.patch_size,) * 2
-        more = [grid] if getattr(term, "kind", None) == "conv" else []
-        kernels = there_and_back(term.projector, (batch, *students[name]), dtype, *more)
-        parts.append(Part("projector", kernels, len(kernels)))
+        more = [(size // teacher.patch_size,) * 2] if getattr(term, "kind", None) == "conv" else []
+        if kernels := there_and_back(term.projector, (batch, *students[name]), dtype, *more):
+            parts.append(Part("projector", kernels, len(kernels)))
+        target = torch.empty(batch, *students[name][:-1], term.out_dim or teacher.embed_dim, dtype=dtype, device="meta")
         if (grids := getattr(term, "grids", None)) is not None and grids.standardize:
-            target = torch.empty(*rows, teacher.embed_dim, dtype=dtype, device="meta")
             kernels = count(partial(grids.prepare, target))
             parts.append(Part("targets", kernels, len(kernels)))
-        loss = next(x for x, kind in KINDS.items() if isinstance(term.loss, kind))
-        compared = LOSSES[loss]((prod(rows), teacher.embed_dim), dtype.itemsize)
-        parts.append(Part("loss", [compared], LAUNCHES[f"{loss}_loss"]))
+        parts.append(compared(term.loss, target))
     return parts
+
+
+def compared(loss: Any, target: torch.Tensor) -> Part:
+    """Return what a loss of rows costs: our kernels by their formulas, others as eager PyTorch launches them."""
+    name = next((name for name, kind in KINDS.items() if isinstance(loss, kind)), None)
+    if name is None:
+        kernels = there_and_back(loss, target.shape, target.dtype, target)
+        return Part("loss", kernels, len(kernels))
+    kernel = LOSSES[name]((target[..., 0].numel(), target.shape[-1]), target.itemsize)
+    return Part("loss", [kernel], LAUNCHES[f"{name}_loss"])

@@ -41,13 +41,18 @@ def check_features(name: str, features: Any, width: int, batch: int | None = Non
         rows, columns = check_size(features["grid"], f"the grid of {name}")
         if patch.shape[1] != rows * columns:
             raise ValueError(f"{name} has {patch.shape[1]} patch tokens on a grid of {rows} x {columns}")
+    return check_layers(name, features, width, len(token))
+
+
+def check_layers(name: str, features: Any, width: int, batch: int) -> Features:
+    """Check the features of layers, where there are any, and return all features."""
     layers = features.get("layers", {})
     if not isinstance(layers, dict):
         raise TypeError(f"the layers of {name} must be a dict of features by int, got {type(layers).__name__}")
     for n, layer in layers.items():
         its = layer | {"grid": features.get("grid")} if isinstance(layer, dict) else layer
-        check_features(f"layer {n} of {name}", its, width, len(token))
-    return features  # type: ignore[return-value]
+        check_features(f"layer {n} of {name}", its, width, batch)
+    return features
 
 
 def map_features(change: Callable[[Tensor], Tensor], features: Mapping[str, Any]) -> Any:

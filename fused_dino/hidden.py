@@ -7,7 +7,7 @@ not reach them. A copy of a module shares its teacher's memory until one of the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -50,9 +50,11 @@ def mark_fresh(teacher: nn.Module) -> None:
     """Mark a teacher whose weights are memory that nobody has written yet, until it is loaded."""
     setattr(teacher, FRESH, True)
     weights = list(teacher.parameters())
-    for part in (teacher, *teacher.children()):
-        if len(list(part.parameters())) == len(weights):  # a wrapper's model holds all that there is to load
-            part.register_load_state_dict_pre_hook(partial(unmark, teacher))
+    parts = [part for part in (teacher, *teacher.children()) if len(list(part.parameters())) == len(weights)]
+    if isinstance(model := teacher.__dict__.get("model"), nn.Module):
+        parts = [model]
+    for part in parts:  # a wrapper's model holds all that there is to load
+        part.register_load_state_dict_pre_hook(partial(unmark, teacher))
 
 
 def unmark(teacher: nn.Module, part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -70,9 +72,17 @@ def check_loaded(teacher: nn.Module, images: Tensor) -> None:
         )
 
 
+def parts_of(teacher: nn.Module) -> Iterator[nn.Module]:
+    """Yield all modules of a teacher, and those of a `model` that one of them holds outside of its submodules."""
+    for part in teacher.modules():
+        yield part
+        if isinstance(model := part.__dict__.get("model"), nn.Module):
+            yield from model.modules()
+
+
 def share(teacher: nn.Module, memo: dict[int, Any]) -> None:
     """Let a deep copy of a teacher share its memory: `memo` gets tensors of their own over the same storage."""
-    for part in teacher.modules():
+    for part in parts_of(teacher):
         for p in part._parameters.values():
             if type(p) is nn.Parameter:
                 memo.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=p.requires_grad))
@@ -83,7 +93,7 @@ def share(teacher: nn.Module, memo: dict[int, Any]) -> None:
 
 def own_before_loading(teacher: nn.Module) -> None:
     """Let a teacher that shares its memory take memory of its own before it loads values in place."""
-    for part in teacher.modules():
+    for part in parts_of(teacher):
         if SHARED not in part.__dict__:
             part.register_load_state_dict_pre_hook(own)
         setattr(part, SHARED, True)

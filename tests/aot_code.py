@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import triton
@@ -15,8 +16,13 @@ BEGINNINGS = ("arith.constant", "arith.select", "tt.dot", "ttng.warp_group_dot",
 
 def dump(asm: dict[str, Any], option: str) -> str:
     """Return what cuobjdump prints of a compiled kernel."""
+    return dumped(asm["cubin"], option)
+
+
+@lru_cache(maxsize=1)  # to disassemble a kernel takes longer than to compile it
+def dumped(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

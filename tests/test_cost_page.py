@@ -67,7 +67,7 @@ def test_the_predictions_are_the_commands() -> None:
         _, flops, *speeds = lines(text, name)[0]
         for gpu, speed in zip(GPUS.values(), speeds, strict=True):
             *parts, whole = estimate.estimate(name, 256, gpu, 256, "cosine", "bfloat16")
-            assert float(speed.replace(",", "")) == pytest.approx(256 / whole.seconds, abs=0.5)
+            assert float(speed.replace(",", "")) == pytest.approx(256 / whole.seconds, rel=5e-3)
         assert float(flops) == pytest.approx(parts[1].flops / 256e9, rel=5e-3)
 
 
@@ -142,7 +142,7 @@ def judged(op: str, row: Row) -> dict[str, Timing]:
 def test_timm_hubs_code_and_ours_are_one_function(needs: str) -> None:
     row = Row((1, 3, 224, 224), "", options={"teacher": "vits14", "needs": needs}, directions=(FORWARD,))
     found = judged("teacher", row)
-    assert list(found) == ["eager", "fused_dino", "hub's code"]
+    assert list(found) == ["eager", "fused_dino", "fused_dino, engine=False", "hub's code"]
     assert {name: timing.why for name, timing in found.items()} == dict.fromkeys(found)
 
 

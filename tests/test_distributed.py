@@ -45,7 +45,17 @@ def parts(world):
 
 
 def spawn(check, world, tmp_path, backend="gloo"):
-    mp.spawn(enter, args=(check, world, str(tmp_path / "store"), backend), nprocs=world)
+    """Run a check on every rank. One process imports torch and the check, which takes seconds, and becomes the ranks.
+
+    A process that has looked for GPUs must not become others: under NCCL every rank imports for itself.
+    """
+    arguments = check, world, str(tmp_path / "store"), backend
+    mp.spawn(enter if backend == "nccl" else fork, arguments, nprocs=world if backend == "nccl" else 1)
+
+
+def fork(_, *arguments):
+    world = arguments[1]
+    mp.start_processes(enter, arguments, nprocs=world, start_method="fork")
 
 
 def enter(rank, check, world, store, backend):

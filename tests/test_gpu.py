@@ -1,5 +1,7 @@
 """What only a GPU can show: CUDA graphs, streams and devices. Collected where there is one, and tried on every op."""
 
+import copy
+
 import pytest
 import torch
 
@@ -98,3 +100,17 @@ def test_a_graph_of_a_teacher_has_positions_of_its_own():
     captured.fill_(float("nan"))
     graph.replay()
     torch.testing.assert_close(captured, want)
+
+
+@torch.no_grad()
+def test_a_teacher_replays_cuda_graphs():
+    """Features of one call outlive the next, which overwrites what the graph has written."""
+    timm = pytest.importorskip("timm")
+    torch._dynamo.reset()
+    model = timm.create_model("vit_small_patch14_dinov2", depth=2, img_size=56, num_classes=0)
+    plain = DINOv2Backbone(model=copy.deepcopy(model), img_size=56).cuda()
+    backbone = DINOv2Backbone(model=model, img_size=56, compile="reduce-overhead").cuda()
+    batches = [torch.randn(batch, 3, 56, 56, device="cuda") for batch in (4, 4, 4, 2, 4)]
+    found = [backbone(x)["patch"] for x in batches]
+    for x, out in zip(batches, found, strict=True):
+        torch.testing.assert_close(out, plain(x)["patch"], rtol=1e-4, atol=1e-4)

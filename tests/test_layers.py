@@ -97,9 +97,9 @@ def test_timms_model_of_the_same_weights_gives_the_same(tmp_path, monkeypatch):
 @each
 @torch.no_grad()
 def test_they_are_the_blocks_outputs_after_the_last_norm_from_one_forward(name):
-    backbone = MAKERS[name]()
+    backbone = MAKERS[name](engine=False)
     x, outs = image(backbone, (4, 4), dtype=torch.float64), []
-    plain = MAKERS[name](layers=None)(x)
+    plain = MAKERS[name](layers=None, engine=False)(x)
     for block in blocks_of(backbone.model):
         block.register_forward_hook(lambda module, args, out: outs.append(out))
     found = backbone(x)
@@ -181,7 +181,7 @@ def test_a_model_of_transformers_keeps_nothing_and_serves_threads_and_other_back
         assert_close(one, {2: known[2]}, rtol=0, atol=0)
     assert backbone.layers.waiting == other.layers.waiting == {}
     with pytest.raises(ValueError, match="pixel"):
-        backbone.run(torch.zeros(1, 5, 56, 56, dtype=torch.float64))
+        backbone.run(torch.zeros(1, 5, 56, 56, dtype=torch.float64), None)
     assert backbone.layers.waiting == {}
 
 

@@ -12,7 +12,17 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, Registry
 from mmengine.runner import Runner
 
-from fused_dino import CosineLoss, DinoSupervision, MSELoss, Preprocess, Scaled, VICRegLoss
+from fused_dino import (
+    AtStep,
+    BySimilarity,
+    CosineLoss,
+    DinoSupervision,
+    MSELoss,
+    Preprocess,
+    Scaled,
+    VICRegLoss,
+    Weight,
+)
 from fused_dino.integrations import mmengine as integration
 
 EXAMPLES = Path(__file__).parent.parent / "examples/mmengine"
@@ -52,6 +62,22 @@ def test_a_module_of_ones_own_builds_in_ones_own_registry(builder):
         MODELS.build({**SUPERVISION, "teacher": TEACHER, "loss_type": {"type": "OwnLoss"}})
 
 
+def test_teachers_by_name_layers_and_several_widths_build_from_a_config(builder):
+    config = Config(
+        {
+            "type": "Supervision",
+            "teacher": {"dino": {**TEACHER, "layers": [-1, 0]}, "other": TEACHER},
+            "terms": {"token": {"type": "TokenTerm", "in_dim": [6, 4], "teacher": "dino", "layer": [-1, 0]}},
+        }
+    )
+    module = builder.build(config._cfg_dict)
+    assert list(module.teachers["dino"].teacher.layers.blocks) == [-1, 0]
+    assert module.teachers["other"].teacher.layers is None
+    assert module.terms["token"].in_dim == (6, 4)
+    students = {"token": [torch.zeros(2, 4, 6), torch.zeros(2, 4, 4)]}
+    assert module(torch.zeros(2, 3, 28, 28), students)[0].isfinite()
+
+
 def test_a_supervision_builds_from_its_terms(builder):
     config = {
         "type": "Supervision",
@@ -64,6 +90,15 @@ def test_a_supervision_builds_from_its_terms(builder):
     assert out.keys() == {"loss_dino", "dino_token"}
     assert dino.img_size == Scaled(7 / 8)
     assert type(dino.terms["token"].loss) is MSELoss
+
+
+def test_a_schedule_builds_from_its_parts(builder):
+    weight = {"type": "Weight", "alpha": 0.5, "decay": "linear", "end_step": 9}
+    stop = {"type": "BySimilarity", "threshold": 0.8, "mode": "recoverable"}
+    schedule = builder.build({"type": "Schedule", "weight": weight, "stop": stop, "accumulate": 2})
+    assert schedule.weight == Weight(0.5, decay="linear", end_step=9)
+    assert schedule.stop == BySimilarity(0.8, mode="recoverable")
+    assert builder.build({"type": "Schedule", "stop": {"type": "AtStep", "step": 3}}).stop == AtStep(3)
 
 
 def test_dtypes_by_name(builder):

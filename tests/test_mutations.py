@@ -3,6 +3,7 @@
 Each by the cases that `make test` runs in the interpreter, which the plugin covering chooses.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -15,6 +16,9 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
+
+PRELOADED = ["torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.output_code", "triton", "hypothesis"]
+PRELOADED += ["einops", "yapf"]
 
 # What is broken: the line of the kernel that its name begins with, what becomes of it, and the test that catches it.
 MUTATIONS = {
@@ -378,6 +382,7 @@ MUTATIONS = {
 
 def run_tests(tree: Path, test: str) -> None:
     """Run the tests of a tree on its package and its kernels, in a process of its own."""
+    gc.freeze()  # pytest collects garbage, and would look through all that was imported before
     os.chdir(tree)
     sys.path[:0] = [str(tree), str(tree / "tests")]
     with open("output", "w") as output:
@@ -390,13 +395,13 @@ def run_tests(tree: Path, test: str) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts processes from one that has imported torch already, which takes longer than most of the tests."""
+    """Starts processes from one that has imported what they all do, which takes longer than most of the tests."""
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_INTERPRET", "1")
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins that these tests do without take seconds to load
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "triton", "hypothesis"])
+    context.set_forkserver_preload(PRELOADED)
     multiprocessing.forkserver.ensure_running()
     patch.undo()
     return context.Process

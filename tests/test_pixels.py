@@ -16,7 +16,7 @@ from fused_dino import functional as FD
 from fused_dino.teacher import pixels
 from fused_dino.teacher.embedding import take_patches
 from fused_dino.teacher.kept import LIMIT
-from fused_dino.teacher.pixels import Raw, embed, read_raw
+from fused_dino.teacher.pixels import Raw, embed, folded, read_raw
 
 timm = pytest.importorskip("timm")
 SHAPE = {"depth": 1, "embed_dim": 24, "num_heads": 2, "num_classes": 0}
@@ -51,6 +51,10 @@ def oracle(conv, x: Tensor, size, input_range) -> Tensor:
     return F.conv2d(FD.preprocess(x.double(), size, **options), weight, bias, stride=weight.shape[2])
 
 
+def tokens_of(conv, x: Tensor, raw: Raw) -> Tensor:
+    return embed(x, raw, *folded(conv, x, raw))
+
+
 def largest(x: Tensor) -> float:
     return x.abs().max().item()
 
@@ -75,7 +79,7 @@ def test_is_resize_normalisation_and_convolution(patch, size, sides, input_range
         x = pictures(sides, input_range, dtype)
         expected = oracle(conv, x, size, input_range)
         assert expected.std() > 0.1
-        assert_close(embed(conv, x, Raw(size, input_range, *STATISTICS)), expected, rtol=0, atol=1e-10)
+        assert_close(tokens_of(conv, x, Raw(size, input_range, *STATISTICS)), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("input_range", [(0.0, 1.0), (-3.0, 7.0), (1000.0, 1001.0), (-1e-3, 0.0)])
@@ -84,7 +88,7 @@ def test_any_range(input_range):
     raw = Raw((SIZE, SIZE), input_range, (0.1, 0.2, 0.9), (0.5, 1.0, 2.0))
     options = {"input_range": input_range, "mean": raw.mean, "std": raw.std, "backend": "reference"}
     expected = F.conv2d(FD.preprocess(x, SIZE, **options), conv.weight, conv.bias, stride=14)
-    assert_close(embed(conv, x, raw), expected, rtol=0, atol=1e-10)
+    assert_close(tokens_of(conv, x, raw), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -107,7 +111,7 @@ def test_errs_at_most_twice_as_much_as_preprocessing(dtype, stored, input_range,
     expected = oracle(conv, x, size, input_range)
     resized = FD.preprocess(x, size, input_range=input_range, out_dtype=dtype)
     before = F.conv2d(resized, conv.weight, conv.bias, stride=14) - expected
-    after = embed(conv, x, Raw(size, input_range, *STATISTICS)) - expected
+    after = tokens_of(conv, x, Raw(size, input_range, *STATISTICS)) - expected
     floor = 4e-6 * largest(expected)
     assert largest(after) <= 2 * largest(before) + floor
     assert after.square().mean().sqrt() <= 2 * before.square().mean().sqrt() + floor / 4
@@ -116,10 +120,10 @@ def test_errs_at_most_twice_as_much_as_preprocessing(dtype, stored, input_range,
 def test_layouts_and_empty_batches():
     conv, raw = projection(14), Raw((SIZE, SIZE), (-1.0, 1.0), *STATISTICS)
     x = pictures((64, 64), (-1, 1))
-    expected = embed(conv, x, raw)
+    expected = tokens_of(conv, x, raw)
     for same in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT, x[:1].expand(2, -1, -1, -1)):
-        assert_close(embed(conv, same, raw)[0], expected[0], rtol=0, atol=1e-12)
-    assert embed(conv, x[:0], raw).shape == (0, 6, 4, 4)
+        assert_close(tokens_of(conv, same, raw)[0], expected[0], rtol=0, atol=1e-12)
+    assert tokens_of(conv, x[:0], raw).shape == (0, 6, 4, 4)
 
 
 # --- a supervision ----------------------------------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def quantised(teacher: DINOv2Backbone) -> None:
     class Packed(nn.Parameter):
         pass
 
-    conv = teacher.model.patch_embed.proj
+    conv = teacher.computing.patch_embed.proj
     conv.weight = Packed(conv.weight.detach(), requires_grad=False)
 
 
@@ -329,10 +333,13 @@ def subclass(teacher: DINOv2Backbone) -> None:
 
 
 CHANGES = {
-    "told": ("takes_raw is False", lambda teacher: setattr(teacher, "takes_raw", False)),
+    "told": ("engine=False", lambda teacher: setattr(teacher, "takes_raw", False)),
     "hook": ("a hook reads what the teacher is given", hook),
-    "hook of the embedding": ("a hook reads what the teacher", lambda teacher: hook(teacher.model.patch_embed)),
-    "hook of the convolution": ("a hook reads what the teacher", lambda teacher: hook(teacher.model.patch_embed.proj)),
+    "hook of the embedding": ("a hook reads what the teacher", lambda teacher: hook(teacher.computing.patch_embed)),
+    "hook of the convolution": (
+        "a hook reads what the teacher",
+        lambda teacher: hook(teacher.computing.patch_embed.proj),
+    ),
     "weights of another kind": ("the patch embedding's weight is a Packed", quantised),
     "model that reads twice": ("Twice may read its images elsewhere, too", None),
     "subclass": (None, subclass),
@@ -351,6 +358,12 @@ def test_teachers_whose_images_are_preprocessed(name, resized):
     out = module.encode(x)["patch"]
     assert resized == [(64, 64)]
     assert torch.equal(out, teacher(FD.preprocess(x, SIZE))["patch"])
+
+
+def test_the_backbone_says_whether_it_folds():
+    assert "raw images           resized and normalised by the patch embedding" in backbone().explain()
+    assert "raw images           Twice may read its images elsewhere" in DINOv2Backbone(model=Twice()).explain()
+    assert "raw images" not in backbone(engine=False).explain()
 
 
 # --- folded weights ---------------------------------------------------------------------------------------------------
@@ -385,12 +398,12 @@ def by_casting(conv):
 def test_weights_that_change_are_folded_anew(change):
     conv, fresh = projection(14, torch.float32), projection(14, torch.float32)
     x, raw = pictures((64, 64), (-1, 1), torch.float32), Raw((SIZE, SIZE), (-1.0, 1.0), *STATISTICS)
-    before = embed(conv, x, raw)
+    before = tokens_of(conv, x, raw)
     assert len(conv.kept.results) == 1
     change(conv)
     change(fresh)
-    after = embed(conv, x, raw)
-    assert torch.equal(after, embed(fresh, x, raw))
+    after = tokens_of(conv, x, raw)
+    assert torch.equal(after, tokens_of(fresh, x, raw))
     assert not torch.equal(after, before)
 
 
@@ -401,7 +414,7 @@ def test_a_fold_is_kept_for_the_sizes_used_last_and_in_no_checkpoint(monkeypatch
     conv = projection(14)
     for columns in range(1, LIMIT + 5):
         for _ in range(2):
-            embed(conv, torch.zeros(1, 3, 14, 14 + columns), Raw((14, 14), (-1.0, 1.0), *STATISTICS))
+            tokens_of(conv, torch.zeros(1, 3, 14, 14 + columns), Raw((14, 14), (-1.0, 1.0), *STATISTICS))
     assert folds == [(14, 14 + columns) for columns in range(1, LIMIT + 5)]
     assert len(conv.kept.results) == LIMIT
     assert set(conv.state_dict()) == {"weight", "bias"}
@@ -415,7 +428,7 @@ def test_copies_that_share_a_teacher_fold_their_own_weights():
     before = module.encode(x)["patch"]
     assert torch.equal(twin.encode(x)["patch"], before)
     with torch.no_grad():
-        twin.teacher.model.patch_embed.proj.weight.mul_(2)  # is written in both
+        twin.teacher.computing.patch_embed.proj.weight.mul_(2)  # is written in both
     after = module.encode(x)["patch"]
     assert not torch.equal(after, before)
     assert torch.equal(twin.encode(x)["patch"], after)
@@ -444,10 +457,10 @@ def test_an_ensemble_of_weights_by_vmap():
     def run(p: dict) -> Tensor:
         holder = copy.copy(conv)
         holder._parameters = p
-        return embed(holder, x, raw)
+        return tokens_of(holder, x, raw)
 
     out = torch.func.vmap(run)(weights)
-    expected = embed(conv, x, raw)
+    expected = tokens_of(conv, x, raw)
     assert_close(out, torch.stack([expected, 2 * expected]), rtol=0, atol=1e-10)
 
 
@@ -464,11 +477,3 @@ def test_compiles_as_one_graph_a_size(fresh_compiler, resized):
         assert_close(out["patch"], module.encode(x)["patch"], rtol=0, atol=1e-10)
         resized.clear()
     assert counter.frame_count <= 4
-
-
-def test_compiles_with_the_gradient_to_the_image(fresh_compiler):
-    module = encoder(backbone(dtype=torch.float64), stopgrad_image=False).double()
-    x, z = pictures((64, 64), (0, 1)).requires_grad_(), torch.randn(2, 64, dtype=torch.float64)
-    compiled = torch.compile(lambda z, x: module(z, x)[0], fullgraph=True, backend="aot_eager")
-    slopes = [torch.autograd.grad(run(z, x), x)[0] for run in (compiled, lambda z, x: module(z, x)[0])]
-    assert_close(*slopes, rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fused_dino import recipes
-from fused_dino.terms.tokens import TokenConv
+from fused_dino.terms.token_projectors import TokenConv, TokenMLP
 
 S = torch.tensor([[1, 0], [1, 1], [0, 2], [-1, 1]], dtype=torch.float64)
 T = torch.tensor([[2, 1], [0, 1], [1, 1], [1, -1]], dtype=torch.float64)
@@ -41,7 +41,7 @@ def drawn(width: int = 6, seed: int = 2) -> dict:
     return features(draw(3, 8, width, seed=seed), (4, 2))
 
 
-def same(module: nn.Module, given: dict, students: dict, expected: torch.Tensor, **call: object) -> None:
+def same(module: nn.Module, given: dict | None, students: dict, expected: torch.Tensor, **call: object) -> None:
     """The loss is the expected one in value, and in the gradients of the student and every parameter."""
     loss = module.loss_dict(features=given, students=students, **call)["loss_dino"]
     leaves = [*students.values(), *module.parameters()]
@@ -100,6 +100,24 @@ def test_irepas_own_values(share, value):
     assert out["dino_token"].item() == pytest.approx(value, abs=1e-9)
 
 
+def test_the_standardised_targets_own_values():
+    term = recipes.irepa(2, teacher=Lone()).terms["token"]
+    channel = term.grids.prepare(T[None])[0, :, 0].tolist()
+    assert channel == pytest.approx([1.71464072, -0.734846023, 0.489897349, 0.489897349], abs=1e-8)
+
+
+def test_the_projectors_own_values():
+    """REPA's three layers with the same weights each."""
+    mlp = TokenMLP(2, 2, 2).double()
+    with torch.no_grad():
+        for layer in (mlp[0], mlp[2], mlp[4]):
+            layer.weight.copy_(torch.tensor([[1, 0.5], [-0.5, 1]]))
+            layer.bias.copy_(torch.tensor([0.1, -0.1], dtype=torch.float64))
+    expected = [[0.550088955, -0.620799415], [1.28192168, -0.935232813], [2.02467326, 0.0175391873],
+                [0.826203983, 0.572476340]]  # fmt: skip
+    assert_close(mlp(S), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-9)
+
+
 def test_the_convolutions_own_values():
     conv = TokenConv(2, 1, 3).double()
     with torch.no_grad():
@@ -155,6 +173,29 @@ def test_repae_weighs_the_denoiser_and_the_autoencoder():
     loss, logs = module(features=given, students={"token": h}, alpha=1.5)
     assert_close(logs["dino_token"], -similarity.detach())
     assert_close(*(torch.autograd.grad(x, h)[0] for x in (loss, -1.5 * similarity)), rtol=1e-9, atol=1e-11)
+
+
+def test_reg_counts_the_class_token_as_one_of_the_tokens():
+    module = token_module(recipes.reg)
+    h, given = draw(3, 9, 5).requires_grad_(), {**drawn(), "global": draw(3, 6, seed=9)}
+    similar = cosine(
+        through(module.terms["token"].projector, h), torch.cat([given["global"][:, None], given["patch"]], 1)
+    )
+    same(module, given, {"token": h}, -0.5 * similar.sum() / 27)
+    assert_close(module.loss_dict(features=given, students={"token": h})["dino_token"], -similar.mean().detach())
+    with pytest.raises(ValueError, match="token"):
+        module.loss_dict(features=given, students={"token": h[:, 1:]})
+
+
+def test_regs_first_values_and_checkpoints_are_its_codes():
+    module, other = token_module(recipes.reg), token_module(recipes.repa)
+    for layer in list(module.terms["token"].projector)[::2]:
+        assert layer.weight.abs().max() <= (6 / sum(layer.weight.shape)) ** 0.5
+        assert not layer.bias.any()
+    own = {f"projectors.0.{k}": 2 * v for k, v in other.terms["token"].projector.state_dict().items()}
+    with pytest.warns(UserWarning, match="of REG: 6 tensors renamed"):
+        module.load_state_dict(own)
+    assert_close(module.terms["token"].projector[0].weight, own["projectors.0.0.weight"])
 
 
 def test_prx():
@@ -223,6 +264,89 @@ def test_raev2_asks_a_named_teacher_for_its_layers(monkeypatch):
     assert layers == (-7, -6, -5, -4, -3, -2, -1)
 
 
+def self_module(recipe, **options):
+    torch.manual_seed(1)
+    return recipe(5, **options).double()
+
+
+def headed(module, h):
+    """The head of SRA and Self-Flow, from its weights alone."""
+    first, _, last = module.terms["token"].projector
+    assert first.weight.shape == (10, 5)
+    assert last.weight.shape == (5, 10)
+    return F.silu(h @ first.weight.T + first.bias) @ last.weight.T + last.bias
+
+
+def test_sra():
+    module = self_module(recipes.sra)
+    h = draw(3, 8, 5).requires_grad_()
+    off = headed(module, h) - (e := headed(module, h).detach() + 0.1 * draw(3, 8, 5, seed=7))
+    assert 0.2 < (off.abs() < 0.05).double().mean() < 0.8, "both pieces are met"
+    expected = torch.where(off.abs() < 0.05, off.square() / 0.1, off.abs() - 0.025).mean()
+    same(module, None, {"token": h}, 0.2 * expected, targets={"token": e.requires_grad_()})
+    out = module.loss_dict(students={"token": h}, targets={"token": e})
+    assert_close(out["dino_token"], expected.detach(), rtol=1e-9, atol=0)
+    out["loss_dino"].backward()
+    assert e.grad is None
+
+
+def test_sra_by_the_codes_newer_default_and_later_epochs():
+    module = self_module(recipes.sra, loss="cosine", alpha=0.5)
+    h, e = draw(3, 8, 5).requires_grad_(), draw(3, 8, 5, seed=7)
+    expected = 1 - cosine(headed(module, h), e).mean()
+    same(module, None, {"token": h}, 0.5 * expected, targets={"token": e})
+    later, _ = module(students={"token": h}, targets={"token": e}, alpha=0.02)
+    assert_close(later, 0.02 * expected, rtol=1e-9, atol=0)
+
+
+def test_the_head_of_sra_begins_as_its_codes():
+    for layer in list(recipes.sra(64).terms["token"].projector)[::2]:
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
+
+
+def test_sras_loss_is_float32_for_halves():
+    h = torch.randn(2, 8, 16, dtype=torch.bfloat16)
+    out = recipes.sra(16).bfloat16().loss_dict(students={"token": h}, targets={"token": h.square()})
+    assert out["loss_dino"].dtype == torch.float32
+
+
+def test_selfflow():
+    module = self_module(recipes.selfflow)
+    h, e = draw(3, 8, 5).requires_grad_(), draw(3, 8, 5, seed=7)
+    expected = 0.5 * (1 - cosine(headed(module, h), e).mean())
+    same(module, None, {"token": h}, expected, targets={"token": e})
+    some = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0], dtype=torch.float64).expand(3, -1)
+    counted = 0.5 * (1 - cosine(headed(module, h), e)[some > 0].mean())
+    same(module, None, {"token": h}, counted, targets={"token": e}, weight=some)
+
+
+def test_layersync():
+    module = self_module(recipes.layersync)
+    base = draw(3, 8, 5).requires_grad_()
+    early, late = base * 2, base.exp()  # of one forward
+    loss = module.loss_dict(students={"token": early}, targets={"token": late})
+    expected = -0.2 * cosine(base * 2, base.detach().exp()).mean()
+    assert_close(loss["loss_dino"], expected, rtol=1e-9, atol=0)
+    assert_close(*(torch.autograd.grad(x, base)[0] for x in (loss["loss_dino"], expected)), rtol=1e-9, atol=1e-11)
+    assert list(module.parameters()) == []
+
+
+def test_layersync_has_repas_value_without_a_projector():
+    """The number that REPA's code gave for one image."""
+    s = S.clone().requires_grad_()
+    out = recipes.layersync(2, alpha=1.0).loss_dict(students={"token": s[None]}, targets={"token": T[None]})
+    assert out["dino_token"].item() == pytest.approx(-0.327160188, abs=1e-9)
+    out["loss_dino"].backward()
+    slope = [0, -0.111803399, 0.0883883476, -0.0883883476, -0.0883883476, 0, 0, 0]
+    assert s.grad.flatten().tolist() == pytest.approx(slope, abs=1e-9)
+    zero = S.clone()
+    zero[0] = 0
+    out = recipes.layersync(2).loss_dict(students={"token": zero[None]}, targets={"token": T[None]})
+    assert out["dino_token"].item() == pytest.approx(-0.103553391, abs=1e-9)
+
+
 def vicreg_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The hinge of the deviations, and the squares of the covariances off the diagonal over D."""
     centred = x - x.mean(0)
@@ -251,6 +375,7 @@ def test_vicregs_own_values():
     """The numbers that the official code, lightly's and solo-learn's gave, and the student's gradient in all three."""
     x = torch.tensor([[1, 0, 2], [0, 1, -1], [-1, 2, 0], [3, -1, 1]], dtype=torch.float64)
     y = torch.tensor([[0, 1, 1], [1, 0, 0], [-2, 1, 1], [2, -2, 0]], dtype=torch.float64)
+    assert recipes.vicreg(3, teacher=Lone(3)).terms["global"].loss.options["var_weight"] == 12.5
     values = {"vicreg": 34.8903094, "lightly": 34.8903094, "solo": 36.6509891, "seed": 25.7839506}
     for preset, value in values.items():
         module = recipes.vicreg(3, teacher=Lone(3), preset=preset, both=preset != "seed")

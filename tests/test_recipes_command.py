@@ -96,6 +96,12 @@ def test_the_cost_is_of_what_the_recipe_makes(capsys):
     assert repa["step"] == parts("haste")["step"] == parts("repae")["step"]
     assert seed["projector"]["flops"] == 3 * 2 * 256 * (8192 + 1024) * 4096
     assert parts("vicreg")["loss"]["flops"] == 3 * 256 * 1024 * 256
+    assert parts("reg")["loss"]["bytes"] == 3 * 256 * 257 * 768 * 2
+    assert parts("raev2")["teacher"]["bytes"] > parts("prx")["teacher"]["bytes"]
+    sra = parts("sra")
+    assert list(sra) == ["projector", "loss", "step"]
+    assert sra["projector"]["flops"] == 3 * 2 * 256 * 256 * 2 * 1152 * 2304
+    assert list(parts("layersync")) == ["loss", "step"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from conftest import grads
 from conftest import make_supervision as make
+from fused_dino import AtStep, Schedule
 
 
 def ratio(losses):
@@ -85,6 +86,22 @@ def test_the_host_asks_the_device_once(teacher, batch, monkeypatch):
         module.loss_dict(*batch)
     assert not asked
     assert module.schedule.count() == 4
+
+
+@pytest.mark.parametrize("stop", [None, AtStep(9)])
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, [1, 1, 2, 2, 3]), (2, [1, 1, 1, 1, 2])])
+def test_tokens_that_fit_no_grid_count_no_step(teacher, batch, accumulate, steps, stop):
+    """The teacher's features alone say that they do not."""
+    module = make(teacher, in_dim=None, token_dim=10)
+    module.schedule = Schedule(1.0, 4, stop=stop, accumulate=accumulate)
+    for count, step in zip((16, 15, 16, 15, 16), steps, strict=True):
+        call = {"x_img": batch[1], "tokens": torch.ones(6, count, 10)}
+        if count == 15:
+            with pytest.raises(ValueError, match="15"):
+                module.loss_dict(**call)
+        else:
+            assert_close(module.loss_dict(**call)["loss_dino"], module(**call)[0] * (step / 4))
+        assert module.schedule.step == module.schedule.count() == step
 
 
 def test_resume_goes_on(teacher, batch):

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fused_dino import BySimilarity, CosineLoss, MSELoss, RegionTerm, Schedule, Supervision, Term, TokenTerm, recipes
 from similarity import IMAGES, Axis, Model, as_tensor, plane
@@ -29,6 +29,23 @@ def test_a_recoverable_stop_is_simpletuners():
     assert model.run(*SIMILARITIES) == pytest.approx([0.5, 0, 0, 0.5, 0.5], abs=1e-9)
     assert model.average == pytest.approx(0.35, abs=1e-9)
     assert model.dino.teacher.calls == 5
+
+
+def test_a_permanent_stop_stays_where_a_resumed_run_has_a_higher_threshold():
+    model, resumed = (Model(BySimilarity(threshold, decay=0.5, every=1)) for threshold in (0.6, 0.95))
+    model.run(0.9)
+    resumed.load_state_dict(model.state_dict())
+    watch = resumed.dino.schedule.watch
+    watch.follow(torch.tensor(0.1), torch.tensor(True))  # as compiled code does, which skips nothing
+    assert watch.stopped == 1
+    assert resumed.average == pytest.approx(0.9)
+    assert resumed.run(0.1) == [0]
+
+
+def test_the_threshold_itself_stops():
+    watch = Model(BySimilarity(0.5, every=1)).dino.schedule.watch
+    watch.follow(torch.tensor(0.5), due=True)
+    assert watch.is_stopped()
 
 
 def test_it_decides_every_so_many_steps():
@@ -78,7 +95,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(mode, calls, tmp_pat
     resumed.load_state_dict(torch.load(tmp_path / "x", weights_only=True))
     assert resumed.run(*values[calls:]) == whole.run(*values)[calls:]
     assert torch.equal(resumed.dino.schedule.watch.average, whole.dino.schedule.watch.average)
-    assert set(whole.dino.schedule.state_dict()) == {"step", "watch.average", "watch.stopped"}
+
+
+def test_a_checkpoint_without_it_is_refused_by_what_it_lacks():
+    plain, model = Model(None), Model(BySimilarity(0.6, every=1))
+    assert set(plain.dino.schedule.state_dict()) == {"step"}
+    assert set(model.dino.schedule.state_dict()) == {"step", "watch.average", "watch.stopped"}
+    plain.run(0.5)
+    with pytest.raises(RuntimeError, match=r"Missing key.*schedule\.watch\.average"):
+        model.load_state_dict(plain.state_dict())
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert model.run(0.5, 0.9) == pytest.approx([0.5, 0.5])
+    assert model.dino.schedule.step == 3
 
 
 @pytest.mark.parametrize("change", [lambda m: m.bfloat16().double(), copy.deepcopy, lambda m: m.half().double()])
@@ -113,6 +141,14 @@ def test_an_evaluation_follows_nothing():
     model.dino.schedule.watch.stopped.fill_(1)
     model.eval()
     assert model(as_tensor(0.2))["loss_dino"] == 0
+
+
+def test_an_evaluation_after_a_recoverable_stop_looks_at_nothing():
+    model = Model(BySimilarity(0.6, decay=0.5, every=10, mode="recoverable"))
+    assert model.weight_of(0.9, step=10) == 0
+    model.eval()
+    assert model(as_tensor(0.1), step=20)["loss_dino"] == 0
+    assert model.dino.teacher.calls == 1
 
 
 def test_a_step_that_is_given_decides():
@@ -181,13 +217,16 @@ def test_a_recomputation_follows_nothing_twice(fresh_compiler, mode, use_reentra
         c = as_tensor(cosine).requires_grad_()
         loss = plain(c)["loss_dino"]
         grads = torch.autograd.grad(loss, plain.length)
-        again = checkpoint(lambda c: forward(c)["loss_dino"], c, use_reentrant=use_reentrant)
+        with set_checkpoint_early_stop(mode == "permanent"):  # or it runs to its end, where steps are counted
+            again = checkpoint(lambda c: forward(c)["loss_dino"], c, use_reentrant=use_reentrant)
         twin.zero_grad()
         again.backward()
         assert_close(twin.length.grad, grads[0], rtol=1e-9, atol=1e-12)
         assert use_reentrant or again.item() == pytest.approx(loss.item(), abs=1e-12)
         assert_close(dict(twin.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=0)
     assert plain.dino.teacher.calls < 12
+    if how == "eager" and not use_reentrant:
+        assert twin.dino.teacher.calls == 2 * plain.dino.teacher.calls, "a recomputation does what its forward did"
 
 
 @pytest.mark.parametrize(("mode", "told"), [("permanent", False), ("recoverable", True), ("recoverable", False)])

@@ -161,7 +161,10 @@ def test_trap_1_timm_is_built_for_the_size():
 
 def test_dtype_is_the_files_unless_asked(timm_weights, tmp_path):
     half = DINOv2Backbone("vits14", 56, weights=timm_weights, dtype=torch.bfloat16)
-    torch.save(half.model.state_dict(), tmp_path / "half.pth")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    state = half.model.state_dict()
+    assert {x.dtype for x in state.values()} == {torch.float32}, "which is how they are stored"
+    torch.save({name: x.bfloat16() for name, x in state.items()}, tmp_path / "half.pth")
     for dtype, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
         backbone = DINOv2Backbone("vits14", 28, weights=tmp_path / "half.pth", dtype=dtype)
         assert {p.dtype for p in backbone.parameters()} == {expected}

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dino import DINOv2Backbone, GlobalTerm, Preprocess, RegionTerm, Supervision, TokenTerm
 
@@ -182,3 +184,92 @@ def test_what_encode_returns_is_what_is_asked_for():
     """A global token that is cached keeps no patch tokens alive."""
     features = supervision({"global": GlobalTerm(C, hidden_dim=H)}).encode(torch.zeros(B, 3, 56, 56))
     assert features["global"].untyped_storage().nbytes() == FLOAT * B * D
+
+
+# --- slices of a batch, and blocks that run twice ---------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any op returns, beside what it is asked to leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and "cat" not in func.name() and not func.is_view:
+            self.sizes.append(out.numel())
+        return out
+
+
+def backbone(**options: Any) -> DINOv2Backbone:
+    torch.manual_seed(0)
+    shape = {"depth": 3, "embed_dim": D, "num_heads": 2, "num_classes": 0, "img_size": 56}
+    return DINOv2Backbone(model=timm.create_model("vit_small_patch14_reg4_dinov2", **shape), img_size=56, **options)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("side", [64, 62])  # folded, resized
+def test_slices_give_what_the_batch_gives(side, engine):
+    options = {"dtype": torch.float64, "engine": engine, "layers": (0, -1)}
+    terms = {"region": RegionTerm(MAP, hidden_dim=H)}
+    images, student = torch.rand(B, 3, side, side).double() * 2 - 1, torch.randn(B, *MAP, dtype=torch.float64)
+    torch.manual_seed(0)
+    whole = Supervision(backbone(**options), terms).double()
+    expected = whole.encode(images)
+    for size in (1, 4, B, B + 1):
+        sliced = Supervision(backbone(micro_batch=size, **options), terms).double()
+        out = sliced.encode(images)
+        assert out.keys() == expected.keys()
+        assert (out["grid"], out["image_size"]) == (expected["grid"], expected["image_size"])
+        pairs = [(out, expected), *((out["layers"][n], expected["layers"][n]) for n in (0, -1))]
+        for found, wanted in pairs:
+            for key in ("global", "patch"):
+                assert_close(found[key], wanted[key], rtol=0, atol=1e-12)
+        assert_close(sliced(images, {"region": student}), whole(images, {"region": student}), rtol=0, atol=1e-12)
+        assert sliced.encode(images[:0])["patch"].shape == (0, N, D)
+
+
+@torch.no_grad()
+def test_a_slice_bounds_what_the_teacher_needs():
+    sizes = {}
+    for size in (None, 2):
+        module, images = backbone(micro_batch=size), torch.rand(B, 3, 56, 56)
+        with Largest() as largest:
+            module(images)
+        sizes[size] = max(largest.sizes)
+    assert sizes[2] * B == sizes[None] * 2
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "4"])
+def test_a_slice_of_no_images_is_refused(wrong):
+    with pytest.raises(ValueError, match="^micro_batch must be a positive int"):
+        backbone(micro_batch=wrong)
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"layers": (0, -1)}])
+def test_checkpointed_blocks_keep_their_inputs_alone(options):
+    images = (torch.rand(B, 3, 64, 64, dtype=torch.float64) * 2 - 1).requires_grad_()
+    slopes, bytes_ = [], []
+    for grad_checkpointing in (False, True):
+        teacher = backbone(dtype=torch.float64, grad_checkpointing=grad_checkpointing, **options)
+        module = Supervision(teacher, {"token": TokenTerm(C, **LINEAR)}, stopgrad_image=False)
+        with torch.no_grad():
+            assert module._teach(images)["patch"].shape == (B, N, D)
+        weights = [x for _, pair in teacher.projection.kept.results.values() for x in pair]  # of the raw images
+        held = [images, *weights, *teacher.parameters()]
+        out, kept = kept_by(lambda module=module: module._teach(images), held)
+        slopes.append(torch.autograd.grad(out["patch"].square().sum(), images)[0])
+        bytes_.append(sum(kept.values()) / (8 * B))
+    assert_close(slopes[1], slopes[0], rtol=0, atol=1e-12)
+    tokens, norm = (N + 5) * D, 2 * (N + 5)
+    # The input of each of three blocks and of the last norm, which also keeps a mean and a deviation of each token;
+    # the norm of a layer reads what the next block does.
+    assert bytes_[1] == 4 * tokens + norm * (2 if "layers" in options else 1)
+    assert bytes_[0] > 7 * bytes_[1]
+
+
+def test_blocks_that_no_engine_runs_are_not_checkpointed():
+    with pytest.raises(ValueError, match=r"^grad_checkpointing needs the engine, which does not run: engine=False"):
+        backbone(engine=False, grad_checkpointing=True)

@@ -69,6 +69,9 @@ def test_the_loss_has_it_and_the_logs_say_it(teacher, batch):
     told = module.loss_dict(z, x, step=3)
     assert_close(told, outs[2])
     assert not told["dino_alpha"].requires_grad
+    zero = module.loss_dict(z, x, step=0)
+    assert list(zero) == list(outs[0]), "the zero of a warm-up skips nothing"
+    assert zero["loss_dino"] == zero["dino_alpha"] == 0
 
 
 @pytest.mark.parametrize("told", [False, True])

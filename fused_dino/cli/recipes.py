@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import version
 from textwrap import fill
 from typing import Any
 
@@ -85,10 +84,10 @@ def setting(name: str) -> str:
     """Say for which run the cost is told."""
     recipe = RECIPES[name]
     students = " and ".join(" x ".join(map(str, (BATCH, *shape))) for shape in recipe.students.values())
-    return (
-        f"Cost at the roofs of {GPU.name} in {DTYPE}: {BATCH} images of {SIDE} x {SIDE}, a student of {students}, "
-        f"{recipe.teacher} as timm {version('timm')} runs it."
-    )
+    start = f"Cost at the roofs of {GPU.name} in {DTYPE}: {BATCH} images of {SIDE} x {SIDE}, a student of {students}"
+    if recipe.teacher is None:
+        return f"{start}. The forward that makes the target is left out."
+    return f"{start}, and {recipe.teacher}."
 
 
 @cache
@@ -96,8 +95,10 @@ def cost(name: str) -> list[Line]:
     """Return the cost of a step under a recipe, counted on what it makes."""
     recipe = RECIPES[name]
     (width,) = {shape[-1] for shape in recipe.students.values()}
-    teacher = on_meta(recipe.teacher, recipe.size, recipe.layers)
+    options: dict[str, Any] = {}
+    if recipe.teacher is not None:
+        options["teacher"] = on_meta(recipe.teacher, recipe.size, recipe.layers)
     with torch.device("meta"):
-        supervision = recipe.make(width, teacher=teacher)
+        supervision = recipe.make(width, **options)
     parts = supervised(supervision, BATCH, SIDE, recipe.students, getattr(torch, DTYPE))
     return at_the_roofs(parts, GPU, DTYPE, {})

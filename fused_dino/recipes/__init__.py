@@ -3,14 +3,18 @@
 from .catalogue import find_missing
 from .haste import haste
 from .irepa import irepa
+from .layersync import layersync
 from .prx import prx
 from .raev2 import raev2
+from .reg import reg
 from .repa import repa
 from .repae import repae
 from .seed import seed
+from .selfflow import selfflow
+from .sra import sra
 from .vicreg import vicreg
 
-__all__ = ["haste", "irepa", "prx", "raev2", "repa", "repae", "seed", "vicreg"]
+__all__ = ["haste", "irepa", "layersync", "prx", "raev2", "reg", "repa", "repae", "seed", "selfflow", "sra", "vicreg"]
 
 
 def __getattr__(name: str) -> object:

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 from ..supervision import Supervision
 from .haste import haste
 from .irepa import irepa
+from .layersync import layersync
 from .prx import prx
 from .raev2 import LAST_SEVEN, raev2
+from .reg import reg
 from .repa import repa
 from .repae import repae
 from .seed import seed
+from .selfflow import selfflow
+from .sra import sra
 from .vicreg import vicreg
 
 
@@ -22,14 +26,14 @@ class Recipe(NamedTuple):
     """A recipe, what it aligns by which loss, and the run of its authors that a cost is told for.
 
     students: The shape of each term's tensor without the batch. size: Side of the teacher's input for images of 256.
-    layers: Of the teacher, which gives them beside the last.
+    layers: Of the teacher, which gives them beside the last. Without a teacher the target is the model's own.
     """
 
     make: Callable[..., Supervision]
     aligns: str
     loss: str
     students: Mapping[str, tuple[int, ...]]
-    teacher: str = "vitb14"
+    teacher: str | None = "vitb14"
     size: int = 224
     layers: tuple[int, ...] | None = None
 
@@ -42,6 +46,7 @@ RECIPES = {
     "irepa": Recipe(irepa, "hidden tokens with patch tokens standardised over space", "-cosine", TOKENS),
     "repae": Recipe(repae, "hidden tokens with patch tokens, for the autoencoder too", "-cosine", TOKENS),
     "haste": Recipe(haste, "hidden tokens with patch tokens, up to a step", "-cosine", TOKENS),
+    "reg": Recipe(reg, "hidden tokens and class token with the teacher's", "-cosine", {"token": (257, 1152)}),
     "prx": Recipe(
         prx, "hidden tokens with DINOv3's patch tokens", "-cosine", {"token": (256, 1792)},
         "vit_large_patch16_dinov3", 256,
@@ -50,6 +55,9 @@ RECIPES = {
         raev2, "hidden tokens with a sum of the teacher's layers", "squared error", {"token": (256, 1440)},
         "vit_large_patch16_dinov3", 256, LAST_SEVEN,
     ),
+    "sra": Recipe(sra, "hidden tokens with later ones of an EMA at less noise", "smooth L1", TOKENS, None),
+    "selfflow": Recipe(selfflow, "hidden tokens of mixed noise with an EMA's", "1 - cosine", TOKENS, None),
+    "layersync": Recipe(layersync, "hidden tokens with those of a later block", "-cosine", TOKENS, None),
     "vicreg": Recipe(vicreg, "a latent with the global token", "VICReg", LATENT, "vitl14"),
     "seed": Recipe(seed, "a latent with the global token", "1 - cosine", LATENT, "vitl14"),
 }  # fmt: skip
@@ -113,13 +121,14 @@ def card(name: str) -> Card:
     arguments, _, rest = rest.partition("\n\nReturns:\n")
     example, _, source = rest.partition("Example:\n")[2].partition("\n\nSource: ")
     lines = [re.sub(rf"\b{name}\(", f"recipes.{name}(", line[8:]) for line in example.splitlines()]
+    names = [word for word in ("DINOv2Backbone", "recipes") if word in "".join(lines)]
     return Card(
         name,
         summary.removeprefix("Returns "),
         inspect.cleandoc(formula),
         " ".join(details.split()),
         tuple(read_arguments(arguments, inspect.signature(make).parameters)),
-        "\n".join(["import torch", "from fused_dino import DINOv2Backbone, recipes", "", *lines]),
+        "\n".join(["import torch", f"from fused_dino import {', '.join(names)}", "", *lines]),
         " ".join(source.split()),
     )
 

@@ -43,6 +43,6 @@ def haste(
 
     Source: Wang et al., arXiv 2505.16792; github.com/NUS-HPC-AI-Lab/HASTE, loss.py and train.py.
     """
-    made = repa(token_dim, teacher=teacher, alpha=alpha, **options)
+    made = repa(token_dim, teacher=teacher, **options)
     made.schedule = Schedule(weight=Weight(alpha), stop=AtStep(stop_step))
     return made

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..legacy_checkpoint import Legacy
 from ..supervision import Supervision
-from ..terms.tokens import TokenConv
+from ..terms.token_projectors import TokenConv
 from .repa import PROJECTOR, Teacher, cosine_term, of_repas_images, repas_teacher
 
 LEGACY = Legacy("iREPA", {"projectors.0.projection_layer": PROJECTOR})

@@ -8,7 +8,8 @@ from typing import Any
 from ..schedule import Schedule
 from ..supervision import Supervision
 from ..teacher.given import make_teacher
-from ..terms.tokens import TokenMLP, TokenTerm
+from ..terms.token_projectors import TokenMLP
+from ..terms.tokens import TokenTerm
 from ..validation import check_int
 from .repa import NegativeCosine, Teacher
 

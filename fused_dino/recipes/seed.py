@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import share_out
 from ..distributed import warn_if_unsynchronised
 from ..functional import Backend
 from ..legacy_checkpoint import Legacy
 from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..sizes import SizeRule, check_img_size
-from ..supervision import Call, Supervised, Supervision, share_out
+from ..supervised import Call, Supervised
+from ..supervision import Supervision
 from ..teacher.given import make_preprocess, make_teacher
 from ..terms.base import Parts
 from ..terms.projector import Projector
 from ..terms.regions import PATCH_TARGETS, Patches, RegionTerm, check_latent_shape
 from ..terms.token_grids import TokenGrids
-from ..terms.tokens import TokenTerm, check_projector
+from ..terms.token_projectors import check_projector
+from ..terms.tokens import TokenTerm
 from ..terms.whole import GlobalTerm
 from ..validation import check_choice, check_flag, check_number, check_size
 from .arguments import check_token_dim, check_tokens, check_z_text, make_loss

@@ -62,7 +62,7 @@ class Schedule(nn.Module):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        self.reports = weight is not None or stop is not None
+        self.log_names = () if weight is None and stop is None else ("alpha", "similarity")
         if weight is None:
             weight = Weight(0.2 if alpha is None else alpha, 5000 if warmup_steps is None else warmup_steps)
         elif alpha is not None or warmup_steps is not None:
@@ -132,13 +132,12 @@ class Schedule(nn.Module):
 
     def logs(self, alpha: Any, loss: Tensor) -> dict[str, Tensor]:
         """Return what a trainer may plot, in the loss's dtype: the weight in effect, and the average similarity."""
-        if not self.reports:
+        if not self.log_names:
             return {}
-        is_tensor = isinstance(alpha, Tensor)
-        logs = {"alpha": alpha.to(loss) if is_tensor else loss.detach().new_full((), alpha)}
+        told = {"alpha": alpha.to(loss) if isinstance(alpha, Tensor) else loss.detach().new_full((), alpha)}
         if self.watch is not None:
-            logs["similarity"] = self.watch.value().to(loss.device, loss.dtype, copy=True)
-        return logs
+            told["similarity"] = self.watch.value().to(loss.device, loss.dtype, copy=True)
+        return told
 
     def advance(self) -> None:
         """Count a call, if the module is in training mode and gradients are enabled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..features import Features, Grid
-from ..hidden import FRESH
 from ..live import dtype_of
 from ..sizes import Size, SizeRule, check_img_size
-from ..validation import check_flag, check_tensor
+from ..validation import check_flag, check_int, check_tensor
 from .embedding import PatchProjection, from_patches, from_raw, take_patches
-from .layers import Layers, find_layers, run_layers
-from .pixels import Raw
+from .layers import Layers, find_layers, run_layers, wants, wants_last
+from .pixels import Raw, folded
 from .positions import resampling_of, take_any_size
 from .reading import check_fixed_size, read_embed_dim, read_patch_size, read_prefix_tokens, read_statistic
+from .rewritten import Rewritten
+from .running import check_compile, joined
 from .transformers_model import call_options, split_tokens, without_head
 from .weights import PATCH_SIZE, canonical, create_timm, load_dinov2
 
@@ -31,7 +33,7 @@ GLOBAL_KEYS = ("global", "x_norm_clstoken", "cls_token")
 PATCH_KEYS = ("patch", "x_norm_patchtokens", "patch_tokens")
 
 
-class DINOv2Backbone(nn.Module):
+class DINOv2Backbone(Rewritten):
     """A frozen DINOv2, or any other vision model in its place, as a source of features.
 
     The weights stay frozen and in eval mode, whatever a parent does with ``train()``. They are out of ``state_dict()``:
@@ -66,6 +68,17 @@ class DINOv2Backbone(nn.Module):
         layers (sequence of ints, optional): Blocks whose features are given too, as ``features["layers"][n]``, by the
             last norm, as the official ``get_intermediate_layers`` does: counted from 0, or from the end where negative.
             Default: none.
+        engine (bool): Whether an engine computes the model by exact rewrites: attention is one op, LayerNorm's affine
+            and LayerScale are folded into the weights, and no token is computed that nobody reads. ``explain()`` lists
+            which hold, ``check(images)`` compares features with the published model's. A model that the engine does not
+            know runs as it was published. Default: ``True``.
+        micro_batch (int, optional): Most images that are computed at a time; a batch is computed in slices, and
+            activations take the memory of one. Default: the whole batch.
+        grad_checkpointing (bool): Whether a backward, where a gradient reaches the image, computes each block again and
+            keeps its input alone. It needs the engine. Default: ``False``.
+        compile (bool or str): Whether torch.compile compiles the forward, at the first call of each size; or its mode:
+            ``"reduce-overhead"``, ``"max-autotune"``, ``"max-autotune-no-cudagraphs"``, ``"default"``. Features of a
+            mode that replays CUDA graphs are copies. Default: ``False``.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
             or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
             'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
@@ -76,7 +89,10 @@ class DINOv2Backbone(nn.Module):
             come from them.
 
     Attributes:
-        model (nn.Module): The frozen model.
+        model (nn.Module): The frozen model, as it was published. With an engine its weights stay on the host in their
+            own dtype, and it is no submodule. ``model.load_state_dict`` folds them anew. After other writes into them,
+            such as one in place or a load into a part of the model, call ``refold()``.
+        engine (nn.Module or None): What computes the features in the model's place.
         embed_dim (int): Width D of the features.
         patch_size (int): Side of a patch in pixels.
         mean (tuple of three floats): Mean of images in 0..1 that the model was trained with.
@@ -108,8 +124,6 @@ class DINOv2Backbone(nn.Module):
     Source: DINOv2 (arXiv 2304.07193), registers (arXiv 2309.16588).
     """
 
-    model: nn.Module
-    takes_raw = True
     img_size: Any  # Size or SizeRule
     grid: Any  # Grid, or None with a rule
     layers: Layers | None
@@ -126,6 +140,10 @@ class DINOv2Backbone(nn.Module):
         dtype: torch.dtype | None = None,
         pos_embed: str = "official",
         layers: Sequence[int] | None = None,
+        engine: bool = True,
+        micro_batch: int | None = None,
+        grad_checkpointing: bool = False,
+        compile: bool | str = False,
         model: nn.Module | str | None = None,
     ) -> None:
         super().__init__()
@@ -133,6 +151,10 @@ class DINOv2Backbone(nn.Module):
             raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         check_flag("use_timm_fallback", use_timm_fallback)
         check_flag("pretrained", pretrained)
+        self.takes_raw = check_flag("engine", engine)
+        self.grad_checkpointing = check_flag("grad_checkpointing", grad_checkpointing)
+        self.micro_batch = None if micro_batch is None else check_int("micro_batch", micro_batch)
+        self.compiled = check_compile(compile)
         if model is not None and not isinstance(model, (str, nn.Module)):
             raise TypeError(f"model must be None, a timm model's name or a module, got {type(model).__name__}")
         if model is not None and (source, weights, pos_embed) != ("auto", None, "official"):
@@ -157,7 +179,6 @@ class DINOv2Backbone(nn.Module):
             found = create_timm(model, size, pretrained) if isinstance(model, str) else model
             self.model = without_head(found)
             self.source = "model"
-        self.model.to(dtype=dtype)
         self.embed_dim = read_embed_dim(self.model)
         self.patch_size = read_patch_size(self.model)
         self.call_options = call_options(self.model, size)
@@ -174,43 +195,69 @@ class DINOv2Backbone(nn.Module):
             check_fixed_size(self.model, size)
             self.grid = size[0] // self.patch_size, size[1] // self.patch_size
         take_patches(self.model, self.patch_size)
+        self.rewrite(engine, dtype)
+        if self.engine is not None:
+            self.prefix_tokens = self.engine.prefix
+        elif grad_checkpointing:
+            raise ValueError(f"grad_checkpointing needs the engine, which does not run: {self.refused}")
         self.requires_grad_(False).eval()
 
     @property
     def projection(self) -> PatchProjection | None:
-        """The model's patch embedding, where that is a convolution by patches."""
-        return take_patches(self.model, self.patch_size)
+        """The patch embedding that is computed with, where it is a convolution by patches."""
+        return take_patches(self.computing, self.patch_size)
 
     def input_size(self, size: Size) -> Size:
         """Return the one size that this model takes, or `size` where it takes any."""
         return size if self.grid is None else (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
 
-    def forward(self, x: Tensor, raw: Raw | None = None) -> Features:
+    def forward(self, x: Tensor, needs: frozenset[str] | None = None, raw: Raw | None = None) -> Features:
         """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
         x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
         img_size's grid, row by row, each in the order of a Conv2d's weight, for models whose patch embedding is a
         convolution by patches, as a ViT's is: it becomes one matrix product.
+        needs: the features that are read, of 'global', 'patch' and 'layers'; None means all. Without 'patch' that is
+        None, and with 'layers' alone there is no 'global' either. The engine computes no more than that.
         raw: what a supervision's preprocessing would do, where x are raw images and it is folded into that convolution.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
+        weights = None
+        if raw is not None and self.projection is not None:
+            weights = folded(self.projection, x, raw)  # outside of a compiled forward, which takes them as they are
+        slices = [x] if self.micro_batch is None else x.split(self.micro_batch)
+        run = DINOv2Backbone.compute if self.compiled is None else partial(self.compiled, DINOv2Backbone.compute)
+        parts = [run(self, part, needs, raw, weights) for part in slices]
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def compute(
+        self, x: Tensor, needs: frozenset[str] | None, raw: Raw | None, weights: tuple[Tensor, Tensor] | None
+    ) -> Features:
+        """Return the features of one slice. weights: those of the patch embedding that raw is folded into."""
         h, w = self.size_of(x) if raw is None else raw.size
         p = self.patch_size
         grid = h // p, w // p
-        if raw is not None and self.projection is not None:
-            out, layers = from_raw(self.projection, self.run, x, raw)
+        run = partial(self.run, needs=needs)
+        if raw is not None and weights is not None and self.projection is not None:
+            out, layers = from_raw(self.projection, run, x, raw, weights)
         else:
-            x = x.to(dtype_of(self.model) or x.dtype)
-            out, layers = from_patches(self.model, self.run, x, (h, w), p) if x.ndim == 3 else self.run(x)
-        pooled, patch = self.split(out)
-        features: Features = {**self.fit(pooled, patch, grid), "grid": grid}
-        if self.layers is not None:
+            x = x.to(dtype_of(self.computing) or x.dtype)
+            out, layers = from_patches(self.computing, run, x, (h, w), p) if x.ndim == 3 else run(x)
+        features: Features = {"grid": grid}
+        if wants_last(needs, self.layers):
+            pooled, patch = self.split(out)
+            features = {**self.fit(pooled, patch if wants("patch", needs) else None, grid), "grid": grid}
+        if self.layers is not None and wants("layers", needs):
             features["layers"] = {n: self.fit(token, patch, grid) for n, (token, patch) in layers.items()}
         return features
 
-    def run(self, x: Tensor) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
+    def run(self, x: Tensor, needs: frozenset[str] | None) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
         """Return the model's features of pixels x, and (global, patch) of each of the layers, from one forward."""
+        if self.engine is not None:
+            layers = self.layers.blocks if self.layers is not None and wants("layers", needs) else {}
+            asked = wants_last(needs, self.layers), wants("patch", needs)
+            return self.engine(x, layers, *asked, self.grad_checkpointing)
         if self.layers is not None:
             return run_layers(self.model, self.layers, self.prefix_tokens, self.call_options, x)
         return getattr(self.model, "forward_features", self.model)(x, **self.call_options), {}
@@ -259,14 +306,14 @@ class DINOv2Backbone(nn.Module):
         if features.ndim == 2:
             return features, None
         if features.ndim == 4:
-            layout = "b h w d" if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else "b d h w"
+            layout = "b h w d" if getattr(self.computing, "output_fmt", "NCHW") == "NHWC" else "b d h w"
             patch = rearrange(features, f"{layout} -> b (h w) d")
         else:
             patch = features[:, self.prefix_tokens :]
             # Prefix tokens may all be registers.
-            if self.prefix_tokens and getattr(self.model, "cls_token", True) is not None:
+            if self.prefix_tokens and getattr(self.computing, "cls_token", True) is not None:
                 return features[:, 0], patch
-        head = getattr(self.model, "forward_head", None)
+        head = getattr(self.computing, "forward_head", None)
         pooled = patch.mean(1) if head is None else head(features, pre_logits=True)
         return pooled if pooled.shape[-1] == patch.shape[-1] else patch.mean(
             1
@@ -284,12 +331,6 @@ class DINOv2Backbone(nn.Module):
         """Return no weights: a checkpoint need not hold the teacher. `backbone.model.state_dict()` has them."""
         destination = args[0] if args else destination
         return OrderedDict() if destination is None else destination
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not any(key.startswith(f"{prefix}model.") for key in state_dict) and FRESH not in self.__dict__:
-            # A checkpoint as state_dict() leaves it: strict loading finds what is loaded already.
-            state_dict.update(self.model.state_dict(prefix=f"{prefix}model.", keep_vars=True))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.variant}, img_size={self.img_size}, embed_dim={self.embed_dim}, source={self.source}, frozen"

@@ -68,9 +68,15 @@ def from_patches(
     )
 
 
-def from_raw(projection: PatchProjection, run: Callable[[Tensor], Any], images: Tensor, raw: Raw) -> Any:
+def from_raw(
+    projection: PatchProjection,
+    run: Callable[[Tensor], Any],
+    images: Tensor,
+    raw: Raw,
+    weights: tuple[Tensor, Tensor],  # of pixels.folded
+) -> Any:
     """Return the model's features of raw images, which are embedded here."""
-    return inject(projection, run, embed(projection, images, raw), raw.size, "the model")
+    return inject(projection, run, embed(images, raw, *weights), raw.size, "the model")
 
 
 def inject(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..features import Features, Grid, check_features, grid_of, map_features
+from ..features import Features, Grid, check_features, check_layers, grid_of, map_features
 from ..hidden import apply_to_teacher, check_loaded, own_before_loading, share
 from ..preprocess import Preprocess
-from ..sizes import resolve
+from ..sizes import check_img_size, resolve
 from ..validation import check_images, check_size, check_tensor, check_values
 from .backbone import DINOv2Backbone
+from .given import make_preprocess, make_teacher
 from .pixels import Raw, read_raw
 from .reading import read_patch_size
 
@@ -28,10 +31,11 @@ class Taught(nn.Module):
     None where img_size is a rule.
     """
 
-    teacher: Any  # no submodule: see __setattr__
+    teacher: Any = None  # no submodule: see __setattr__
     preprocess: nn.Module
     img_size: Any
     patch_size: int
+    _takes_needs: bool
     teacher_grid: Grid | None
     stopgrad_image: bool
 
@@ -39,16 +43,30 @@ class Taught(nn.Module):
         super().__init__()
         self._warned = False
 
+    def hold(
+        self, teacher: Any, layers: Collection[int], backend: Any, *, img_size: Any, preprocess: Any, input_range: Any
+    ) -> None:
+        """Take a teacher, with its preprocessing. layers: that it must give."""
+        if img_size is None:
+            img_size = getattr(teacher, "img_size", None) or 224
+        self.img_size = check_img_size(img_size)
+        self.teacher = make_teacher(teacher, self.img_size, True, None, layers)
+        self.preprocess = make_preprocess(preprocess, self.img_size, input_range, self.teacher, backend)
+        self.teacher_grid = self._find_grid(img_size)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "teacher":
             # nn.Module's own __setattr__ would register it as a submodule.
             self.__dict__[name] = value.requires_grad_(False).eval()
+            called: Any = getattr(value, "_orig_mod", value)  # of torch.compile
+            self._takes_needs = "needs" in inspect.signature(called.forward).parameters
         else:
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Taught:
         super()._apply(fn, recurse)
-        apply_to_teacher(self.teacher, fn)
+        if self.teacher is not None:
+            apply_to_teacher(self.teacher, fn)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taught:
@@ -56,47 +74,23 @@ class Taught(nn.Module):
 
         A weight of the teacher that is written in place is written in both.
         """
-        share(self.teacher, memo)
+        if self.teacher is not None:
+            share(self.teacher, memo)
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        own_before_loading(self.teacher)
-        own_before_loading(copied.teacher)
+        for teacher in (self.teacher, copied.teacher):
+            if teacher is not None:
+                own_before_loading(teacher)
         return copied
 
     @torch.no_grad()
     def encode(self, x_img: Tensor) -> Features:
-        """Returns the teacher's features of images, detached: to cache, or to compute ahead.
-
-        Args:
-            x_img (Tensor): Images [B, 3, H, W] of any size, or frames [B, T, 3, H, W], which count as B T images. They
-                are floats in -1..1 or uint8 in 0..255 unless ``input_range`` or ``preprocess`` says otherwise, and are
-                moved to the teacher's device.
-
-        Returns:
-            dict: ``'global'`` [B, D] and ``'patch'`` [B, N, D] or None, in the teacher's dtype; ``'grid'``, the rows
-            and columns of the patch tokens; ``'image_size'``, the height and width of the images.
-
-        Raises:
-            ValueError: If the images, or the teacher's result, are not of these shapes. The message names them.
-            TypeError: If ``x_img`` is no tensor.
-        """
+        """Return the teacher's features of images, detached. See Teachers."""
         return self._teach(x_img)
 
     @torch.no_grad()
     def check(self, x_img: Tensor) -> str:
-        """Says how a batch of images lies in ``input_range``. Call it once, before training: it waits for the device.
-
-        Args:
-            x_img (Tensor): Images, as for ``encode``.
-
-        Returns:
-            str: A sentence with the least and the largest value, and the share that lies outside.
-
-        Raises:
-            ValueError: If values are not finite, over 1% of them lie outside, or all lie in one half of the range, as
-                those of 0..1 do in -1..1.
-            TypeError: If ``preprocess`` is no Preprocess, whose range is not known here.
-        """
+        """Say how a batch of images lies in the range of the preprocessing. See Teachers."""
         if not isinstance(self.preprocess, Preprocess):
             raise TypeError(
                 f"check needs a Preprocess, whose range it knows; preprocess is {type(self.preprocess).__name__}"
@@ -105,7 +99,8 @@ class Taught(nn.Module):
         check_images(x_img, "x_img")
         return check_values("x_img", x_img, self.preprocess.range_of(x_img.dtype))
 
-    def _teach(self, x_img: Tensor) -> Features:
+    def _teach(self, x_img: Tensor, needs: frozenset[str] | None = None) -> Features:
+        """Return the teacher's features. needs: those that are read, by default all; it is told if it takes them."""
         check_tensor("x_img", x_img)
         check_loaded(self.teacher, x_img)
         if self.teacher.training:  # another module that holds it as a submodule may have set that
@@ -120,19 +115,21 @@ class Taught(nn.Module):
         # A compiler makes a program for each size that a rule gives.
         ruled = ours and callable(self.img_size)
         size = resolve(self.img_size, index(h), index(w), self.patch_size) if ruled else None
-        raw = None
+        raw, told = None, {"needs": needs} if self._takes_needs else {}
         if type(self.teacher) is DINOv2Backbone:
             raw = read_raw(self.teacher, self.preprocess, x_img, size)
         if isinstance(raw, Raw):
-            size, batch, found = raw.size, len(x_img), self.teacher(x_img, raw)
+            size, batch, found = raw.size, len(x_img), self.teacher(x_img, raw=raw, **told)
         else:
             x = self.preprocess(x_img, dtype, size) if ours else self.preprocess(x_img)
             check_tensor("preprocess's result", x)
             size, batch = (x.shape[-2], x.shape[-1]), len(x)
-            found = self.teacher(x if dtype is None else x.to(dtype))
-        found = check_features("teacher's result", found, self.teacher.embed_dim, batch)
+            found = self.teacher(x if dtype is None else x.to(dtype), **told)
+        its_layers_alone = bool(told) and needs == {"layers"} and isinstance(found, dict) and "global" not in found
+        check = check_layers if its_layers_alone else check_features
+        found = check("teacher's result", found, self.teacher.embed_dim, batch)
         grid = self.teacher_grid or (size[0] // self.patch_size, size[1] // self.patch_size)
-        features: Features = {"global": found["global"], "patch": found.get("patch")}
+        features: Features = {} if its_layers_alone else {"global": found["global"], "patch": found.get("patch")}
         features |= {"layers": found["layers"]} if found.get("layers") else {}
         return {**features, "grid": found.get("grid") or grid, "image_size": (h, w)}
 
@@ -152,6 +149,11 @@ class Taught(nn.Module):
             raise ValueError(f"{name} must be floats where stopgrad_image=False: {x_img.dtype} has no gradient")
         return len(images)
 
+    def ready(self, features: Any, device: torch.device) -> Any:
+        """Return features on a device, detached with stopgrad_image."""
+        stop = self.stopgrad_image
+        return map_features(lambda x: x.to(device).detach() if stop else x.to(device), features)
+
     def _features(
         self, x_img: Any, features: Mapping[str, Any] | None, device: torch.device, needs: frozenset[str]
     ) -> Features:
@@ -160,9 +162,9 @@ class Taught(nn.Module):
         They are detached with stopgrad_image. needs: which of them are read.
         """
         if features is None:
-            features = self.encode(x_img) if self.stopgrad_image else self._teach(x_img)
-        stop = self.stopgrad_image
-        ready = map_features(lambda x: x.to(device).detach() if stop else x.to(device), features)
+            with torch.no_grad() if self.stopgrad_image else nullcontext():
+                features = self._teach(x_img, needs)
+        ready = self.ready(features, device)
         ready["grid"] = ready.get("grid") or self.teacher_grid
         read = [ready] if "patch" in needs else []
         read += ready.get("layers", {}).values() if "layers" in needs else []

@@ -73,6 +73,16 @@ def find_blocks(model: Any) -> tuple[str, int]:
     )
 
 
+def wants(name: str, needs: frozenset[str] | None) -> bool:
+    """Whether features of this name are read. needs: the names of those that are, or None for all."""
+    return needs is None or name in needs
+
+
+def wants_last(needs: frozenset[str] | None, layers: Layers | None) -> bool:
+    """Whether features of the last block are read, which nobody names where the chosen layers' are read alone."""
+    return layers is None or wants("global", needs) or wants("patch", needs) or not wants("layers", needs)
+
+
 def run_layers(
     model: Any, layers: Layers, prefix: int, options: Mapping[str, Any], x: Tensor
 ) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:

@@ -85,11 +85,11 @@ def find_option(preprocess: Any, patch_size: int) -> str | None:
     return None if backend == "auto" else f"backend {backend} is asked for by {source}"
 
 
-def find_obstacle(teacher: DINOv2Backbone) -> str | None:
+def find_obstacle(teacher: Any) -> str | None:
     """Return why a teacher takes no raw images, or None if it does."""
-    projection, model = teacher.projection, teacher.model
+    projection, model = teacher.projection, teacher.computing
     if not teacher.takes_raw:
-        return "takes_raw is False"
+        return "engine=False"
     if projection is None:
         return f"{type(model).__name__} has no patch embedding that is a convolution by patches"
     if not projection.reads_all:
@@ -116,14 +116,18 @@ def reads_all_pixels(model: nn.Module) -> bool:
     return plain and type(embed).__name__ == "PatchEmbed"
 
 
-def embed(projection: PatchProjection, images: Tensor, raw: Raw) -> Tensor:
-    """Return the tokens [B, D, rows, columns] of raw images [B, 3, H, W] that read_raw has accepted."""
+def embed(images: Tensor, raw: Raw, kernel: Tensor, constant: Tensor) -> Tensor:
+    """Return the tokens [B, D, rows, columns] of raw images [B, 3, H, W], by folded weights."""
+    return F.conv2d(centred(images, raw, kernel.dtype), kernel, constant, stride=kernel.shape[2:])
+
+
+def folded(projection: PatchProjection, images: Tensor, raw: Raw) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias for images of a size, which the projection keeps. read_raw has accepted raw."""
     weight, bias = projection.weight, projection.bias
     p = weight.shape[2]
     window = images.shape[2] * p // raw.size[0], images.shape[3] * p // raw.size[1]
     sources = (weight,) if bias is None else (weight, bias)
-    kernel, constant = projection.keep((window, raw[1:]), sources, lambda: fold(weight, bias, window, raw))
-    return F.conv2d(centred(images, raw, weight.dtype), kernel, constant, stride=window)
+    return projection.keep((window, raw[1:]), sources, lambda: fold(weight, bias, window, raw))
 
 
 def fold(weight: Tensor, bias: Tensor | None, window: Size, raw: Raw) -> tuple[Tensor, Tensor]:

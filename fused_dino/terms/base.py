@@ -12,6 +12,7 @@ from ..features import Features
 from ..validation import check_flag, check_number, check_tensor, is_int
 from .comparison import accepts, compare, make_loss
 from .source import check_layer, choose
+from .targets import read_target
 
 
 class Term(nn.Module):
@@ -22,6 +23,7 @@ class Term(nn.Module):
 
     Args:
         weight (float): Factor of the term in its supervision's sum. Default: 1.
+        teacher (str, optional): Name of its teacher, where there are several. Default: the one without a name.
 
     Shape:
         - student: a floating tensor of B rows; what else is the subclass's
@@ -32,7 +34,7 @@ class Term(nn.Module):
         layers (tuple of ints): The layers that it reads, of which a teacher that is made for it gives features.
 
     Raises:
-        ValueError: If ``weight`` is no finite number.
+        ValueError: If ``weight`` is no finite number, or ``teacher`` no name.
 
     Example:
         >>> class Distance(Term):
@@ -47,9 +49,12 @@ class Term(nn.Module):
     layers: tuple[int, ...] = ()
     takes: ClassVar[frozenset[str]] = frozenset()  # the names of forward's parameters
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: float = 1.0, *, teacher: str | None = None) -> None:
         super().__init__()
         self.weight = check_number("weight", weight)
+        if teacher is not None and not isinstance(teacher, str):
+            raise TypeError(f"teacher must be None or the name of a teacher, got {type(teacher).__name__}")
+        self.teacher = teacher
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -67,6 +72,13 @@ class Term(nn.Module):
         check_tensor(name, student)
         if student.ndim < 1 or len(student) != batch:
             raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(student.shape)}")
+
+    def read_target(self, name: str, target: Any, width: int | None) -> Features:
+        """Return a target of a call as the features that ``forward`` gets in place of a teacher's.
+
+        name: what the caller calls it, for errors; width: that of the features, where it is known.
+        """
+        return read_target(name, target, self.needs, width)
 
     def similarity(self, value: Tensor) -> Tensor:
         """Return the similarity that a loss means, for BySimilarity. A term without one raises ValueError."""
@@ -108,8 +120,9 @@ class Alignment(Term):
         normalize_weight: bool,
         backend: str | None,
         layer: int | Sequence[int] | None,
+        teacher: str | None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, teacher=teacher)
         self.layers = check_layer(layer)
         if self.layers:
             self.needs = frozenset({"layers"})
@@ -150,6 +163,12 @@ class Alignment(Term):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
         raise NotImplementedError(f"{type(self).__name__} must define align(parts, student, features)")
+
+    def read_target(self, name: str, target: Any, width: int | None) -> Features:
+        """Do what Term says. A term that reads layers takes no target in their place."""
+        if self.layers:
+            raise ValueError(f"{name} must be left out: the term's target is {self.layers} of its teacher's layers")
+        return super().read_target(name, target, width)
 
     def choose(self, features: Features) -> Features:
         """Return the features that the term reads: the last, or in their place those of its layers."""

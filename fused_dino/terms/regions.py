@@ -45,6 +45,7 @@ class RegionTerm(Alignment):
         normalize_weight (bool): Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
         layer (int or sequence of ints, optional): Default: the last features.
+        teacher (str, optional): Default: the one without a name.
 
     Shape:
         - student: :math:`(B, C h w)` or a map :math:`(B, C, h, w)`
@@ -81,6 +82,7 @@ class RegionTerm(Alignment):
         normalize_weight: bool = True,
         backend: str | None = None,
         layer: int | Sequence[int] | None = None,
+        teacher: str | None = None,
     ) -> None:
         super().__init__(
             projector,
@@ -91,6 +93,7 @@ class RegionTerm(Alignment):
             normalize_weight=normalize_weight,
             backend=backend,
             layer=layer,
+            teacher=teacher,
         )
         self.latent_shape = check_latent_shape(latent_shape, None)
         self.patches = Patches(

@@ -121,6 +121,20 @@ def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid | None, im
     )
 
 
+def grid_of_target(count: int, token_grid: Grid | None, row_by_row: bool) -> Grid:
+    """Return the grid of a target that says none: token_grid, one of its shape, or one row where each token is met.
+
+    row_by_row: whether no grid is needed, since the student's tokens are the target's, or are at positions of it.
+    """
+    grid = None if token_grid is None else grid_of_aspect(count, *token_grid)
+    if grid is None and not (row_by_row and token_grid is None):
+        student = "no token_grid is given" if token_grid is None else f"token_grid is {token_grid[0]} x {token_grid[1]}"
+        raise ValueError(
+            f"the target must say its grid, as a map [B, D, h, w] or by 'grid': it has {count} tokens, and {student}"
+        )
+    return grid or (1, count)
+
+
 def grid_of_aspect(count: int, height: int, width: int) -> Grid | None:
     """Return the grid of `count` positions whose rows are to its columns as height to width, or None."""
     count, height, width = map(index, (count, height, width))  # a compiler makes a program for each grid

@@ -9,18 +9,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..features import Features, Grid, grid_of
+from ..features import Features, Grid
 from ..live import dtype_of
 from ..ops.plain import is_plain
 from ..reference.cosine import take_rows
 from ..reference.dtypes import acc_dtype
-from ..validation import check_choice, check_int, check_positions
+from ..validation import check_flag, check_positions
 from .base import Alignment, Parts, stand_in
 from .comparison import accepts
-from .token_grids import TokenGrids, check_grid, find_grid, resample
-
-TOKEN_HIDDEN_DIM = 2048
-PROJECTORS = ("mlp", "conv")
+from .token_grids import TokenGrids, check_grid, find_grid, grid_of_target, resample
+from .token_projectors import check_projectors, make_projector
 
 
 class TokenTerm(Alignment):
@@ -31,9 +29,11 @@ class TokenTerm(Alignment):
     Both are brought onto one grid first. With ``index`` each token is compared with the position that it names.
 
     Args:
-        in_dim (int): Width C of a token.
-        projector (str or nn.Module): ``"mlp"`` (REPA's, arXiv 2410.06940), ``"conv"`` (a 3 x 3 convolution over the
-            grid), or a module [B, N, C] -> [B, N, D]. Default: ``"mlp"``.
+        in_dim (int or sequence of ints): Width C of a token. Several are the widths of several layers of the student:
+            then it is a list of tensors, each has its own projector, ``projector.<n>``, and the loss is the mean.
+        projector (str, nn.Module or sequence of modules): ``"mlp"`` (REPA's, arXiv 2410.06940), ``"conv"`` (a 3 x 3
+            convolution over the grid), or a module [B, N, C] -> [B, N, D], for several layers one each. Default:
+            ``"mlp"``.
         token_grid (sequence of two ints, optional): Rows and columns of the tokens, unless a call says them. Default:
             the grid of the images' aspect ratio, else the teacher's, whichever has N positions.
         standardize (bool or float): Brings each channel of the teacher's tokens to mean 0 and deviation 1 over an
@@ -42,6 +42,8 @@ class TokenTerm(Alignment):
         unbiased (bool): Divides that variance by N - 1, as iREPA does. Default: ``False``.
         compare (str): Grid on which tokens of different grids meet: the ``"larger"`` in rows and in columns, the
             ``"smaller"`` or the ``"teacher"``'s. Default: ``"larger"``.
+        class_token (bool): Takes the student's first token for its class token, which is compared with the teacher's
+            global token, as one more token in the mean, as REG does (arXiv 2507.01467). Default: ``False``.
         out_dim (int, optional): As in GlobalTerm, and so are the options that follow.
         loss (str or nn.Module): Loss of rows [B, N, D]. Default: ``"cosine"``.
         eps (float, optional): Default: the loss's own.
@@ -49,12 +51,14 @@ class TokenTerm(Alignment):
         normalize_weight (bool): Default: ``True``.
         backend (str, optional): Default: see ``use_backend``.
         layer (int or sequence of ints, optional): Default: the last features.
+        teacher (str, optional): Default: the one without a name.
 
     Shape:
         - student: tokens :math:`(B, N, C)`, a map :math:`(B, C, h, w)`, or frames :math:`(B, T, N, C)` of
-          :math:`B T` images
+          :math:`B T` images; with ``class_token`` 1 + N tokens; with several ``in_dim`` a list of those
         - weight, of a call: :math:`(B)`, or :math:`(B, N)` of the student's tokens; frames count as images
-        - index, of a call: integers :math:`(B, N)`, positions on ``token_grid``, else on the teacher's grid
+        - index, of a call: integers :math:`(B, N)`, positions on ``token_grid``, else on the teacher's grid; of the N
+          tokens after a class token
         - Output: a scalar, and the logs value, and is_global where the teacher gives no patch tokens
 
     Raises:
@@ -72,13 +76,14 @@ class TokenTerm(Alignment):
 
     def __init__(
         self,
-        in_dim: int,
+        in_dim: int | Sequence[int],
         *,
-        projector: str | nn.Module = "mlp",
+        projector: str | nn.Module | Sequence[nn.Module] = "mlp",
         token_grid: Sequence[int] | None = None,
         standardize: bool | float = False,
         unbiased: bool = False,
         compare: str = "larger",
+        class_token: bool = False,
         out_dim: int | None = None,
         loss: str | nn.Module = "cosine",
         eps: float | None = None,
@@ -86,8 +91,9 @@ class TokenTerm(Alignment):
         normalize_weight: bool = True,
         backend: str | None = None,
         layer: int | Sequence[int] | None = None,
+        teacher: str | None = None,
     ) -> None:
-        given = projector if isinstance(projector, nn.Module) else None
+        dims, kind, given = check_projectors(in_dim, projector)
         super().__init__(
             given,
             out_dim=out_dim,
@@ -97,17 +103,24 @@ class TokenTerm(Alignment):
             normalize_weight=normalize_weight,
             backend=backend,
             layer=layer,
+            teacher=teacher,
         )
-        self.in_dim = check_int("in_dim", in_dim)
-        self.kind = check_projector("projector", projector)
+        self.in_dim, self.kind = dims, kind
+        self.class_token = check_flag("class_token", class_token)
+        if class_token and kind == "conv":
+            raise ValueError("class_token needs a projector of single tokens, and a convolution takes a grid")
+        if class_token and not self.layers:
+            self.needs = frozenset({"global", "patch"})
         self.grids = TokenGrids(token_grid, None, standardize, unbiased, compare)
         if self.out_dim is not None:
             self.build(self.out_dim)
 
     def build(self, width: int) -> None:
         """Make the projector, unless a module was given."""
-        if self.projector is None:
-            self.projector = TokenMLP(self.in_dim, width) if self.kind == "mlp" else TokenConv(self.in_dim, width)
+        if self.projector is None and isinstance(self.in_dim, tuple):
+            self.projector = nn.ModuleList(make_projector(self.kind, dim, width) for dim in self.in_dim)
+        elif self.projector is None:
+            self.projector = make_projector(self.kind, self.in_dim, width)
 
     def parts(self) -> Parts:
         return super().parts()._replace(grids=self.grids)
@@ -116,16 +129,34 @@ class TokenTerm(Alignment):
         self, name: str, student: Any, batch: int, *, weight: Any = None, index: Any = None, token_grid: Any = None
     ) -> None:
         """Check the tokens, their weights [B] or [B, N] and their positions [B, N]."""
-        tokens, grid = as_tokens(name, student, self.in_dim, batch)
-        self.check_weight(weight, tuple(tokens.shape[:2]))
-        if token_grid is not None:
-            told = check_grid(token_grid)
-            if grid not in (None, told):
-                raise ValueError(f"token_grid is {token_grid} and {name} is a map of {grid}; leave it out")
-            if index is None:
-                find_grid(tokens.shape[1], told, None)
-        if index is not None:
-            self.check_index(index, list(tokens.shape[:2]))
+        for each, its, dim in self.each(name, student):
+            tokens, grid = self.tokens(each, its, dim, batch)
+            self.check_weight(weight, tuple(tokens.shape[:2]))
+            patches = tokens.shape[1] - self.class_token
+            if token_grid is not None:
+                told = check_grid(token_grid)
+                if grid not in (None, told):
+                    raise ValueError(f"token_grid is {token_grid} and {each} is a map of {grid}; leave it out")
+                if index is None:
+                    find_grid(patches, told, None)
+            if index is not None:
+                self.check_index(index, [len(tokens), patches])
+
+    def each(self, name: str, student: Any) -> list[tuple[str, Any, int]]:
+        """Return (name, tensor, width) of each layer of the student."""
+        if not isinstance(self.in_dim, tuple):
+            return [(name, student, self.in_dim)]
+        if not isinstance(student, (list, tuple)) or len(student) != len(self.in_dim):
+            got = f"{len(student)} of them" if isinstance(student, (list, tuple)) else type(student).__name__
+            raise TypeError(f"{name} must be a list of {len(self.in_dim)} tensors, one for each of in_dim, got {got}")
+        return [(f"{name}[{n}]", *x) for n, x in enumerate(zip(student, self.in_dim, strict=True))]
+
+    def tokens(self, name: str, x: Any, dim: int, batch: int) -> tuple[Tensor, Grid | None]:
+        """Return a student's tokens as as_tokens does. A map has no class token."""
+        tokens, grid = as_tokens(name, x, dim, batch)
+        if self.class_token and (grid is not None or tokens.shape[1] < 2):
+            raise ValueError(f"{name} must be tokens [B, 1 + N, {dim}], the class token first, got {list(x.shape)}")
+        return tokens, grid
 
     def check_index(self, index: Any, rows: list[int]) -> None:
         if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
@@ -161,28 +192,72 @@ class TokenTerm(Alignment):
         token_grid: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
+        options: dict[str, Any] = {"index": index, "token_grid": token_grid}
         features = self.choose(features)
-        tokens, grid = as_tokens("student", student, self.in_dim, len(features["global"]))
+        if not isinstance(self.in_dim, tuple):
+            return self.align_layer(parts, student, self.in_dim, features, weight, scale=scale, **options)
+        share = (1 if scale is None else scale) / len(self.in_dim)
+        losses, several = [], []
+        projectors: Any = parts.projector
+        for projector, (_, its, dim) in zip(projectors, self.each("student", student), strict=True):
+            own = parts._replace(projector=projector)
+            loss, logs = self.align_layer(own, its, dim, features, weight, scale=share, **options)
+            losses.append(loss)
+            several.append(logs)
+        return torch.stack(losses).sum(), {key: torch.stack([logs[key] for logs in several]).mean() for key in logs}
+
+    def align_layer(
+        self,
+        parts: Parts,
+        student: Tensor,
+        dim: int,
+        features: Features,
+        weight: Tensor | None,
+        *,
+        scale: Any,
+        index: Tensor | None,
+        token_grid: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scaled loss of one layer of the student, and its logs."""
+        patch = features.get("patch")
+        batch, *_, width = (features["global"] if patch is None else patch).shape
+        tokens, grid = self.tokens("student", student, dim, batch)
+        count = tokens.shape[1] - self.class_token
         told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
-        patch, width = features.get("patch"), features["global"].shape[1]
         if patch is None:
             if self.kind == "conv":
-                grid = find_grid(tokens.shape[1], told, features.get("grid"), features.get("image_size"))
+                grid = find_grid(count, told, features.get("grid"), features.get("image_size"))
             projected = self.project(parts, tokens, grid, width)
             loss, logs = self.compare(parts, projected, stand_in(features, tokens.shape[1]), weight, scale)
             return loss, {**logs, "is_global": projected.new_ones(())}
-        teacher_grid = grid_of(features)
+        row_by_row = index is not None or (patch.shape[1] == count and self.kind != "conv")
+        teacher_grid = features.get("grid") or grid_of_target(patch.shape[1], told, row_by_row)
+        positions = None
         if index is not None:
-            patch = parts.grids.prepare(patch)
-            patch = patch if told is None else resample(patch, teacher_grid, told)
-            patch, positions = (patch, index) if accepts(parts.loss, "index") else (take(patch, index, weight), None)
-            return self.compare(parts, self.project(parts, tokens, None, width), patch, weight, scale, index=positions)
-        grid = find_grid(tokens.shape[1], told, teacher_grid, features.get("image_size"))
-        projected = parts.grids.student(self.project(parts, tokens, grid, width), grid, teacher_grid)
-        if weight is not None and weight.ndim == 2:
-            rows = weight.unsqueeze(2).to(acc_dtype(projected))
-            weight = parts.grids.student(rows, grid, teacher_grid).squeeze(2)
-        return self.compare(parts, projected, parts.grids.teacher(patch, grid, teacher_grid), weight, scale)
+            target = parts.grids.prepare(patch)
+            target = target if told is None else resample(target, teacher_grid, told)
+            projected = self.project(parts, tokens, None, width)
+            if accepts(parts.loss, "index") and not self.class_token:
+                positions = index
+            else:
+                own = weight[:, self.class_token :] if weight is not None and weight.ndim == 2 else weight
+                target = take(target, index, own)
+        else:
+            grid = find_grid(count, told, teacher_grid, features.get("image_size"))
+            projected = self.bring(parts, self.project(parts, tokens, grid, width), grid, teacher_grid)
+            if weight is not None and weight.ndim == 2:
+                rows = weight.unsqueeze(2).to(acc_dtype(projected))
+                weight = self.bring(parts, rows, grid, teacher_grid).squeeze(2)
+            target = parts.grids.teacher(patch, grid, teacher_grid)
+        if self.class_token:
+            target = torch.cat([features["global"].unsqueeze(1).to(target.dtype), target], 1)
+        return self.compare(parts, projected, target, weight, scale, index=positions)
+
+    def bring(self, parts: Parts, x: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
+        """Bring what lies on the student's grid to where both meet. A class token lies on none, and stays."""
+        if not self.class_token or parts.grids.meeting(grid, teacher_grid) == grid:
+            return parts.grids.student(x, grid, teacher_grid)
+        return torch.cat([x[:, :1], parts.grids.student(x[:, 1:], grid, teacher_grid)], 1)
 
     def project(self, parts: Parts, tokens: Tensor, grid: Grid | None, width: int) -> Tensor:
         """Project tokens [B, N, C] in the projector's dtype to [B, N, width]. Another shape raises ValueError."""
@@ -193,37 +268,6 @@ class TokenTerm(Alignment):
             got = list(projected.shape) if isinstance(projected, Tensor) else type(projected).__name__
             raise ValueError(f"{self.projector_name} must make {expected} of tokens {list(tokens.shape)}, got {got}")
         return projected
-
-
-class TokenMLP(nn.Sequential):
-    """REPA's projector (arXiv 2410.06940): Linear, SiLU, Linear, SiLU, Linear of each token. width: inside."""
-
-    def __init__(self, in_dim: int, out_dim: int, width: int = TOKEN_HIDDEN_DIM) -> None:
-        super().__init__(
-            nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim)
-        )
-
-
-class TokenConv(nn.Conv2d):
-    """A convolution over the grid of the tokens, padded by zeros: [B, N, C] -> [B, N, D]. kernel: its odd side."""
-
-    def __init__(self, in_dim: int, out_dim: int, kernel: int = 3) -> None:
-        if check_int("kernel", kernel) % 2 == 0:
-            raise ValueError(f"kernel must be odd, so that the grid keeps its size, got {kernel}")
-        super().__init__(in_dim, out_dim, kernel, padding=kernel // 2)
-
-    def forward(self, input: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
-        maps = rearrange(input, "b (h w) c -> b c h w", h=grid[0])
-        return rearrange(super().forward(maps), "b d h w -> b (h w) d")
-
-
-def check_projector(name: str, projector: Any) -> str | None:
-    """Return the kind of a projector: None for a module, unless that is a convolution, which is told the grid."""
-    if isinstance(projector, nn.Module):
-        return "conv" if isinstance(projector, TokenConv) else None
-    if not isinstance(projector, str):
-        raise TypeError(f"{name} must be 'mlp', 'conv' or a module, got {type(projector).__name__}")
-    return check_choice(name, projector, PROJECTORS)
 
 
 def take(patch: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:

@@ -34,6 +34,7 @@ class GlobalTerm(Alignment):
         backend (str, optional): Default: see ``use_backend``.
         layer (int or sequence of ints, optional): The teacher's layer that is the target, by its number in the
             backbone's ``layers``; several are summed, as RAEv2 sums the last k. Default: the last features.
+        teacher (str, optional): Name of the teacher, of several. Default: the one without a name.
 
     Shape:
         - student: :math:`(B, C)`; weight, of a call: :math:`(B)`
@@ -63,6 +64,7 @@ class GlobalTerm(Alignment):
         normalize_weight: bool = True,
         backend: str | None = None,
         layer: int | Sequence[int] | None = None,
+        teacher: str | None = None,
     ) -> None:
         super().__init__(
             projector,
@@ -73,6 +75,7 @@ class GlobalTerm(Alignment):
             normalize_weight=normalize_weight,
             backend=backend,
             layer=layer,
+            teacher=teacher,
         )
         self.in_dim, self.hidden_dim = check_int("in_dim", in_dim), check_int("hidden_dim", hidden_dim)
         if self.out_dim is not None:
