@@ -1,6 +1,7 @@
 """The patch embedding of raw images, against resize, normalisation and convolution in float64."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -436,6 +437,22 @@ def test_copies_that_share_a_teacher_fold_their_own_weights():
     twin.teacher.model.load_state_dict(state)
     assert torch.equal(module.encode(x)["patch"], after)
     assert not torch.equal(twin.encode(x)["patch"], after)
+
+
+@torch.no_grad()
+def test_the_published_weights_are_folded_again():
+    """By loading, and by refold after a write in place."""
+    module, x = encoder(backbone()), pictures((64, 64), (-1, 1), torch.float32)
+    found = [module.encode(x)["patch"]]
+    state = module.teacher.model.state_dict()
+    module.teacher.model.load_state_dict({name: 2 * value for name, value in state.items()})
+    found.append(module.encode(x)["patch"])
+    module.teacher.model.patch_embed.proj.weight.mul_(2)
+    module.teacher.refold()
+    found.append(module.encode(x)["patch"])
+    for before, after in itertools.pairwise(found):
+        assert not torch.allclose(before, after)
+    assert_close(found[-1], encoder(without(module.teacher)).encode(x)["patch"], rtol=1e-4, atol=1e-4)
 
 
 def test_weights_folded_in_inference_mode_serve_a_gradient():

@@ -25,8 +25,8 @@ def irepa(
         P    = Conv2d(C, D, kernel, padding=kernel // 2) over the grid of tokens, with torch's first values
         h    = hidden tokens [B, N, C] after block 8, 4 of SiT-B and JiT-B; g = patch tokens [B, N, D]
 
-    Images of R x R pixels are resized to 224 * (R // 256), bicubic without antialias, as in repa. Checkpoints with
-    ``projectors.0.projection_layer.*`` load.
+    Images of R x R are resized to 224 * (R // 256), bicubic without antialias; positions are resampled as timm does.
+    Checkpoints with ``projectors.0.projection_layer.*`` load.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.

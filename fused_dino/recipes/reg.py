@@ -24,7 +24,8 @@ def reg(
         g    = the teacher's class token and patch tokens [B, 1 + N, D]
 
     REG also denoises the class token: 0.03 times its squared error is the model's loss, and no part of this. Images of
-    R x R pixels are resized to 224 * (R // 256), bicubic without antialias. Checkpoints with ``projectors.0.*`` load.
+    R x R are resized to 224 * (R // 256), bicubic without antialias; positions are resampled as timm does. Checkpoints
+    with ``projectors.0.*`` load.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
