@@ -58,7 +58,7 @@ def multiply(a, live_a, b, live_b, OPERAND: tl.constexpr, A: tl.constexpr, B: tl
         acc = tl.dot(a1, b0, acc)
     if B > 1:
         acc = tl.dot(a0, b1, acc)
-    if OPERAND == tl.float64:  # with TF32, the default, Triton 3.6 does not compile it for AMD
+    if tl.float64 == OPERAND:  # with TF32, the default, Triton 3.6 does not compile it for AMD
         return tl.dot(a0, b0, acc, input_precision="ieee")
     else:
         return tl.dot(a0, b0, acc)
