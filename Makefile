@@ -7,12 +7,12 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 INTERPRETER := TRITON_INTERPRET=1 PYTHONPATH=tests
 INTERPRETED := $(addprefix tests/,test_ops.py test_random_shapes.py test_kernels.py test_cosine_properties.py \
 	test_cosine_index.py test_cosine_kernel.py test_resize.py test_resize_properties.py test_standardize.py test_masks.py \
-	test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py test_distributed_triton.py \
+	test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py test_vicreg_planes.py test_distributed_triton.py \
 	test_patches.py::test_is_its_formula_in_value_and_gradient test_tokens.py::test_is_the_formula_in_value_and_gradient)
 # Ops with divisions and products of matrices, which have other numbers on a GPU. Derivatives are tested in float64, which
 # has the same there.
-ON_THE_UNIT := $(addprefix tests/,test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py test_standardize.py \
-	test_ops.py) -k "(vicreg or standardize) and not derivatives and not gradients_of_both and not compiles"
+ON_THE_UNIT := $(addprefix tests/,test_vicreg.py test_vicreg_definitions.py test_vicreg_limits.py test_vicreg_planes.py \
+	test_standardize.py test_ops.py) -k "(vicreg or standardize) and not derivatives and not gradients_of_both and not compiles"
 
 .PHONY: help setup demo test test-all test-oldest lint aot bench host results report recipes gpu dist clean
 

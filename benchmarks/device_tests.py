@@ -22,7 +22,7 @@ from . import known, measure
 
 STAGES = ("tests", "wide")
 # Files of which every test runs, then files of which the cases of the kernels run.
-ALONE = ("test_gpu.py", "test_kernels.py")
+ALONE = ("test_gpu.py", "test_kernels.py", "test_vicreg_planes.py")
 SHARED = (
     "test_ops.py", "test_vicreg.py", "test_vicreg_limits.py", "test_vicreg_definitions.py", "test_resize.py",
     "test_resize_properties.py", "test_cosine_properties.py", "test_cosine_index.py", "test_standardize.py",

@@ -67,6 +67,25 @@ def run_statistics(
 
 
 @triton.jit
+def store_run(
+    x, other, factors, means, parts, rows, width, rows_a_run, stride_x, stride_other,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reduces BLOCK_D columns of one run of rows, this program's, stores their statistics, and returns the errors."""
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < width
+    first = tl.program_id(1) * rows_a_run
+    last = tl.minimum(first + rows_a_run, rows)
+    mean, square, error = run_statistics(
+        x, other, factors, column, inside, first, last, stride_x, stride_other, BLOCK_N, ACC
+    )
+    at = tl.program_id(1).to(tl.int64) * width + column
+    tl.store(means + at, mean, mask=inside)
+    tl.store(parts + at, square, mask=inside)
+    return error
+
+
+@triton.jit
 def merge_runs(means, squares, column, inside, rows, width, rows_a_run, runs, RUNS: tl.constexpr):
     """Merges the runs of rows of some columns, all at once: in float64, since they are few."""
     run = tl.arange(0, RUNS)
@@ -98,14 +117,7 @@ def column_statistics_kernel(
     RUNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program owns BLOCK_D columns of one run of rows. The one that finishes last merges the runs.
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < width
-    first = tl.program_id(1) * rows_a_run
-    last = tl.minimum(first + rows_a_run, rows)
-    run_mean, run_square, _ = run_statistics(x, None, factors, column, inside, first, last, stride, 0, BLOCK_N, ACC)
-    at = tl.program_id(1).to(tl.int64) * width + column
-    tl.store(means + at, run_mean, mask=inside)
-    tl.store(parts + at, run_square, mask=inside)
+    store_run(x, None, factors, means, parts, rows, width, rows_a_run, stride, 0, BLOCK_N, BLOCK_D, ACC)
     if is_last(ticket):
         tl.store(ticket, 0)
         LANES: tl.constexpr = 2048 // RUNS

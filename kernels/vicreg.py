@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .columns import deviation, is_last, merge_runs, run_statistics
+from .columns import deviation, is_last, merge_runs, store_run
 
 LARGE_MEANS = tl.constexpr(1.0)  # squared, by the variance: beyond it a mean is subtracted before the product
 DOMINANCE = tl.constexpr(4.0)
@@ -40,11 +40,11 @@ def place_of(column, WIDTH: tl.constexpr, PLANES: tl.constexpr):
 
 @triton.jit
 def store_planes(out, value, mask, PLANES: tl.constexpr):
-    """Stores a tile of float32 as a sum of tiles of 16 bits, each the rounded rest of those before."""
+    """Stores a tile as a sum of tiles, each the rounded rest of those before: float32 as 16 bits, float64 as itself."""
     for i in tl.static_range(PLANES):
         part = value.to(out.dtype.element_ty)
         tl.store(out + i * BLOCK, part, mask=mask)
-        value -= part.to(tl.float32)
+        value -= part.to(value.dtype)
 
 
 @triton.jit
@@ -84,9 +84,10 @@ def vicreg_statistics_kernel(
     means, parts, errors,  # [RUNS, D], [RUNS, D], [programs]: see run_statistics
     ticket,  # a zero, which is left zero
     shift, squares,  # [D]
-    facts,  # [5] float64: invariance, variance, |mean|^2, what the product is multiplied by where it is stored, and the
-    # sum of squared covariances, which vicreg_finish_kernel adds
-    largest,  # [2]: the column that deviates most, or -1 where rows of 16 bits can be multiplied as they are; N
+    facts,  # [7] float64: invariance, variance, |mean|^2, what the product is multiplied by where it is stored, the sum
+    # of s and of s^2, and the sum of squared covariances, which vicreg_finish_kernel adds
+    largest,  # [3]: the column that deviates most, or -1 where rows of 16 bits can be multiplied as they are; N; and
+    # whether the first plane of the product is enough, which vicreg_finish_kernel finds
     weights, loss, invariance, variance, covariance,  # see vicreg_finish_kernel; None where it stores the terms
     stride_student, stride_target, rows, width, rows_a_run, runs, over, inv_weight, var_weight, cov_weight,
     GAMMA: tl.constexpr, EPS: tl.constexpr, VARIANCE: tl.constexpr, GRAM: tl.constexpr, RAW: tl.constexpr,
@@ -94,16 +95,10 @@ def vicreg_statistics_kernel(
 ):  # fmt: skip
     # One program owns BLOCK_D columns of one run of rows. The one that finishes last merges the runs, and finds what
     # all columns together decide.
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < width
-    first = tl.program_id(1) * rows_a_run
-    last = tl.minimum(first + rows_a_run, rows)
-    mean, square, error = run_statistics(
-        student, target, None, column, inside, first, last, stride_student, stride_target, BLOCK_N, ACC
-    )
-    at = tl.program_id(1) * width + column
-    tl.store(means + at, mean, mask=inside)
-    tl.store(parts + at, square, mask=inside)
+    error = store_run(
+        student, target, None, means, parts, rows, width, rows_a_run, stride_student, stride_target,
+        BLOCK_N, BLOCK_D, ACC,
+    )  # fmt: skip
     if target is not None:
         tl.store(errors + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(error.to(tl.float64), 0))
     if is_last(ticket):
@@ -134,9 +129,9 @@ def vicreg_statistics_kernel(
             which = tl.where(larger, each, which)
             if RAW:
                 centre += tl.load(student + each, mask=there, other=0).to(tl.float64)
+                total += merged
                 if GRAM:
                     mean_square += centre * centre
-                    total += merged
                     fourth += merged * merged
                 else:
                     excess = tl.maximum(excess, centre * centre - merged * LARGE_MEANS / n)
@@ -173,11 +168,14 @@ def vicreg_statistics_kernel(
             var = tl.sum(hinge, 0) / width
         tl.store(largest, p)
         tl.store(largest + 1, rows)
+        tl.store(largest + 2, 0)
         tl.store(facts, inv)
         tl.store(facts + 1, var)
         tl.store(facts + 2, squared)
         tl.store(facts + 3, scale.to(tl.float64))
-        tl.store(facts + 4, tl.zeros((), tl.float64))
+        tl.store(facts + 4, tl.sum(total, 0))
+        tl.store(facts + 5, tl.sum(fourth, 0))
+        tl.store(facts + 6, tl.zeros((), tl.float64))
         if loss is not None:
             store_terms(
                 inv, var, tl.zeros((), tl.float64), weights, loss, invariance, variance, covariance,
@@ -187,8 +185,8 @@ def vicreg_statistics_kernel(
 
 @triton.jit
 def vicreg_planes_kernel(
-    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [2]
-    planes,  # [padded N, PLANES * padded D]: xc as a sum of bfloat16 numbers, or None; 0 in the largest column (GRAM)
+    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [3]
+    planes,  # [padded N, PLANES * padded D]: xc as a sum of bfloat16 numbers, or itself; 0 in the largest column (GRAM)
     cross,  # [RUNS, D]: sums over runs of rows of x_p x_j / dof (GRAM)
     stride, stride_planes, rows, width, padded_rows, rows_a_run, dof,
     GRAM: tl.constexpr, PLANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -210,8 +208,7 @@ def vicreg_planes_kernel(
                 x_p = load_centred(student, shift, stride, row, p + 0 * row, row < last, ACC)
                 x = tl.where((column == p)[None, :], 0, x)
                 total += tl.sum(x * x_p[:, None], 0)
-            if planes is not None:
-                at = place_of(tl.program_id(0) * BLOCK_D, BLOCK_D, PLANES) + tl.arange(0, BLOCK_D)
-                store_planes(planes + row[:, None] * stride_planes + at[None, :], x, True, PLANES)
+            at = place_of(tl.program_id(0) * BLOCK_D, BLOCK_D, PLANES) + tl.arange(0, BLOCK_D)
+            store_planes(planes + row[:, None] * stride_planes + at[None, :], x, True, PLANES)
         if GRAM:
             tl.store(cross + tl.program_id(1) * width + column, total / tl.cast(dof, ACC), mask=inside)

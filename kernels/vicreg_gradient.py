@@ -5,9 +5,9 @@ import triton.language as tl
 
 from .columns import deviation
 from .store import store
-from .vicreg import load_centred, place_of, weight_of
+from .vicreg import load_centred, weight_of
 from .vicreg_finish import add_rows, as_bfloat16
-from .vicreg_product import multiply
+from .vicreg_product import product_of
 
 
 @triton.jit
@@ -17,63 +17,22 @@ def term_grad(grad_output, weights, index: tl.constexpr, number, ACC: tl.constex
 
 
 @triton.jit
-def times_planes(
+def times(
     product, stride_product, x, stride, i, j, rows, size, width, one,
-    GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRODUCT_PLANES: tl.constexpr, PLANES: tl.constexpr,
-    STORED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, STORED_P: tl.constexpr, P: tl.constexpr,
+    STORED_X: tl.constexpr, X: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile of P x (GRAM) or x P, of the first PLANES of the STORED. WHOLE: no tile of x has an end in it."""
-    acc = tl.zeros((TILE, TILE), tl.float32)
-    side = tl.arange(0, TILE)
-    lane = tl.arange(0, BLOCK_K)
-    row = i * TILE + side
+    """Computes a tile of P x (GRAM) or x P, of the first planes of each. WHOLE: no tile of x has an end in it."""
     if GRAM:
-        a = row.to(tl.int64)[:, None] * stride_product
-        b = lane.to(tl.int64)[:, None] * stride + (place_of(j * TILE, TILE, STORED) + side)[None, :]
+        return product_of(
+            product, stride_product, i * TILE, rows, x, stride, j * TILE, width, 0, size, one,
+            True, True, STORED_P, P, False, WHOLE, STORED_X, X, OPERAND, TILE, BLOCK_K, ACC,
+        )  # fmt: skip
     else:
-        if not WHOLE:  # rows past the last are read as the last, and are not stored
-            row = tl.minimum(row, rows - 1)
-        a = row.to(tl.int64)[:, None] * stride
-        b = lane.to(tl.int64)[:, None] * stride_product + (place_of(j * TILE, TILE, PRODUCT_PLANES) + side)[None, :]
-    down = tl.zeros((), tl.int64)
-    for start in range(0, size, BLOCK_K):
-        live = None
-        if GRAM:
-            if not WHOLE:
-                live = (lane < size - start)[:, None] & (j * TILE + side < width)[None, :]
-            at_a = product + (a + (place_of(start, BLOCK_K, PRODUCT_PLANES) + lane)[None, :])
-            at_b = x + (b + down)
-            step = multiply(at_a, None, at_b, live, OPERAND, PRODUCT_PLANES, PLANES)
-            down += tl.cast(stride, tl.int64) * BLOCK_K
-        else:
-            if not WHOLE:
-                live = (lane < size - start)[None, :]
-            at_a = x + (a + (place_of(start, BLOCK_K, STORED) + lane)[None, :])
-            at_b = product + (b + tl.cast(start, tl.int64) * stride_product)
-            step = multiply(at_a, live, at_b, None, OPERAND, PLANES, PRODUCT_PLANES)
-        acc += step * one
-    return acc
-
-
-@triton.jit
-def times_centred(
-    product, student, shift, stride, row, column, rows, size, width, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Computes the same in float64, of rows that are centred as they are loaded."""
-    acc = tl.zeros((row.shape[0], column.shape[0]), tl.float64)
-    for start in range(0, size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        far = k.to(tl.int64)
-        live_a = (row < rows)[:, None] & (k < size)[None, :]
-        live_b = (k < size)[:, None] & (column < width)[None, :]
-        if GRAM:
-            a = tl.load(product + row.to(tl.int64)[:, None] * size + k[None, :], mask=live_a, other=0)
-            b = load_centred(student, shift, stride, far[:, None], column[None, :], live_b, tl.float64)
-        else:
-            a = load_centred(student, shift, stride, row.to(tl.int64)[:, None], k[None, :], live_a, tl.float64)
-            b = tl.load(product + far[:, None] * size + column[None, :], mask=live_b, other=0)
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
-    return acc
+        return product_of(
+            x, stride, i * TILE, rows, product, stride_product, j * TILE, width, 0, size, one,
+            True, WHOLE, STORED_X, X, False, True, STORED_P, P, OPERAND, TILE, BLOCK_K, ACC,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -97,8 +56,8 @@ def part_of(x, i: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def vicreg_bwd_kernel(
     student, target,  # [N, D], last dimension contiguous
-    shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [5], [2]
-    product, dots, cross,  # [padded, planes * padded], [pieces, rows], [D]: see vicreg_finish_kernel
+    shift, squares, planes, facts, largest,  # [D], [D], [padded N, PLANES * padded D], [7], [3]
+    product, dots, cross,  # [padded, planes * padded], [pieces, D] or None, [D]: see vicreg_finish_kernel
     grad_output, weights,  # [], [3] or None
     grad_student, grad_target,  # [N, D] contiguous; None where it is not wanted
     stride_student, stride_target, stride_planes, stride_product, pieces,
@@ -126,26 +85,23 @@ def vicreg_bwd_kernel(
     dof = tl.maximum(count - 1, 1)
     if COVARIANCE:
         outer = 4 * term_grad(grad_output, weights, 2, cov_weight, ACC) / (tl.cast(divisor, ACC) * dof)
-        if tl.float64 == ACC:
-            whole = times_centred(
-                product, student, shift, stride_student, row, column, rows, size, width, GRAM, BLOCK_K
-            )
-        elif RAW:
-            if p < 0:
-                whole = times_planes(
+        if RAW and p < 0:
+            if tl.load(largest + 2) > 0:  # the same branch in every program
+                whole = times(
                     product, stride_product, student, stride_student, i, j, rows, size, width, one,
-                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K,
+                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, 1, 1, 1, TILE, BLOCK_K, ACC,
                 )  # fmt: skip
-                whole /= tl.load(facts + 3).to(tl.float32)
             else:
-                whole = times_planes(
-                    as_bfloat16(product), stride_product, planes, stride_planes, i, j, rows, size, width, one,
-                    GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, TILE, PLANES_K,
+                whole = times(
+                    product, stride_product, student, stride_student, i, j, rows, size, width, one,
+                    GRAM, WHOLE, OPERAND, PRODUCT_PLANES, PRODUCT_PLANES, 1, 1, TILE, BLOCK_K, ACC,
                 )  # fmt: skip
+            whole /= tl.load(facts + 3).to(tl.float32)
         else:
-            whole = times_planes(
-                product, stride_product, planes, stride_planes, i, j, rows, size, width, one,
-                GRAM, True, PLANE, PRODUCT_PLANES, PLANES, PLANES, TILE, PLANES_K,
+            whole = times(
+                as_bfloat16(product) if RAW else product, stride_product, planes, stride_planes, i, j, rows, size,
+                width, one,
+                GRAM, True, PLANE, PRODUCT_PLANES, PRODUCT_PLANES, PLANES, PRODUCT_PLANES, TILE, PLANES_K, ACC,
             )  # fmt: skip
     # A part of the columns at a time: what the elementwise terms take of all would not fit the registers.
     far = row.to(tl.int64)  # int64: row * stride passes 2**31
@@ -161,11 +117,7 @@ def vicreg_bwd_kernel(
         coefficient = tl.zeros((column.shape[0],), ACC)
         square = tl.load(squares + column, mask=inside, other=1)
         if COVARIANCE:
-            if GRAM:
-                if (p >= tl.min(column, 0)) & (p <= tl.max(column, 0)):  # its own product, which the planes do not have
-                    own = add_rows(dots, pieces, rows, row, row < rows)
-                    grad = tl.where((column == p)[None, :], own[:, None], grad)
-            elif dots is not None:  # what the means have brought in
+            if dots is not None:  # what the means have brought in
                 grad -= add_rows(dots, pieces, width, column, inside)[None, :]
             # A column that is constant has a gradient of 0, to the bit, also where its mean came off after the product.
             grad = tl.where((square == 0)[None, :], 0, grad * outer)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .vicreg import BLOCK, load_centred, place_of
+from .vicreg import BLOCK, place_of
 
 
 @triton.jit
@@ -58,84 +58,65 @@ def multiply(a, live_a, b, live_b, OPERAND: tl.constexpr, A: tl.constexpr, B: tl
         acc = tl.dot(a1, b0, acc)
     if B > 1:
         acc = tl.dot(a0, b1, acc)
-    return tl.dot(a0, b0, acc)
+    if tl.float64 == OPERAND:  # with TF32, the default, Triton 3.6 does not compile it for AMD
+        return tl.dot(a0, b0, acc, input_precision="ieee")
+    else:
+        return tl.dot(a0, b0, acc)
 
 
 @triton.jit
-def product_of_planes(
-    x, stride, i, j, low, size, first, last, one,
-    GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PLANES: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Computes a tile of x x^T (GRAM) or x^T x from `first` to `last` of its depth. WHOLE: no tile has an end in it.
+def start_of(first, side, lane, stride, ROWS: tl.constexpr, PLANES: tl.constexpr):
+    """Returns where a tile of an operand begins: some rows and the first columns (ROWS), or some columns."""
+    if ROWS:
+        return (first + side).to(tl.int64) * stride
+    else:
+        return lane.to(tl.int64) * stride + (place_of(first, side.shape[0] * side.shape[1], PLANES) + side)
 
-    low: the first row on the left, or None for the first of all.
+
+@triton.jit
+def step_to(start, lane, stride, ROWS: tl.constexpr, PLANES: tl.constexpr):
+    """Returns how far a step of the sum lies from where the tile begins."""
+    if ROWS:
+        return place_of(start, lane.shape[0] * lane.shape[1], PLANES) + lane
+    else:
+        return tl.cast(start, tl.int64) * stride
+
+
+@triton.jit
+def product_of(
+    a, stride_a, first_a, size_a, b, stride_b, first_b, size_b, low, high, one,
+    ROWS_A: tl.constexpr, WHOLE_A: tl.constexpr, STORED_A: tl.constexpr, A: tl.constexpr,
+    ROWS_B: tl.constexpr, WHOLE_B: tl.constexpr, STORED_B: tl.constexpr, B: tl.constexpr,
+    OPERAND: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Computes a tile of the product of two operands, from `low` to `high` of what it sums over.
+
+    An operand is the first A or B of its STORED planes. The tile takes its rows (ROWS) or its columns, from the first
+    on, of `size` in all. WHOLE: no tile of it has an end in it.
     """
-    acc = tl.zeros((TILE, TILE), tl.float32)
+    acc = tl.zeros((TILE, TILE), ACC)
     side = tl.arange(0, TILE)
     lane = tl.arange(0, BLOCK_K)
-    left = i * TILE + side
-    right = j * TILE + side
-    if low is not None:
-        left += low
-    if GRAM:
-        if not WHOLE:  # rows past the last are read as the last: their products are masked where they are used
-            left = tl.minimum(left, size - 1)
-            right = tl.minimum(right, size - 1)
-        a = left.to(tl.int64)[:, None] * stride
-        b = right.to(tl.int64)[None, :] * stride
-    else:
-        a = lane.to(tl.int64)[None, :] * stride + (place_of(i * TILE, TILE, PLANES) + side)[:, None]
-        b = lane.to(tl.int64)[:, None] * stride + (place_of(j * TILE, TILE, PLANES) + side)[None, :]
-    for start in range(first, last, BLOCK_K):
+    start_a = a + start_of(first_a, side[:, None], lane[None, :], stride_a, ROWS_A, STORED_A)
+    start_b = b + start_of(first_b, side[None, :], lane[:, None], stride_b, ROWS_B, STORED_B)
+    for start in range(low, high, BLOCK_K):
         live_a = None
         live_b = None
-        if not WHOLE:
-            live_a = (lane < last - start)[None, :]
-            live_b = (lane < last - start)[:, None]
-            if not GRAM:
-                live_a &= (left < size)[:, None]
-                live_b &= (right < size)[None, :]
-        # In this form the compiler needs fewest instructions for the addresses.
-        if GRAM:
-            k = place_of(start, BLOCK_K, PLANES) + lane
-            at_a = a + k[None, :]
-            at_b = b + k[:, None]
-        else:
-            step = tl.cast(start, tl.int64) * stride
-            at_a = a + step
-            at_b = b + step
+        if not WHOLE_A:
+            live_a = (first_a + side < size_a)[:, None] & (lane < high - start)[None, :]
+        if not WHOLE_B:
+            live_b = (lane < high - start)[:, None] & (first_b + side < size_b)[None, :]
+        at_a = start_a + step_to(start, lane[None, :], stride_a, ROWS_A, STORED_A)
+        at_b = start_b + step_to(start, lane[:, None], stride_b, ROWS_B, STORED_B)
         # Without the factor, 1 at run time, the compiler would add within the matrix unit after all.
-        acc += multiply(x + at_a, live_a, x + at_b, live_b, OPERAND, PLANES, PLANES) * one
-    return acc
-
-
-@triton.jit
-def product_of_centred(
-    student, shift, largest, stride, left, right, size, first, last, GRAM: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Computes the same in float64, of rows that are centred as they are loaded."""
-    acc = tl.zeros((left.shape[0], right.shape[0]), tl.float64)
-    for start in range(first, last, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        live_a = (left < size)[:, None] & (k < last)[None, :]
-        live_b = (k < last)[:, None] & (right < size)[None, :]
-        if GRAM:
-            live_a &= (k != tl.load(largest))[None, :]
-            a = load_centred(student, shift, stride, left.to(tl.int64)[:, None], k[None, :], live_a, tl.float64)
-            b = load_centred(student, shift, stride, right.to(tl.int64)[None, :], k[:, None], live_b, tl.float64)
-        else:
-            row = k.to(tl.int64)
-            a = load_centred(student, shift, stride, row[None, :], left[:, None], live_a, tl.float64)
-            b = load_centred(student, shift, stride, row[:, None], right[None, :], live_b, tl.float64)
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
+        acc += multiply(at_a, live_a, at_b, live_b, OPERAND, A, B) * one
     return acc
 
 
 @triton.jit
 def vicreg_product_kernel(
-    student, shift, largest,  # [N, D], last dimension contiguous; [D]; [2]: see vicreg_statistics_kernel
-    planes,  # [padded N, PLANES * padded D]: see vicreg_planes_kernel; None for float64
+    student, largest,  # [N, D], last dimension contiguous; [3]: see vicreg_statistics_kernel
+    planes,  # [padded N, PLANES * padded D]: see vicreg_planes_kernel
     parts,  # [SPLITS, own, size]: tiles from the diagonal on, or all where own rows meet all rows
     row_sums,  # [SPLITS, tiles, size], of the product of rows as they are; None where the columns' means suffice
     stride, stride_planes,
@@ -152,35 +133,31 @@ def vicreg_product_kernel(
     i, j = place_in(tl.program_id(0), tiles, PART)
     split = tl.program_id(1)
     row = i * TILE + tl.arange(0, TILE)
-    left = row
+    low_row = i * TILE
     if PART:
-        left += low
+        low_row += low
+    left = low_row + tl.arange(0, TILE)
     right = j * TILE + tl.arange(0, TILE)
     first = split * depth_a_split
     last = tl.minimum(first + depth_a_split, depth)
     one = tl.where(depth > 0, 1.0, 0.0)
     live = (row < own)[:, None] & (right < size)[None, :]
-    if planes is None:
-        acc = product_of_centred(student, shift, largest, stride, left, right, size, first, last, GRAM, BLOCK_K)
-    elif RAW:
-        if tl.load(largest) < 0:
-            acc = product_of_planes(
-                student, stride, i, j, low, size, first, last, one, GRAM, WHOLE, OPERAND, 1, TILE, BLOCK_K
-            )
-            if GRAM:
-                if not PART:
-                    at = (split * tiles + j) * size + left
-                    tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 1), mask=left < size)
-                if (i != j) | PART:
-                    at = (split * tl.cdiv(own, TILE) + i) * size + right
-                    tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 0), mask=right < size)
-        else:
-            acc = product_of_planes(
-                planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
-            )
+    if RAW and tl.load(largest) < 0:
+        acc = product_of(
+            student, stride, low_row, size, student, stride, j * TILE, size, first, last, one,
+            GRAM, WHOLE, 1, 1, GRAM, WHOLE, 1, 1, OPERAND, TILE, BLOCK_K, ACC,
+        )  # fmt: skip
+        if GRAM:
+            if not PART:
+                at = (split * tiles + j) * size + left
+                tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 1), mask=left < size)
+            if (i != j) | PART:
+                at = (split * tl.cdiv(own, TILE) + i) * size + right
+                tl.store(row_sums + at, tl.sum(tl.where(live, acc, 0), 0), mask=right < size)
     else:
-        acc = product_of_planes(
-            planes, stride_planes, i, j, low, size, first, last, one, GRAM, True, PLANE, PLANES, TILE, PLANES_K
-        )
+        acc = product_of(
+            planes, stride_planes, low_row, size, planes, stride_planes, j * TILE, size, first, last, one,
+            GRAM, True, PLANES, PLANES, GRAM, True, PLANES, PLANES, PLANE, TILE, PLANES_K, ACC,
+        )  # fmt: skip
     at = (split.to(tl.int64) * own + row.to(tl.int64)[:, None]) * size + right[None, :]
     tl.store(parts + at, acc, mask=live)

@@ -53,7 +53,7 @@ class TestSelection:
         selected, _ = collected
         assert len(selected) > 1000
         for test in selected:
-            if not test.startswith(("tests/test_gpu.py", "tests/test_kernels.py")):
+            if not test.startswith(tuple(f"tests/{file}" for file in device_tests.ALONE)):
                 assert "triton" in parameters(test), test
                 assert not {"reference", "torch"} & {*parameters(test)}, test
             assert "31st" not in test

@@ -273,8 +273,8 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
     "vicreg_finish: a mirror image": (
-        "store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)\n    # In",
-        "store_planes(product + mirror, value, off_diagonal, PLANES)\n    # In",
+        "store_planes(product + mirror, tl.trans(value), off_diagonal, PLANES)",
+        "store_planes(product + mirror, value, off_diagonal, PLANES)",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
     "vicreg_finish: a split left out": (
@@ -307,11 +307,6 @@ MUTATIONS = {
         "x = x + 0",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
-    "vicreg_product: the largest column of float64 in the product too": (
-        "live_a &= (k != tl.load(largest))[None, :]",
-        "live_a &= (k != -1)[None, :]",
-        "test_vicreg.py::test_is_the_recipe",
-    ),
     "vicreg: a column that dominates rows of 16 bits as they are": (
         "DOMINANCE = tl.constexpr(4.0)",
         "DOMINANCE = tl.constexpr(1e30)",
@@ -322,9 +317,9 @@ MUTATIONS = {
         "grad += 0 * x_p[:, None] * ",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
-    "vicreg_gradient: the largest column's own product left out": (
-        "grad = tl.where((column == p)[None, :], own[:, None], grad)",
-        "grad += 0 * own[:, None]",
+    "vicreg_finish: the largest column left out of the gradient's product too": (
+        "if GRAM and (i == 0) & (p >= 0):",
+        "if GRAM and (i == 0) & (p < -1):",
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
     "vicreg: another column than the largest": (
@@ -343,8 +338,8 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k vicreg",
     ),
     "vicreg_product: sums that stay in the matrix unit": (
-        "acc += multiply(x + at_a, live_a, x + at_b, live_b, OPERAND, PLANES, PLANES) * one",
-        "acc = tl.dot(load_operand(x + at_a, live_a, OPERAND), load_operand(x + at_b, live_b, OPERAND), acc)",
+        "acc += multiply(at_a, live_a, at_b, live_b, OPERAND, A, B) * one",
+        "acc = tl.dot(load_operand(at_a, live_a, OPERAND), load_operand(at_b, live_b, OPERAND), acc)",
         "test_vicreg_limits.py::test_a_sum_of_4096_products_is_not_biased -p matrix_unit",
     ),
     "vicreg_product: two planes in place of three": (
@@ -353,8 +348,8 @@ MUTATIONS = {
         "test_ops.py::test_is_as_accurate_as_eager -k 70x150",
     ),
     "vicreg_product: own rows that begin elsewhere": (
-        "left = i * TILE + side\n    right = j * TILE + side\n    if low is not None:",
-        "left = i * TILE + side\n    right = j * TILE + side\n    if low is None:",
+        "if PART:\n        low_row += low",
+        "if PART:\n        low_row += 0 * low",
         "test_distributed_triton.py",
     ),
     "vicreg_finish: what all ranks subtract, by each": (
@@ -367,9 +362,19 @@ MUTATIONS = {
         "acc += 0 * a[:, None] * b[None, :]",
         "test_distributed_triton.py",
     ),
-    "vicreg_gradient: a product past its rows": (
-        "live = (lane < size - start)[:, None]",
-        "live = (lane < size + 1 - start)[:, None]",
+    "vicreg_gradient: the rest of the product left out where it counts": (
+        "if tl.load(largest + 2) > 0:",
+        "if tl.load(largest + 2) >= 0:",
+        "test_vicreg_planes.py::test_one_plane_would_not_do_for_a_difference",
+    ),
+    "vicreg_finish: a first plane that is always enough": (
+        "<= of_errors - of_variance",
+        ">= -1",
+        "test_vicreg_planes.py::test_the_second_plane_is_read_only_where_it_counts",
+    ),
+    "vicreg_product: a product past its rows": (
+        "live_b = (lane < high - start)[:, None]",
+        "live_b = (lane < high + 1 - start)[:, None]",
         "test_kernels.py::test_aligned_rows_of_16_bits_stay_within_their_pages",
     ),
 }

@@ -136,18 +136,18 @@ from fused_dino.ops.vicreg_tiles import planes_of_products
 
 torch.version.hip = None  # AMD multiplies float32 whatever is set
 matmul = torch.backends.cuda.matmul
-assert planes_of_products() == 3
+assert planes_of_products(torch.float32) == 3
 for on in (True, False):
     expected = 2 if on else 3
     matmul.fp32_precision = "tf32" if on else "ieee"
-    assert planes_of_products() == expected, "fp32_precision"
+    assert planes_of_products(torch.float32) == expected, "fp32_precision"
     matmul.allow_tf32 = on
-    assert planes_of_products() == expected, "allow_tf32"
+    assert planes_of_products(torch.float32) == expected, "allow_tf32"
     torch.set_float32_matmul_precision("high" if on else "highest")
-    assert planes_of_products() == expected, "set_float32_matmul_precision"
+    assert planes_of_products(torch.float32) == expected, "set_float32_matmul_precision"
 matmul.fp32_precision = "none"
 torch.backends.fp32_precision = "tf32"
-assert planes_of_products() == 2, "the setting of all backends"
+assert planes_of_products(torch.float32) == 2, "the setting of all backends"
 """
 
 

@@ -103,6 +103,17 @@ class BackwardOptions(NamedTuple):
     plan: Plan
 
 
+def empty_terms(student: Tensor, dtype: torch.dtype) -> Terms:
+    loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
+    return loss, invariance, variance, covariance
+
+
+def empty_grads(student: Tensor, target: Tensor, options: BackwardOptions, dtype: torch.dtype | None = None) -> Grads:
+    """Allocate the gradients of student and target, contiguous, or empty where not wanted. dtype: None for theirs."""
+    for_student = student.new_empty(student.shape if options.for_student else 0, dtype=dtype)
+    return for_student, target.new_empty(target.shape if options.for_target else 0, dtype=dtype)
+
+
 def dof_of(rows: Any) -> Any:
     """N - 1, and at least 1, of a number or of a tensor []."""
     return (rows - 1).clamp(min=1) if isinstance(rows, Tensor) else max(rows - 1, 1)

@@ -1,23 +1,16 @@
-"""Computes VICReg over the rows of all ranks, each rank a part; ops/vicreg.py has the formulas.
+"""VICReg over the rows of all ranks, each rank a part; ops/vicreg.py tells what each route computes.
 
-Two routes. With W ranks, N rows in all and N_r here:
+With W ranks, N rows in all and N_r here a rank computes 4 N_r N d multiply-adds by rows, and 4 N_r d^2 by columns, less
+by symmetry. The cheaper journey is chosen: the padded rows in the student's dtype, received once, or the sums, which
+pass twice. It has to be the same on every rank, and a rank knows no other's batch: so "auto" and the route by rows
+exchange the ranks' counts first, W integers on the host (see all_counts). `route="covariance"` exchanges nothing: all
+its shapes are known, and counts stay on the device, so that the host never waits and a CUDA graph can hold it. Without
+a covariance no product is needed, nor a choice: 3 d numbers are summed for the variance, and none for the invariance.
 
-    rows       every rank gets all rows, N d numbers, and computes its own of [N, N] and of the gradient: 4 N_r N d
-    columns    every rank computes xc_r^T xc_r, and d^2 numbers are summed over the ranks: 4 N_r d^2, less by symmetry
-
-The cheaper journey is chosen: the padded rows in the student's dtype, received once, or the sums, which pass twice. It
-has to be the same on every rank, and a rank knows no other's batch: so "auto" and the route by rows exchange the
-ranks' counts first, W integers on the host (see all_counts). `route="covariance"` exchanges nothing: all its shapes are
-known, and counts stay on the device, so that the host never waits and a CUDA graph can hold it. Without a covariance
-no product is needed, nor a choice: 3 d numbers are summed for the variance, and none for the invariance alone.
-
-Both routes run the steps of one process, between which vicreg_exchange.py communicates: by columns each rank's product
-is about its own means, and is computed while the means of all are summed; what both differ by is a product of vectors.
-
-All this is one dispatcher op, since the shapes between its collectives depend on the other ranks. It computes the
-gradient as well: the backward scales it, and communicates nothing. Every rank must bring the same gradient of the loss,
-as data-parallel training does; a rank's gradient is then W times its part of the full batch's, and the mean that DDP or
-FSDP takes is the full batch's gradient (see SumOverRanks).
+All this is one dispatcher op, since the shapes between its collectives depend on the other ranks. Its backward scales
+the gradient, and communicates nothing. Every rank must bring the same gradient of the loss, as data-parallel training
+does; a rank's gradient is then W times its part of the full batch's, and the mean that DDP or FSDP takes is the full
+batch's gradient (see SumOverRanks).
 """
 
 from __future__ import annotations
@@ -33,7 +26,7 @@ from ..reference.dtypes import acc_dtype, without_autocast
 from .dispatch import Op
 from .function import make_function
 from .vicreg_exchange import Ranks
-from .vicreg_plan import BackwardOptions, make_call
+from .vicreg_plan import BackwardOptions, empty_grads, empty_terms, make_call
 from .vicreg_ranks_triton import vicreg_ranks_triton
 from .vicreg_torch import vicreg_ranks_torch
 
@@ -65,16 +58,13 @@ class Forward(NamedTuple):
 
 def vicreg_ranks_empty(student: Tensor, target: Tensor, weights: Tensor | None, options: RanksOptions) -> Forward:
     dtype = acc_dtype(student, target)
-    terms = (student.new_empty((), dtype=dtype) for _ in range(4))
-    for_student, for_target, _ = options.backward
-    grads = (student.new_empty(student.shape if x else 0, dtype=dtype) for x in (for_student, for_target))
-    return Forward(*terms, *grads)
+    return Forward(*empty_terms(student, dtype), *empty_grads(student, target, options.backward, dtype))
 
 
 def run_vicreg_ranks(student: Tensor, target: Tensor, weights: Tensor | None, options: RanksOptions) -> Forward:
     group, plan = group_of(options.group), options.backward.plan
     counts = counts_by_rows(student, target, options.route, group) if plan.covariance else []
-    grads = vicreg_ranks_empty(student, target, weights, options)[4:]
+    grads = empty_grads(student, target, options.backward, acc_dtype(student, target))
     backward = options.backward._replace(plan=plan._replace(gram=bool(counts)))
     run = vicreg_ranks_triton if options.backend == "triton" else vicreg_ranks_torch
     with without_autocast(student):

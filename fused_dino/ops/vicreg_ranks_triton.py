@@ -64,7 +64,7 @@ def by_rows(
         row_sums = ranks.sum(of_rows).view(1, -1)
     if parts is not None:
         launches.launch_finish(saved, student, parts, row_sums, crosses, raw, None, None, plan, own)
-    error, total = ranks.sum(torch.stack([error, saved.facts[4]])).unbind()
+    error, total = ranks.sum(torch.stack([error, saved.facts[6]])).unbind()
     return (error, student.shape[0], saved.squares, total), student, saved
 
 
@@ -93,7 +93,7 @@ def by_columns(
     if plan.covariance:
         saved, about = finish_options(saved, student, moments)
         launches.launch_finish(saved, student, product[None], None, None, False, None, None, plan, about=about)
-    return (moments.error, moments.rows, squares, saved.facts[4]), student, saved
+    return (moments.error, moments.rows, squares, saved.facts[6]), student, saved
 
 
 def about_all(parts: Tensor, saved: Saved, student: Tensor, moments: Moments) -> Tensor:
@@ -112,11 +112,11 @@ def about_all(parts: Tensor, saved: Saved, student: Tensor, moments: Moments) ->
 def finish_options(saved: Saved, student: Tensor, moments: Moments) -> tuple[Saved, Tensor | None]:
     """Returns what to save, and what the rows that are multiplied lie about, less than which they count."""
     dtype = saved.shift.dtype
-    if not student.shape[0] or dtype == torch.float64:
+    if not student.shape[0]:
         return saved._replace(dots=saved.dots[:0]), None
     raw, d = saved.largest[0] < 0, student.shape[1]
     if student.dtype == torch.float16:  # no element of the product is larger than this bound
         bound = saved.squares.max() / moments.rows
         saved.facts[3].copy_(torch.where(raw & (bound > 0), 8192 / bound, 1))
     about = torch.where(raw, moments.mean, moments.away).to(dtype)
-    return saved._replace(dots=saved.shift.new_empty(cdiv(padded(d, dtype), PIECE), d)), about
+    return saved._replace(dots=saved.shift.new_empty(cdiv(padded(d), PIECE), d)), about

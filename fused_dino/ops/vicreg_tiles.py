@@ -32,11 +32,13 @@ def limits_of(device: torch.device) -> tuple[int, int]:
     return LIMITS.get(major, ELSEWHERE)
 
 
-def planes_of_products() -> int:
-    """Planes of float32 products: three, or two where torch's own setting allows TF32, which has fewer digits.
+def planes_of_products(dtype: torch.dtype) -> int:
+    """Planes of products: one of float64; three of float32, or two where torch allows TF32, which has fewer digits.
 
     AMD multiplies float32. fp32_precision follows every way of setting it; reading allow_tf32 raises once that was set.
     """
+    if dtype == torch.float64:
+        return 1
     return 2 if torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip else 3
 
 
@@ -46,13 +48,13 @@ def is_raw(student: Tensor, dtype: torch.dtype) -> bool:
     return student.dtype in HALF and dtype == torch.float32 and aligned and student.stride(1) == 1
 
 
-def padded(size: int, dtype: torch.dtype) -> int:
-    return size if dtype == torch.float64 else cdiv(size, PAD) * PAD
+def padded(size: int) -> int:
+    return cdiv(size, PAD) * PAD
 
 
 def planes_in(x: Tensor, width: int) -> int:
-    """Counts the planes of a [N, width] that lie in x: none where it is empty, and of float64 itself one."""
-    return x.numel() and x.shape[1] // padded(width, x.dtype)
+    """Counts the planes of a [N, width] that lie in x: none where it is empty."""
+    return x.numel() and x.shape[1] // padded(width)
 
 
 def depth_of(tile: int, tiles: int, memory: int) -> int:
@@ -74,10 +76,11 @@ def operands(student: torch.dtype, dtype: torch.dtype, raw: bool) -> dict[str, A
 
     own = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(student, tl.bfloat16)
     interpret = triton.knobs.runtime.interpret
+    plane = tl.float32 if interpret else tl.bfloat16
     return {
         "RAW": raw,
         "OPERAND": tl.float32 if interpret else own,
-        "PLANE": tl.float32 if interpret else tl.bfloat16,
+        "PLANE": tl.float64 if dtype == torch.float64 else plane,
         "ACC": acc_of(dtype),
         "num_stages": 2,
         "enable_fp_fusion": True,

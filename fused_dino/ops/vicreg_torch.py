@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference.dtypes import acc_dtype
 from .columns_torch import centre_block, mean, off, passes
 from .vicreg_exchange import Ranks
-from .vicreg_plan import BackwardOptions, Grads, Plan, Terms, deviation, dof_of, terms_of, weights_of
+from .vicreg_plan import BackwardOptions, Grads, Plan, Terms, deviation, dof_of, empty_grads, terms_of, weights_of
 
 CPU_PANEL = 128  # rows of a symmetric product that are computed at a time, from the diagonal on
 
@@ -59,13 +59,6 @@ def mirror_(out: Tensor) -> Tensor:
     return out
 
 
-def symmetric_product(x: Tensor) -> Tensor:
-    """x x^T."""
-    out = x.new_empty(x.shape[0], x.shape[0])
-    add_square_(out, x, beta=0.0)
-    return mirror_(out)
-
-
 def vicreg_fwd_torch(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
     """loss, invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
     largest [], cross [D]; empty where unwanted."""
@@ -99,15 +92,13 @@ def sums_by_rows(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | Non
     largest, dof = largest_of(squares), max(n - 1, 1)
     if ranks is not None:
         largest = ranks.first(largest)
-    whole = block if block.shape == student.shape else None
-    largest_column = column_of(student, shift, largest, whole) / dof
+    largest_column = column_of(student, shift, largest) / dof
+    one_block = block.shape == student.shape
     for part in inner_blocks(student, True):
         some = part[1]
-        if whole is None:
+        if not one_block:
             block = off(student[part].to(dtype), shift[:, some])
-            zero_column_(block, largest - (some.start or 0))
-        else:
-            block = whole.index_fill_(1, largest, 0)
+        zero_column_(block, largest - (some.start or 0))
         torch.mv(block.T, largest_column, out=cross[some])
         beta = 1.0 if some.start else 0.0
         if ranks is None:
@@ -185,10 +176,8 @@ def own_squares(squares: Tensor, cross: Tensor, largest: Tensor) -> Tensor:
     return 2 * cross.square().sum(dtype=torch.float64) - others.square().sum(dtype=torch.float64)
 
 
-def column_of(student: Tensor, shift: Tensor, at: Tensor, whole: Tensor | None) -> Tensor:
-    """Returns one column of xc, [N]. whole: xc, where one block was all of it."""
-    if whole is not None:
-        return whole.index_select(1, at)[:, 0]
+def column_of(student: Tensor, shift: Tensor, at: Tensor) -> Tensor:
+    """Returns one column of xc, [N]."""
     column, mean_of_it = (x.index_select(1, at) for x in (student, shift))
     return off(column.to(shift.dtype), mean_of_it)[:, 0]
 
@@ -209,11 +198,10 @@ def product_energy(product: Tensor) -> Tensor:
 
 def vicreg_bwd_torch(
     student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved, options: BackwardOptions
-) -> tuple[Tensor, Tensor]:
-    for_s = student.new_empty(student.shape if options.for_student else 0)
-    for_t = target.new_empty(target.shape if options.for_target else 0)
-    fill_gradients((for_s, for_t), student, target, grad_output, weights, saved, options)
-    return for_s, for_t
+) -> Grads:
+    grads = empty_grads(student, target, options)
+    fill_gradients(grads, student, target, grad_output, weights, saved, options)
+    return grads
 
 
 def fill_gradients(
@@ -240,6 +228,7 @@ def fill_gradients(
             alone = squares.index_fill(0, largest, 0) * (scale / dof)
             column = -alone if column is None else column - alone
             cross = cross * scale
+            largest_column = column_of(student, shift, largest)[own]
     if plan.invariance:
         toward_target = grad_output * (inv_weight * (2 / (rows * d)))
     in_place = for_student and for_s.dtype == dtype
@@ -262,10 +251,7 @@ def fill_gradients(
         if matrix is not None:
             # Transposed, which it equals: MKL's product of two or three rows with a matrix as it lies is less accurate.
             grad.addmm_(*((matrix, block) if plan.gram else (block, matrix.T)))
-        if matrix is not None and plan.gram:
-            if largest_column is None:
-                whole = block if block.shape == student.shape else None
-                largest_column = column_of(student, shift, largest, whole)[own]
+        if largest_column is not None:
             grad.addr_(largest_column, cross[part[1]])
         if not in_place:
             for_s[part] = grad

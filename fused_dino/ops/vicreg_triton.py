@@ -5,8 +5,7 @@ allows TF32. Students of 16 bits are multiplied as they are, or as planes where 
 dominates; float64 in its own instructions. The product, [N, N] or [D, D], waits for the backward as planes, and so do
 the student's. Splits of a product together hold no more numbers than the student.
 
-Each launch serves a group's ranks too (vicreg_ranks_triton.py): by rows the student is all ranks' rows, of which `own`
-are this rank's.
+Each launch serves a group's ranks too: by rows the student is all ranks' rows, of which `own` are this rank's.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .columns import COLUMNS, ROWS, runs_of
 from .dispatch import acc_of, cdiv, launched, rows_of
 from .plain import launch
 from .tickets import ticket
-from .vicreg_plan import BackwardOptions, Grads, Plan, Terms
+from .vicreg_plan import BackwardOptions, Grads, Plan, Terms, empty_grads, empty_terms, terms_of
 from .vicreg_tiles import HALF, PAD, PIECE, TILES, is_raw, padded, planes_in
 
 
@@ -31,11 +30,12 @@ class Saved(NamedTuple):
 
     shift: Tensor  # [D]; the mean of a column is its first element plus this
     squares: Tensor  # [D], of the centred columns
-    facts: Tensor  # [5] float64, of all columns: see vicreg_statistics_kernel
-    largest: Tensor  # [2], the column that is left out of planes, or -1 where the student is multiplied as it is; N
-    planes: Tensor  # [padded N, planes * padded D] bfloat16, of the centred student; unwritten where it is not used
+    facts: Tensor  # [7] float64, of all columns: see vicreg_statistics_kernel
+    largest: Tensor  # [3], the column that is left out of planes, or -1 where the student is multiplied as it is; N;
+    # whether one plane of the product is enough there
+    planes: Tensor  # [padded N, planes * padded D] of the centred student; unwritten where it is not used
     product: Tensor  # [padded N, planes * padded N] or [padded D, planes * padded D]
-    dots: Tensor  # [pieces, N] or [pieces, D]: parts of the product with one vector
+    dots: Tensor  # [pieces, D]: parts of the product of columns with what is subtracted from rows after it
     cross: Tensor  # [D], covariances of the largest column, where the product is that of rows
 
 
@@ -57,35 +57,25 @@ class Forward(NamedTuple):
 def vicreg_fwd_empty(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Forward:
     """Allocates the loss and its three terms [], then what the backward needs."""
     dtype = acc_dtype(student, target)
-    loss, invariance, variance, covariance = (student.new_empty((), dtype=dtype) for _ in range(4))
-    return Forward(loss, invariance, variance, covariance, *empty_saved(student, dtype, plan))
+    return Forward(*empty_terms(student, dtype), *empty_saved(student, dtype, plan))
 
 
 def empty_saved(student: Tensor, dtype: torch.dtype, plan: Plan, own: slice | None = None) -> Saved:
     (n, d), half = student.shape, student.dtype in HALF
     shift, squares = (student.new_empty(d, dtype=dtype) for _ in range(2))
-    facts, largest = student.new_empty(5, dtype=torch.float64), student.new_empty(2, dtype=torch.int32)
+    facts, largest = student.new_empty(7, dtype=torch.float64), student.new_empty(3, dtype=torch.int32)
     shapes: dict[str, Any] = {"planes": 0, "product": 0, "dots": 0, "cross": 0}
-    of_product = dtype if dtype == torch.float64 else student.dtype if half else torch.bfloat16
+    plane = dtype if dtype == torch.float64 else torch.bfloat16
+    dtypes = {"planes": plane, "product": student.dtype if half and dtype == torch.float32 else plane}
     if plan.covariance:
-        size, rows, count = padded(n if plan.gram else d, dtype), n if plan.gram else d, 1
-        if own is not None:
-            rows = own.stop - own.start
-        if dtype == torch.float32:
-            count = tiling.planes_of_products()
-            # The last tile of own rows may reach past the end of all rows.
-            shapes["planes"] = (
-                padded(n, dtype) + (PAD if own is not None else 0),
-                count * padded(d, dtype),
-            )
-        if half and dtype == torch.float32:
-            count = 2
-        shapes["product"] = (padded(rows, dtype), count * size)
-        if plan.gram or half:
-            shapes["dots"] = (cdiv(size, PIECE), rows)
+        size, count = n if plan.gram else d, tiling.planes_of_products(dtype)
+        rows, more = (size, 0) if own is None else (own.stop - own.start, PAD)  # the last tile may reach past all rows
+        shapes["planes"] = padded(n) + more, count * padded(d)
+        shapes["product"] = padded(rows), (2 if half and dtype == torch.float32 else count) * padded(size)
         if plan.gram:
             shapes["cross"] = d
-    dtypes = {"planes": torch.bfloat16, "product": of_product}
+        elif half and dtype == torch.float32:
+            shapes["dots"] = cdiv(padded(d), PIECE), d
     others = (student.new_empty(x, dtype=dtypes.get(name, dtype)) for name, x in shapes.items())
     return Saved(shift, squares, facts, largest, *others)
 
@@ -94,11 +84,11 @@ def launch_vicreg_fwd(out: Forward, student: Tensor, target: Tensor, weights: Te
     student, target = rows_of(student, target)
     terms, saved = out[:4], Saved(*out[4:])
     if not student.shape[0]:
-        computed = (plan.invariance or plan.variance, plan.invariance, plan.variance)
-        for term, nothing in zip(terms, computed, strict=False):
-            term.fill_(float("nan") if nothing else 0)
-        for x in out[3:]:
+        for x in saved:
             x.zero_()
+        nothing = saved.facts[0]
+        for term, x in zip(terms, terms_of(nothing, 0, saved.squares, nothing, 1, weights, plan), strict=True):
+            term.copy_(x)
         return
     with torch.cuda.device_of(student):
         raw = is_raw(student, saved.shift.dtype)
@@ -146,14 +136,13 @@ def launch_planes(saved: Saved, student: Tensor, plan: Plan) -> Tensor | None:
     from ..kernels.vicreg import vicreg_planes_kernel
 
     (n, d), dtype = student.shape, saved.shift.dtype
-    planes, runs = saved.planes if saved.planes.numel() else None, runs_of(n, d)
+    runs = runs_of(n, d)
     crosses = student.new_empty((runs.number, d), dtype=dtype) if plan.gram else None
-    if plan.gram or planes is not None:
-        launch(vicreg_planes_kernel, (cdiv(padded(d, dtype), COLUMNS), runs.number),
-            student, saved.shift, saved.largest, planes, crosses, student.stride(0), saved.planes.stride(0), n, d,
-            padded(n, dtype), runs.length, max(n - 1, 1),
-            GRAM=plan.gram, PLANES=planes_in(saved.planes, d), **statistics_options(dtype),
-        )  # fmt: skip
+    launch(vicreg_planes_kernel, (cdiv(padded(d), COLUMNS), runs.number),
+        student, saved.shift, saved.largest, saved.planes, crosses, student.stride(0), saved.planes.stride(0), n, d,
+        padded(n), runs.length, max(n - 1, 1),
+        GRAM=plan.gram, PLANES=planes_in(saved.planes, d), **statistics_options(dtype),
+    )  # fmt: skip
     return crosses
 
 
@@ -168,7 +157,7 @@ def launch_product(
     low, rows = (None, size) if own is None else (own.start, own.stop - own.start)
     count = planes_in(saved.planes, d)
     steps: dict[str, Any] = tiling.FLOAT64
-    if count:
+    if dtype == torch.float32:
         large, high = cdiv(size, TILES[0]), cdiv(rows, TILES[0])
         many = (large * (large + 1) // 2 if own is None else high * large) >= tiling.PROGRAMS // 8
         steps = tiling.steps_of(tiling.limits_of(student.device), many, 2 if raw else 2 * count, 2 * count)
@@ -179,7 +168,7 @@ def launch_product(
     parts = student.new_empty((splits, rows, size), dtype=dtype)
     row_sums = student.new_empty((splits * high, size), dtype=dtype) if raw and plan.gram else None
     launch(vicreg_product_kernel, (programs, splits),
-        student, saved.shift, saved.largest, saved.planes if count else None, parts, row_sums,
+        student, saved.largest, saved.planes, parts, row_sums,
         student.stride(0), saved.planes.stride(0), low, rows, size, depth, depth_a_split, tiles,
         GRAM=plan.gram, WHOLE=tiling.is_whole(student, steps) and not rows % steps["TILE"], PLANES=count,
         **steps, **tiling.operands(student.dtype, dtype, raw),
@@ -195,28 +184,26 @@ def launch_finish(
     from ..kernels.vicreg_finish import vicreg_finish_kernel
 
     (splits, rows, size), d, dtype = parts.shape, student.shape[1], saved.shift.dtype
-    pieces = cdiv(padded(size, dtype), PIECE)
+    pieces = cdiv(padded(size), PIECE)
     programs = pieces * (pieces + 1) // 2
     if own is not None:
-        programs = cdiv(padded(rows, dtype), PIECE) * pieces
+        programs = cdiv(padded(rows), PIECE) * pieces
     launch(vicreg_finish_kernel, (programs,),
         parts, row_sums, student, saved.shift, saved.squares, saved.facts, saved.largest, crosses, about,
-        saved.product, saved.dots if saved.dots.numel() else None, saved.cross,
+        saved.product, saved.planes, saved.dots if saved.dots.numel() else None, saved.cross,
         student.new_empty(programs, dtype=torch.float64), ticket(student), weights, *(terms or (None,) * 4),
-        student.stride(0), saved.product.stride(0), pieces, None if own is None else own.start, rows, d, size, splits,
+        student.stride(0), saved.planes.stride(0), saved.product.stride(0), pieces,
+        None if own is None else own.start, rows, d, size, splits,
         0 if row_sums is None else len(row_sums), 0 if crosses is None else len(crosses), plan.divisor, *plan.weights,
-        GRAM=plan.gram, RAW=raw, PLANES=planes_in(saved.product, size), PIECE=PIECE, ACC=acc_of(dtype),
-        num_warps=4, enable_fp_fusion=True,
+        GRAM=plan.gram, RAW=raw, PLANES=planes_in(saved.product, size), X_PLANES=planes_in(saved.planes, d),
+        PIECE=PIECE, ACC=acc_of(dtype), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def vicreg_bwd_empty(
     student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved, options: BackwardOptions
-) -> tuple[Tensor, Tensor]:
-    """Allocates the gradients of student and target, each [N, D] and contiguous, or empty where not wanted."""
-    for_s = student.new_empty(student.shape if options.for_student else 0)
-    for_t = target.new_empty(target.shape if options.for_target else 0)
-    return for_s, for_t
+) -> Grads:
+    return empty_grads(student, target, options)
 
 
 def launch_vicreg_bwd(
