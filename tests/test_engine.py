@@ -63,6 +63,8 @@ MODELS = {
     "registers alone": partial(of_timm, "vit_medium_patch16_reg4_gap_256"),
     "no affine": partial(of_timm, "vit_small_patch14_dinov2", norm_layer=partial(nn.LayerNorm, eps=1e-3, bias=False)),
 }
+if timm.__version__.startswith("1.0.22"):  # whose mixed rotations multiply float32 by float64
+    del MODELS["mixed RoPE"]
 POOLED = ("SigLIP", "registers alone")
 each = pytest.mark.parametrize("name", MODELS)
 
