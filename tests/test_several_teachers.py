@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from conftest import TinyTeacher
 from fused_dino import DINOv2Backbone, GlobalTerm, Preprocess, Schedule, Supervision, Term, TokenTerm
+from fused_dino.recipes.repa import NegativeCosine
 
 C = 10
 
@@ -240,3 +241,23 @@ def test_bad_constructions_are_named(teacher, message, options):
 def test_a_name_that_is_none_is_named():
     with pytest.raises(TypeError, match=r"^teacher must be None or the name of a teacher, got TinyTeacher"):
         TokenTerm(C, teacher=TinyTeacher())
+
+
+class Unused(nn.Module):
+    """A teacher of width 2 that never runs."""
+
+    embed_dim, patch_size, img_size = 2, 7, 14
+
+
+def test_repas_mean_over_two_encoders():
+    """The value that REPA's own code gives for two encoders: each term has half of the weight."""
+    half = {"projector": nn.Identity(), "loss": NegativeCosine(detach_teacher=False), "weight": 0.5}
+    supervision = Supervision(
+        {"first": Unused(), "second": Unused()},
+        {"a": TokenTerm(2, teacher="first", **half), "b": TokenTerm(2, teacher="second", **half)},
+    )
+    s, t = (torch.tensor([rows], dtype=torch.float64) for rows in (
+        [[1, 0], [1, 1], [0, 2], [-1, 1]], [[2, 1], [0, 1], [1, 1], [1, -1]]))  # fmt: skip
+    known = {"global": t.mean(1), "patch": t, "grid": (2, 2)}
+    loss, _ = supervision(students={"a": s, "b": 2 * s.flip(-1)}, features={"first": known, "second": known})
+    assert loss.item() == pytest.approx(-0.521258489, abs=1e-9)
