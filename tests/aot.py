@@ -6,7 +6,8 @@
 
 A budget holds for a kernel or, as "<kernel> <first word of the case>", for some of its cases: at most so many
 `registers` and bytes of `shared` memory, and a widest `load` and `store` of at least so many bytes a thread; each is a
-number, or one for every backend. Where a compiler needs limits of its own, they stand in the budget under its version.
+number, or one for every backend, and for a GPU where that needs its own. Where a compiler needs limits of its own, they
+stand in the budget under its version.
 Nothing may spill or use a stack. A kernel with dots must have matrix instructions, unless its budget says "matrix": 0.
 A kernel of another dtype than fp64 may have no `f64` instruction, unless its budget says how many, and on
 NVIDIA's GPUs may leave no sum in the matrix unit from one step to the next. A kernel without a budget, and a budget
@@ -174,7 +175,8 @@ def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
     """How a row breaks its budget."""
     gpu, kib = TARGETS[row.target]
     budget = budget | budget.get(COMPILER, {})
-    budget = {key: value.get(gpu.backend) if isinstance(value, dict) else value for key, value in budget.items()}
+    of_each = {key: value if isinstance(value, dict) else {gpu.backend: value} for key, value in budget.items()}
+    budget = {key: value.get(row.target, value.get(gpu.backend)) for key, value in of_each.items()}
     most = {"registers": budget["registers"], "spills": 0, "stack": 0, "shared": min(budget["shared"], kib * 1024)}
     if "fp64" not in row.case.split():
         most |= {"f64": budget.get("f64", 0)} | ({"chained": 0} if gpu.backend == "cuda" else {})

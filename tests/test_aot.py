@@ -245,6 +245,15 @@ def test_a_compiler_has_limits_of_its_own():
     assert len(list(aot.excesses(replace(ROW, registers=72), LIMITS | {"0.1": own[aot.COMPILER]}))) == 1
 
 
+def test_a_gpu_has_limits_of_its_own():
+    own = LIMITS | {"registers": {"cuda": 64, "sm_80": 96, "hip": 32}}
+    assert list(aot.excesses(replace(ROW, registers=96, target="sm_80"), own)) == []
+    over = replace(ROW, registers=97, target="sm_80")
+    assert list(aot.excesses(over, own)) == [f"{over}: registers 97, budget at most 96"]
+    other = replace(ROW, registers=96)
+    assert list(aot.excesses(other, own)) == [f"{other}: registers 96, budget at most 64"]
+
+
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;                /* 0x00000a0000017a02 */
         /*0010*/                   MOV R2, RZ ;

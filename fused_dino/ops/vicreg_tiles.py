@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +13,37 @@ from .dispatch import acc_of, cdiv
 PROGRAMS = 132  # that an H100 runs at once, one a multiprocessor
 HALF = (torch.bfloat16, torch.float16)
 TILES = (128, 64)
-# The largest side of a tile, and the bytes of shared memory for steps, by the major version of a GPU. Elsewhere than on
-# Hopper larger tiles would not leave enough registers.
-HOPPER, ELSEWHERE = (128, 227 * 1024), (64, 64 * 1024)
-LIMITS = {9: HOPPER, 10: (64, 99 * 1024)}
 FLOAT64 = {"TILE": 32, "BLOCK_K": 16, "PLANES_K": 16, "num_warps": 2}
 PIECE = 32  # rows and columns of the product that one program finishes
 PAD = 128  # rows and columns to which planes are padded, so that no tile of them has an end in it
 GROUP = 8  # tiles of the gradient that run together
 
 
+class Limits(NamedTuple):
+    """Says what fits a GPU. Elsewhere than on Hopper larger tiles would not leave enough registers."""
+
+    tile: int  # the largest side
+    memory: int  # bytes of shared memory for the steps of a product
+    registers: int | None = None  # of a thread, where the compiler would spill some so that more programs run at once
+
+
+HOPPER, ELSEWHERE = Limits(128, 227 * 1024), Limits(64, 64 * 1024)
+AMPERE, BLACKWELL = Limits(64, 64 * 1024, 128), Limits(64, 99 * 1024, 128)
+LIMITS = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: AMPERE}  # by a GPU's major version; 12 has as little memory
+
+
 @cache
-def limits_of(device: torch.device) -> tuple[int, int]:
-    """Returns the largest side of a tile, and the bytes of shared memory for the steps of a product."""
+def limits_of(device: torch.device) -> Limits:
     if device.type != "cuda":
         return HOPPER
     major = 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
     return LIMITS.get(major, ELSEWHERE)
+
+
+def registers_on(device: torch.device) -> dict[str, Any]:
+    """Returns the option of a launch that has the compiler use more registers before it spills any."""
+    registers = limits_of(device).registers
+    return {} if registers is None else {"maxnreg": registers}
 
 
 def planes_of_products(dtype: torch.dtype) -> int:
@@ -95,12 +109,11 @@ def split(size: int, depth: int, tiles: int, step: int) -> tuple[int, int]:
 
 
 @cache
-def steps_of(limits: tuple[int, int], many: bool, raw: int, planes: int) -> dict[str, Any]:
+def steps_of(limits: Limits, many: bool, raw: int, planes: int) -> dict[str, Any]:
     """Chooses the side of tiles, the larger where there are many of them, and how deep a step is.
 
     A step has so many tiles of rows as they are, or so many of planes.
     """
-    largest, memory = limits
-    tile = min(TILES[0] if many else TILES[1], largest)
-    depths = {"BLOCK_K": depth_of(tile, raw, memory), "PLANES_K": depth_of(tile, planes, memory)}
+    tile = min(TILES[0] if many else TILES[1], limits.tile)
+    depths = {"BLOCK_K": depth_of(tile, raw, limits.memory), "PLANES_K": depth_of(tile, planes, limits.memory)}
     return {"TILE": tile, **depths, "num_warps": tile // 16}
