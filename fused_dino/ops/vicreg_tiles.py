@@ -24,11 +24,11 @@ class Limits(NamedTuple):
 
     tile: int  # the largest side
     memory: int  # bytes of shared memory for the steps of a product
-    registers: int | None = None  # of a thread, where the compiler would spill some so that more programs run at once
+    spills: bool = False  # whether the compiler spills registers so that more programs run at once
 
 
 HOPPER, ELSEWHERE = Limits(128, 227 * 1024), Limits(64, 64 * 1024)
-AMPERE, BLACKWELL = Limits(64, 64 * 1024, 128), Limits(64, 99 * 1024, 128)
+AMPERE, BLACKWELL = Limits(64, 64 * 1024, True), Limits(64, 99 * 1024, True)
 LIMITS = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: AMPERE}  # by a GPU's major version; 12 has as little memory
 
 
@@ -40,10 +40,9 @@ def limits_of(device: torch.device) -> Limits:
     return LIMITS.get(major, ELSEWHERE)
 
 
-def registers_on(device: torch.device) -> dict[str, Any]:
-    """Returns the option of a launch that has the compiler use more registers before it spills any."""
-    registers = limits_of(device).registers
-    return {} if registers is None else {"maxnreg": registers}
+def registers_on(device: torch.device, most: int) -> dict[str, Any]:
+    """Returns the option of a launch that has the compiler use so many registers of a thread before it spills any."""
+    return {"maxnreg": most} if limits_of(device).spills else {}
 
 
 def planes_of_products(dtype: torch.dtype) -> int:
