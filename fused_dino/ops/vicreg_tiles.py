@@ -24,11 +24,12 @@ class Limits(NamedTuple):
 
     tile: int  # the largest side
     memory: int  # bytes of shared memory for the steps of a product
-    spills: bool = False  # whether the compiler spills registers so that more programs run at once
+    spills: tuple[torch.dtype, ...] = ()  # in which the compiler spills registers so that more programs run at once
 
 
-HOPPER, ELSEWHERE = Limits(128, 227 * 1024), Limits(64, 64 * 1024)
-AMPERE, BLACKWELL = Limits(64, 64 * 1024, True), Limits(64, 99 * 1024, True)
+HOPPER, ELSEWHERE = Limits(128, 227 * 1024, (torch.float64,)), Limits(64, 64 * 1024)
+AMPERE = Limits(64, 64 * 1024, (torch.float32, torch.float64))
+BLACKWELL = Limits(64, 99 * 1024, (torch.float32, torch.float64))
 LIMITS = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 12: AMPERE}  # by a GPU's major version; 12 has as little memory
 
 
@@ -40,9 +41,9 @@ def limits_of(device: torch.device) -> Limits:
     return LIMITS.get(major, ELSEWHERE)
 
 
-def registers_on(device: torch.device, most: int) -> dict[str, Any]:
+def registers_on(device: torch.device, dtype: torch.dtype, most: int) -> dict[str, Any]:
     """Returns the option of a launch that has the compiler use so many registers of a thread before it spills any."""
-    return {"maxnreg": most} if limits_of(device).spills else {}
+    return {"maxnreg": most} if dtype in limits_of(device).spills else {}
 
 
 def planes_of_products(dtype: torch.dtype) -> int:

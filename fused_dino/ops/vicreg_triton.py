@@ -127,7 +127,7 @@ def launch_statistics(
         student.stride(0), 0 if target is None else target.stride(0),
         n, d, runs.length, runs.number, max(n - 1, 1) if plan.unbiased else n, *plan.weights,
         GAMMA=plan.gamma, EPS=plan.eps, VARIANCE=plan.variance, GRAM=plan.gram, RAW=raw,
-        RUNS=runs.most, **statistics_options(dtype), **tiling.registers_on(student.device, 128),
+        RUNS=runs.most, **statistics_options(dtype), **tiling.registers_on(student.device, dtype, 128),
     )  # fmt: skip
 
 
@@ -196,7 +196,8 @@ def launch_finish(
         None if own is None else own.start, rows, d, size, splits,
         0 if row_sums is None else len(row_sums), 0 if crosses is None else len(crosses), plan.divisor, *plan.weights,
         GRAM=plan.gram, RAW=raw, PLANES=planes_in(saved.product, size), X_PLANES=planes_in(saved.planes, d),
-        PIECE=PIECE, ACC=acc_of(dtype), num_warps=4, enable_fp_fusion=True, **tiling.registers_on(student.device, 128),
+        PIECE=PIECE, ACC=acc_of(dtype), num_warps=4, enable_fp_fusion=True,
+        **tiling.registers_on(student.device, dtype, 128),
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def launch_vicreg_bwd(
             INVARIANCE=plan.invariance, VARIANCE=plan.variance, COVARIANCE=plan.covariance and for_student,
             UNBIASED=plan.unbiased, GAMMA=plan.gamma, EPS=plan.eps, GRAM=plan.gram,
             WHOLE=tiling.is_whole(student, steps), PRODUCT_PLANES=counts[0], PLANES=counts[1], GROUP=tiling.GROUP,
-            **steps, **tiling.operands(student.dtype, dtype, raw), **tiling.registers_on(student.device, 255),
+            **steps, **tiling.operands(student.dtype, dtype, raw), **tiling.registers_on(student.device, dtype, 255),
         )  # fmt: skip
 
 
