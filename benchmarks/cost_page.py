@@ -93,7 +93,10 @@ def section(stem: str, run: Evidence) -> str:
     for record in models(run):
         parts += [f"### {record.op} {record.row}", forwards(record, run, gpu).markdown()]
         if record.op == "step":
-            parts += ["The parts of ours:", shares_of(record, gpu).markdown()]
+            parts += [
+                "The parts of ours, each timed alone, so that they need not add up:",
+                shares_of(record, gpu).markdown(),
+            ]
         parts += [f"- {timing.name}: {timing.why}" for timing in record.timings if timing.why]
     return "\n\n".join(parts) + "\n"
 

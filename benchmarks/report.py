@@ -13,6 +13,7 @@ from .evidence import ROOT, Evidence
 
 RESULTS, PAGE, README = ROOT / "benchmarks/results", ROOT / "docs/performance.md", ROOT / "README.md"
 GPU_PAGE, COST_PAGE = ROOT / "docs/gpu.md", ROOT / "docs/costs.md"
+WHOLE_MODELS = {"step", "teacher"}
 BEGIN, END = "<!-- performance: rendered by make report -->", "<!-- performance: end -->"
 
 PREAMBLE = """# Performance
@@ -69,9 +70,14 @@ def section(stem: str, run: Evidence) -> str:
 
 
 def summary(evidences: dict[str, Evidence]) -> str:
-    """Return the README's part: a table for each results file, since times of two devices do not compare."""
+    """Return the README's part: a table for each results file, since times of two devices do not compare.
+
+    A run of whole models alone is on the page of costs.
+    """
     parts = []
     for run in evidences.values():
+        if {*table.ops(run)} <= WHOLE_MODELS:
+            continue
         parts += [f"{table.device(run)}: {table.heading(run)}.", table.summary(run).markdown(), *table.remarks(run)]
     return "\n\n".join(parts)
 

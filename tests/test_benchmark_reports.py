@@ -107,6 +107,11 @@ class TestReport:
         text = report.README.read_text()
         assert report.insert(text, report.summary(report.load())) == text, "run make report"
 
+    def test_the_readme_leaves_out_a_run_of_whole_models_alone(self):
+        step, cosine = (evidence_of(recorded({EAGER: 1.0, OURS: 1.0}, op=op)) for op in ("step", "cosine_loss"))
+        assert report.summary({"a": step, "b": cosine}) == report.summary({"b": cosine}) != ""
+        assert report.summary({"a": step}) == ""
+
     def test_a_changed_figure_shows(self):
         evidences = report.load()
         assert evidences, "there are results to render"
