@@ -16,6 +16,10 @@ libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 PAGE = mmap.PAGESIZE
 NOTHING, READ_WRITE, PRIVATE_ANONYMOUS = 0, 3, 0x22
 
+# A forked child has none of its parent's threads. autograd decides in its first backward whether it needs any, and does
+# once something was compiled; here nothing was.
+torch.ones((), requires_grad=True).backward()
+
 
 def guarded(tensor: Tensor, side: str) -> Tensor:
     """Copy a tensor so that its first ("before") or last ("after") byte touches a page that cannot be accessed."""
@@ -36,6 +40,7 @@ def survives(call) -> bool:
     if child == 0:
         faulthandler.disable()  # a death that is looked for needs no report
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        torch.set_num_threads(1)
         status = 1
         try:
             call()

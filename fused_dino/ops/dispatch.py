@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
@@ -26,11 +28,25 @@ Shape = tuple[Any, ...]
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+def digest(folder: Path) -> str:
+    """Return an identifier that changes with the Python files in `folder`."""
+    text = sha256()
+    for file in sorted(folder.glob("*.py")):
+        text.update(file.read_bytes())
+    return f"sources_{text.hexdigest()[:16]}"
+
+
+OVERLOAD = digest(Path(__file__).parent)
+
+
 class Op:
     """The opaque op `name`: `run` computes its results, and `empty` makes them without their values.
 
     Its arguments are written once: as the annotated parameters of `empty`. A NamedTuple among them passes the
     dispatcher as its fields. An op whose name ends in "_" changes its first argument, and returns None.
+
+    Its overload is named after the sources of all ops. torch's caches of compiled graphs know an op by its name alone
+    (https://github.com/pytorch/pytorch/issues/160472), so after an update they would call it with the old results.
 
     It has no gradient of its own: the op's autograd.Function has, and differentiating the op itself is refused, where
     torch 2.11 would return zeros. The CPU key serves the interpreter alone; the choice of a backend sees to that.
@@ -43,15 +59,16 @@ class Op:
         arguments = ", ".join(schema_of(parameters))
         if name.endswith("_"):
             arguments = arguments.replace("Tensor", "Tensor(a!)", 1)
-        library.define(f"{name}({arguments}) -> {schema_of_results(returns)}", tags=(torch.Tag.pt2_compliant_tag,))
+        qualified = f"{name}.{OVERLOAD}"
+        library.define(f"{qualified}({arguments}) -> {schema_of_results(returns)}", tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("CUDA", "CPU"):  # ROCm registers as CUDA too
-            library.impl(name, lambda *values: run(*whole(self.shape, backwards(values))), device)
+            library.impl(qualified, lambda *values: run(*whole(self.shape, backwards(values))), device)
         torch.library.register_fake(
-            f"{NAMESPACE}::{name}", lambda *values: empty(*whole(self.shape, backwards(values))), lib=library
+            f"{NAMESPACE}::{qualified}", lambda *values: empty(*whole(self.shape, backwards(values))), lib=library
         )
         if not name.endswith("_"):
-            torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_gradient, lib=library)
-        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+            torch.library.register_autograd(f"{NAMESPACE}::{qualified}", refuse_gradient, lib=library)
+        self.overload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), OVERLOAD)
 
     def __call__(self, *args: Any) -> Any:
         if is_plain(args) and not torch.is_grad_enabled():
