@@ -62,12 +62,12 @@ TERMS: dict[str, tuple[Callable[[], Any], tuple[int, ...], dict[str, Any], int]]
         {},
         B * (PROJECTOR + COSINE),
     ),
-    # A weight for each image.
+    # A weight for each image, a byte that says whether it is 0, and the row as the projector gets it: zeros there.
     "global, weighed": (
         lambda: GlobalTerm(C, hidden_dim=H, out_dim=D),
         (B, C),
         {"weight": torch.rand(B)},
-        B * (PROJECTOR + COSINE + 1),
+        B * (PROJECTOR + COSINE + 1 + 1 / FLOAT + C),
     ),
     # The region's target is pooled; the projector's input too.
     "regions": (

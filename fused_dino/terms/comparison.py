@@ -13,6 +13,7 @@ from ..reference.dtypes import acc_dtype
 from ..registry import OPS
 from ..rows import rows_loss
 from ..validation import check_choice
+from .masks import blank
 
 LOSSES = ("cosine", "mse", "vicreg")
 OURS = (CosineLoss, MSELoss, VICRegLoss)  # a subclass may have a forward of its own
@@ -69,6 +70,8 @@ def compare(
         target = target.detach() if loss.detach_teacher else target
         scaled, value = rows_loss(loss.op.__name__, student, target, more.pop("weight", None), **settings, **more)
         return scaled, {"value": value if share is None else value * share}
+    if type(loss) not in OURS:  # which pass over the rows that are left out; a row of ones has a norm and an angle
+        student, target = blank(student, weight, 1.0), target if index is not None else blank(target, weight, 1.0)
     out = loss(student, target, **more)
     value = out.loss if isinstance(out, VICRegOutput) else out
     if not isinstance(value, Tensor) or value.ndim:

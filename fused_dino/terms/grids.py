@@ -2,7 +2,7 @@
 
 `F.adaptive_avg_pool2d` and `F.interpolate` are the same functions, and on CUDA their backward adds with atomics, in an
 order that changes from run to run. A product of matrices has a fixed order. A NaN or an infinity spreads over its
-whole image here, and there only over its own regions: the loss is NaN in both.
+whole image here, and there only over its own regions: the loss is NaN in both. Rows that a mask leaves out are blank.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..features import Grid
 from ..hidden import move
 from ..ops.plain import forward_mode
 from ..reference.dtypes import acc_dtype, without_autocast
+from .masks import blank, counts
 
 
 class Product(torch.autograd.Function):
@@ -80,6 +81,17 @@ def regrid(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.reshape(batch, r * c, width).to(tokens.dtype)
 
 
+def pool(tokens: Tensor, rows: Tensor, columns: Tensor, weight: Tensor | None) -> Tensor:
+    """Resample to regions as `regrid` does. weight: [B], or [B, r * c] of the regions.
+
+    Tokens that only regions of weight 0 read are blank.
+    """
+    if weight is not None and weight.ndim == 2:
+        read = counts(weight, tokens).to(acc_dtype(tokens)).unsqueeze(2)
+        weight = regrid(read, rows.mT, columns.mT).squeeze(2)
+    return regrid(blank(tokens, weight), rows, columns)
+
+
 class Regrid(nn.Module):
     """Resamples tokens [B, h * w, D], row by row, onto another grid: [B, r * c, D].
 
@@ -97,5 +109,7 @@ class Regrid(nn.Module):
         self.weights = [move(x, fn) for x in self.weights]
         return self
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return regrid(tokens, *(x.to(tokens.device) for x in self.weights))
+    def forward(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+        """weight: as in `pool`."""
+        rows, columns = (x.to(tokens.device) for x in self.weights)
+        return pool(tokens, rows, columns, weight)

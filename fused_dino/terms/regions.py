@@ -16,7 +16,8 @@ from ..live import dtype_of, reach
 from ..reference.dtypes import upcast, without_autocast
 from ..validation import check_choice, check_int, check_size, is_int, plain_int
 from .base import Alignment, Parts, stand_in
-from .grids import Regrid, average, product, regrid
+from .grids import Regrid, average, pool, product
+from .masks import blank, counts
 from .projector import Projector
 
 LOCAL_HIDDEN_DIM = 256  # of the projector of regions
@@ -134,9 +135,9 @@ class RegionTerm(Alignment):
         """Do what forward does with other parts."""
         features = self.choose(features)
         student = student.to(dtype_of(parts.projector) or student.dtype).flatten(1)
-        student, tokens = parts.projector(parts.grids(student)), features.get("patch")
+        student, tokens = parts.projector(parts.grids(student, weight)), features.get("patch")
         if tokens is not None:
-            target = parts.grids.targets(tokens, student, parts.queries, grid_of(features))
+            target = parts.grids.targets(tokens, student, parts.queries, grid_of(features), weight)
             return self.compare(parts, student, target, weight, scale)
         if parts.queries is not None:
             student = student + reach(parts.queries).to(student.dtype)
@@ -191,22 +192,30 @@ class Patches(nn.Module):
         self.pool_teacher = Regrid(average, teacher_grid, onto) if known else None  # type: ignore[arg-type]
         self.channels = latent_shape[0]
 
-    def forward(self, z_text: Tensor) -> Tensor:
-        """Return the student's regions [B, K, C]."""
-        return self.pool(rearrange(z_text, "b (c n) -> b n c", c=self.channels))
+    def forward(self, z_text: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the student's regions [B, K, C]. weight: [B] or [B, K], of which a region of 0 is left out."""
+        return self.pool(rearrange(z_text, "b (c n) -> b n c", c=self.channels), weight)
 
-    def targets(self, tokens: Tensor, student: Tensor, queries: Tensor | None, grid: Grid | None = None) -> Tensor:
+    def targets(
+        self,
+        tokens: Tensor,
+        student: Tensor,
+        queries: Tensor | None,
+        grid: Grid | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Return the targets [B, K, D] of tokens [B, N, D], student [B, K, D], and queries [K, D] for "attention".
 
-        grid: of the tokens. Default: the teacher's.
+        grid: of the tokens. Default: the teacher's. weight: as in forward.
         """
         if self.target == "region":
             if self.pool_teacher is not None and grid in (None, self.teacher_grid):
-                return self.pool_teacher(tokens)
-            weights = (average(size, to, tokens.device) for size, to in zip(grid or (), self.onto, strict=True))
-            return regrid(tokens, *weights)
+                return self.pool_teacher(tokens, weight)
+            rows, columns = (average(size, to, tokens.device) for size, to in zip(grid or (), self.onto, strict=True))
+            return pool(tokens, rows, columns, weight)
         if queries is not None:
-            return attend(queries, tokens)
+            images = weight if weight is None or weight.ndim == 1 else counts(weight, tokens).any(1)
+            return attend(queries, blank(tokens, images))
         if self.target == "nearest":
             return nearest(student, tokens)
         return tokens.mean(1, keepdim=True).expand(-1, self.count, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from ..features import Features, Grid
 from ..live import dtype_of
 from ..ops.plain import is_plain
 from ..reference.cosine import take_rows
-from ..reference.dtypes import acc_dtype
 from ..validation import check_flag, check_positions
 from .base import Alignment, Parts, stand_in
 from .comparison import accepts
+from .masks import blank, bring_rows
 from .token_grids import TokenGrids, check_grid, find_grid, grid_of_target, resample
 from .token_projectors import check_projectors, make_projector
 
@@ -222,6 +223,7 @@ class TokenTerm(Alignment):
         patch = features.get("patch")
         batch, *_, width = (features["global"] if patch is None else patch).shape
         tokens, grid = self.tokens("student", student, dim, batch)
+        tokens = blank(tokens, weight)
         count = tokens.shape[1] - self.class_token
         told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
         if patch is None:
@@ -244,16 +246,14 @@ class TokenTerm(Alignment):
                 target = take(target, index, own)
         else:
             grid = find_grid(count, told, teacher_grid, features.get("image_size"))
-            projected = self.bring(parts, self.project(parts, tokens, grid, width), grid, teacher_grid)
-            if weight is not None and weight.ndim == 2:
-                rows = weight.unsqueeze(2).to(acc_dtype(projected))
-                weight = self.bring(parts, rows, grid, teacher_grid).squeeze(2)
+            bring = partial(self.bring, parts, grid=grid, teacher_grid=teacher_grid)
+            projected, weight = bring_rows(bring, self.project(parts, tokens, grid, width), weight)
             target = parts.grids.teacher(patch, grid, teacher_grid)
         if self.class_token:
             target = torch.cat([features["global"].unsqueeze(1).to(target.dtype), target], 1)
         return self.compare(parts, projected, target, weight, scale, index=positions)
 
-    def bring(self, parts: Parts, x: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
+    def bring(self, parts: Parts, x: Tensor, *, grid: Grid, teacher_grid: Grid) -> Tensor:
         """Bring what lies on the student's grid to where both meet. A class token lies on none, and stays."""
         if not self.class_token or parts.grids.meeting(grid, teacher_grid) == grid:
             return parts.grids.student(x, grid, teacher_grid)

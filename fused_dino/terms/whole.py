@@ -11,6 +11,7 @@ from ..features import Features
 from ..live import dtype_of
 from ..validation import check_int
 from .base import Alignment, Parts
+from .masks import blank
 from .projector import Projector
 
 
@@ -99,7 +100,7 @@ class GlobalTerm(Alignment):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
         features = self.choose(features)
-        student = student.to(dtype_of(parts.projector) or student.dtype)
+        student = blank(student, weight).to(dtype_of(parts.projector) or student.dtype)
         return self.compare(parts, parts.projector(student), features["global"], weight, scale)
 
 
