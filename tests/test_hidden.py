@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from conftest import TinyTeacher, make_supervision
-from fused_dino import CosineLoss, DINOv2Backbone, VICRegLoss
+from fused_dino import CosineLoss, DINOv2Backbone, Schedule, VICRegLoss, Weight
 from test_distributed import spawn
 
 OPTIONS = {"use_patch": True, "latent_shape": (4, 4, 4), "token_dim": 8, "token_grid": (6, 6), "warmup_steps": 0}
@@ -133,6 +133,7 @@ def test_transformers_loads_a_model_that_holds_a_supervision(batch, tmp_path):
         def __init__(self, config):
             super().__init__(config)
             self.dino = make_supervision(given, **OPTIONS)
+            self.dino.schedule = Schedule(weight=Weight(0.5, 4), accumulate=2)
             self.post_init()
 
     given = real_teacher()

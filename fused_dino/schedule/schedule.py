@@ -78,14 +78,16 @@ class Schedule(nn.Module):
         self.weight, self.stop = weight, stop
         self.accumulate = check_int("accumulate", accumulate)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        micro = None if accumulate == 1 else torch.zeros((), dtype=torch.int64)
-        self.register_buffer("micro", micro, persistent=False)
+        # No buffer: it is in no checkpoint, and loaders give such buffers fresh memory without telling the module.
+        self.micro = None if accumulate == 1 else torch.zeros((), dtype=torch.int64, device="cpu")
         self.watch = Watch(stop) if isinstance(stop, BySimilarity) else None
         self._counted: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._skipped = False
 
     def begin(self, step: int | None) -> int | Tensor:
         """Return the step that a call is: the one that is given, or the counter's, which `advance` counts later."""
+        if self.micro is not None and self.micro.device != self.step.device and not self.step.is_meta:
+            self.micro = self.micro.to(self.step.device)
         if step is not None:
             return check_int("step", step, 0)
         return next_step(self.step, self.micro) if self._trains() else self.step
@@ -191,7 +193,7 @@ class Schedule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.micro is not None:
-            self.micro = torch.zeros_like(self.step)
+            self.micro.zero_()
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}, stop={self.stop}" + f", accumulate={self.accumulate}" * (self.accumulate > 1)
