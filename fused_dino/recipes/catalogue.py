@@ -89,8 +89,8 @@ def plain(name: str) -> str:
 def find_missing(name: str) -> str | None:
     """Say why a published loss is no recipe yet, by its name or a word of what it is; None for what is not known."""
     key = plain(name)
-    by_word = {word: x for x in reversed(MISSING.values()) for word in map(plain, x[0].partition(",")[0].split()) if word}
-    found = MISSING.get(key) or by_word.get(key)
+    words = {word: x for x in reversed(MISSING.values()) for word in map(plain, x[0].partition(",")[0].split())}
+    found = MISSING.get(key) or (words.get(key) if key else None)
     return None if found is None else f"{name!r} is no recipe yet: {found[0]} needs {found[1]}"
 
 

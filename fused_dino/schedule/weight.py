@@ -68,7 +68,7 @@ class Weight:
             raise ValueError(f"power must be above 0, and left out without decay='polynomial', got {self.power!r}")
         if self.decay == "constant":
             if (self.start_step, self.end_step, self.end) != (None, None, 0):
-                raise ValueError("start_step, end_step and end must be left out of a constant weight: it does not decay")
+                raise ValueError("start_step, end_step and end must be left out of a constant weight, which stays")
         else:
             checked |= self._check_steps()
             if self.decay == "exponential" and min(checked["alpha"], checked["end"]) <= 0:
