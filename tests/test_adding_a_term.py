@@ -1,10 +1,7 @@
 """docs/adding-a-term.md adds a term in one file and one row, which then has the tests of every other."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import copies
 from conftest import TinyTeacher
 from fused_dino import Schedule, Supervision, TokenTerm
 
@@ -44,11 +42,7 @@ def tree(tmp_path):
 
 
 def python(tree, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    environment["PYTHONPATH"] = str(tree)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return copies.python(*arguments, cwd=tree, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTHONPATH=str(tree))
 
 
 def given(patch, grid, **more):
@@ -152,6 +146,6 @@ def test_a_wrong_term_is_caught(tree):
 
 
 def test_its_use_prints_what_the_page_says(tree):
-    run = python(tree, USE)
+    run = python(tree, "-m", USE.removesuffix(".py"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == re.search(r"^print\(.*\)  # (.*)$", BLOCKS[USE], re.MULTILINE)[1]

@@ -1,15 +1,13 @@
 """docs/adding-an-op.md adds an op in five files, which then has the proofs of every other."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import copies
 from proving import Op
 
 ROOT = Path(__file__).parent.parent
@@ -31,10 +29,7 @@ def tree(tmp_path):
 
 
 def python(tree, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return copies.python(*arguments, cwd=tree, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
 def test_five_files():

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import pickle
 import sys
 import warnings
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import copies
 import costs
 import recipe
 from conftest import TinyTeacher
@@ -45,17 +47,28 @@ def parts(world):
 
 
 def spawn(check, world, tmp_path, backend="gloo"):
-    """Run a check on every rank. One process imports torch and the check, which takes seconds, and becomes the ranks.
+    """Run a check on every rank. One process imports the check, and becomes the ranks.
 
     A process that has looked for GPUs must not become others: under NCCL every rank imports for itself.
     """
     arguments = check, world, str(tmp_path / "store"), backend
-    mp.spawn(enter if backend == "nccl" else fork, arguments, nprocs=world if backend == "nccl" else 1)
+    if backend == "nccl":
+        return mp.spawn(enter, arguments, nprocs=world)
+    (tmp_path / "check").write_bytes(pickle.dumps(arguments))
+    path = os.pathsep.join(filter(None, sys.path))
+    done = copies.python("-c", BECOME_RANKS, tmp_path / "check", cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
 
 
-def fork(_, *arguments):
-    world = arguments[1]
-    mp.start_processes(enter, arguments, nprocs=world, start_method="fork")
+BECOME_RANKS = """
+import pickle, sys
+import torch.multiprocessing as mp
+from test_distributed import enter
+
+with open(sys.argv[1], "rb") as file:
+    arguments = pickle.load(file)
+mp.start_processes(enter, arguments, nprocs=arguments[1], start_method="fork")
+"""
 
 
 def enter(rank, check, world, store, backend):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..features import Features, Grid
@@ -18,19 +17,18 @@ from ..sizes import Size, SizeRule, check_img_size
 from ..validation import check_flag, check_int, check_tensor
 from .embedding import PatchProjection, from_patches, from_raw, take_patches
 from .layers import Layers, find_layers, run_layers, wants, wants_last
+from .outputs import split_features
 from .pixels import Raw, folded
 from .positions import resampling_of, take_any_size
 from .reading import check_fixed_size, read_embed_dim, read_patch_size, read_prefix_tokens, read_statistic
 from .rewritten import Rewritten
 from .running import check_compile, joined
-from .transformers_model import call_options, split_tokens, without_head
+from .transformers_model import call_options, without_head
 from .weights import PATCH_SIZE, canonical, create_timm, load_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-GLOBAL_KEYS = ("global", "x_norm_clstoken", "cls_token")
-PATCH_KEYS = ("patch", "x_norm_patchtokens", "patch_tokens")
 
 
 class DINOv2Backbone(Rewritten):
@@ -246,7 +244,7 @@ class DINOv2Backbone(Rewritten):
             out, layers = from_patches(self.computing, run, x, (h, w), p) if x.ndim == 3 else run(x)
         features: Features = {"grid": grid}
         if wants_last(needs, self.layers):
-            pooled, patch = self.split(out)
+            pooled, patch = split_features(out, self.computing, self.prefix_tokens)
             features = {**self.fit(pooled, patch if wants("patch", needs) else None, grid), "grid": grid}
         if self.layers is not None and wants("layers", needs):
             features["layers"] = {n: self.fit(token, patch, grid) for n, (token, patch) in layers.items()}
@@ -289,35 +287,6 @@ class DINOv2Backbone(Rewritten):
         if not fits or not x.is_floating_point():
             raise ValueError(f"x must be floating of shape {expected}, got {x.dtype} of shape {list(x.shape)}")
         return (x.shape[2], x.shape[3]) if grid is None else size
-
-    def split(self, features: Any) -> tuple[Tensor, Tensor | None]:
-        """Return (global [B, D], patch [B, N, D] or None) from any kind of features that a model may return."""
-        if isinstance(features, Mapping):
-            pooled = next((features[key] for key in GLOBAL_KEYS if key in features), None)
-            if pooled is None and "last_hidden_state" in features:
-                return split_tokens(features, self.prefix_tokens)
-            if pooled is None:
-                raise ValueError(f"model gave {sorted(features)}, and no features as {' or '.join(GLOBAL_KEYS)}")
-            return pooled, next((features[key] for key in PATCH_KEYS if key in features), None)
-        if not isinstance(features, Tensor) or features.ndim not in (2, 3, 4):
-            raise ValueError(
-                f"model gave {type(features).__name__} in place of a dict, tokens, a map or pooled features"
-            )
-        if features.ndim == 2:
-            return features, None
-        if features.ndim == 4:
-            layout = "b h w d" if getattr(self.computing, "output_fmt", "NCHW") == "NHWC" else "b d h w"
-            patch = rearrange(features, f"{layout} -> b (h w) d")
-        else:
-            patch = features[:, self.prefix_tokens :]
-            # Prefix tokens may all be registers.
-            if self.prefix_tokens and getattr(self.computing, "cls_token", True) is not None:
-                return features[:, 0], patch
-        head = getattr(self.computing, "forward_head", None)
-        pooled = patch.mean(1) if head is None else head(features, pre_logits=True)
-        return pooled if pooled.shape[-1] == patch.shape[-1] else patch.mean(
-            1
-        ), patch  # some heads widen what they pool
 
     def train(self, mode: bool = True) -> DINOv2Backbone:
         """Keep the model in eval mode, whatever the argument."""
