@@ -28,7 +28,7 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
 
 
 def reach(*tensors: Tensor) -> Tensor:
-    """Return a 0 that gives each tensor an exact zero gradient, even if one holds a NaN or is a shard.
+    """Return a 0 that gives each tensor an exact zero gradient, even if a tensor holds NaN or is a shard.
 
     It is float32, or float64 if a tensor is.
     """
