@@ -8,7 +8,7 @@ from typing import Any
 
 from ..schedule import Schedule
 from ..supervision import Supervision
-from ..teacher.given import make_teacher
+from ..teacher.factories import make_teacher
 from ..terms.token_projectors import TokenMLP
 from ..terms.tokens import TokenTerm
 from ..validation import check_int

@@ -11,7 +11,7 @@ from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..supervision import Supervision
 from ..teacher import DINOv2Backbone
-from ..teacher.given import make_teacher
+from ..teacher.factories import make_teacher
 from ..terms.base import Term
 from ..terms.tokens import TokenTerm
 from ..validation import check_int

@@ -52,17 +52,17 @@ class Engine(nn.Module):
         input.
         """
         last = len(self.blocks) - 1
-        wanted = {*layers.values(), *([last] if wants_last else [])}
+        needed = {*layers.values(), *([last] if wants_last else [])}
         class_only = self.has_class and not wants_patch and last not in layers.values()
         tokens, ropes = self.embed(x)
         found: dict[int, Tensor] = {}
         runs_again = grad_checkpointing and torch.is_grad_enabled()
-        for number in range(max(wanted) + 1):
+        for number in range(max(needed) + 1):
             block: Any = self.blocks[number]
             if runs_again:
                 block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             tokens = block(tokens, ropes[number], class_only and number == last)
-            if number in wanted:
+            if number in needed:
                 found[number] = self.shell.norm(tokens)
         return found.get(last), {n: self.take(found[block]) for n, block in layers.items()}
 
@@ -87,7 +87,7 @@ class Engine(nn.Module):
         """Return a line for each rewrite. model: the published one."""
         weight = next(self.parameters())
         scaled = "folded into the product before it" if self.has_scale else "there is none"
-        last = "of the class token alone where no patch token is wanted"
+        last = "of the class token alone where no patch token is needed"
         if not self.has_class:
             last = "of every token, since the global feature is pooled from the patches"
         folded, published = (sum(p.nbytes for p in part.parameters()) / 1e6 for part in (self, model))
@@ -170,8 +170,8 @@ def fold_norm(linear: Linear, norm: Any, dtype: torch.dtype) -> nn.Linear:
         shift = weight.double() @ norm.bias.double()
         bias = shift if bias is None else bias.double() + shift
     if norm.weight is not None:
-        wide = widest(weight.dtype, dtype)
-        weight = weight.to(wide) * norm.weight.to(wide)
+        acc_dtype = widest(weight.dtype, dtype)
+        weight = weight.to(acc_dtype) * norm.weight.to(acc_dtype)
     return make_linear(weight, bias, dtype)
 
 
@@ -194,10 +194,10 @@ def make_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.L
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    wide = torch.float32
+    acc_dtype = torch.float32
     for dtype in dtypes:
-        wide = torch.promote_types(wide, dtype)
-    return wide
+        acc_dtype = torch.promote_types(acc_dtype, dtype)
+    return acc_dtype
 
 
 def copy_shell(model: Any) -> Any:

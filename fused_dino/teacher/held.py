@@ -19,7 +19,7 @@ from ..preprocess import Preprocess
 from ..sizes import check_img_size, resolve
 from ..validation import check_images, check_size, check_tensor, check_values
 from .backbone import DINOv2Backbone
-from .given import make_preprocess, make_teacher
+from .factories import make_preprocess, make_teacher
 from .pixels import Raw, read_raw
 from .reading import read_patch_size
 

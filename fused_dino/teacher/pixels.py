@@ -127,7 +127,7 @@ def folded(projection: PatchProjection, images: Tensor, raw: Raw) -> tuple[Tenso
     p = weight.shape[2]
     window = images.shape[2] * p // raw.size[0], images.shape[3] * p // raw.size[1]
     sources = (weight,) if bias is None else (weight, bias)
-    return projection.keep((window, raw[1:]), sources, lambda: fold(weight, bias, window, raw))
+    return projection.cached((window, raw[1:]), sources, lambda: fold(weight, bias, window, raw))
 
 
 def fold(weight: Tensor, bias: Tensor | None, window: Size, raw: Raw) -> tuple[Tensor, Tensor]:
@@ -170,6 +170,6 @@ def centred(images: Tensor, raw: Raw, dtype: torch.dtype) -> Tensor:
     if images.is_floating_point():
         images = images.to(torch.promote_types(images.dtype, dtype))
     if (shift, factor) != (0, 1):
-        wide = images.dtype if images.is_floating_point() else dtype
-        images = torch.add(torch.full((), shift, dtype=wide, device=images.device), images, alpha=factor)
+        acc_dtype = images.dtype if images.is_floating_point() else dtype
+        images = torch.add(torch.full((), shift, dtype=acc_dtype, device=images.device), images, alpha=factor)
     return images.to(dtype)

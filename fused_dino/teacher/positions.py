@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..features import Grid
-from .kept import Keeps, Kept
+from .caching import Cache, Caching
 
 SOURCES = {  # the position embeddings of classes that have a method interpolate_pos_encoding
     "DinoVisionTransformer": "pos_embed",
@@ -83,7 +83,7 @@ def _(positions: Tensor, h: int, w: int, rows: int, columns: int, antialias: boo
     return positions.new_empty(1, positions.shape[1] - h * w + rows * columns, positions.shape[2])
 
 
-class Positions(Keeps):
+class Positions(Caching):
     """Caches a module's resampled position embeddings, outside of its state_dict, until it is moved, cast or loaded.
 
     Its subclasses are mixed into the class of a module that exists, so that parameters, their names and hooks stay.
@@ -100,7 +100,7 @@ class Interpolated(Positions):
     def interpolate_pos_encoding(self, x: Tensor, *size: int) -> Tensor:
         interpolate = super().interpolate_pos_encoding  # type: ignore[misc]
         source = attrgetter(SOURCES[type(self).__name__])(self)
-        return self.keep((x.shape[1], x.dtype, size), (source,), lambda: interpolate(x, *size))
+        return self.cached((x.shape[1], x.dtype, size), (source,), lambda: interpolate(x, *size))
 
 
 class Resampled(Positions):
@@ -111,7 +111,7 @@ class Resampled(Positions):
     def resample(self: Any, grid: Grid, to: Grid) -> Tensor:
         """Return positions [1, P + N, D] for a grid of N patches."""
         source, options = self.pos_embed, self.resampling._asdict()
-        return self.keep(to, (source,), lambda: resize_pos_embed(source, grid, to, **options))
+        return self.cached(to, (source,), lambda: resize_pos_embed(source, grid, to, **options))
 
 
 class HubPositions(Resampled):
@@ -147,7 +147,7 @@ def rebuild(mixin: Any, base: Any) -> Any:
 def mix(module: Any, mixin: Any, **attributes: Any) -> None:
     base: Any = type(module)
     module.__class__ = mixed(mixin, base)
-    vars(module).update(attributes, kept=Kept())
+    vars(module).update(attributes, cache=Cache())
 
 
 def take_any_size(model: Any, rule: Any, resampling: Resampling) -> None:

@@ -33,11 +33,11 @@ class Rewritten(nn.Module):
     takes_raw: bool  # whether resize and normalisation may be folded into the patch embedding
 
     @torch.no_grad()
-    def rewrite(self, wanted: bool, dtype: torch.dtype | None) -> None:
-        """Build the engine of the model, in dtype, if it is wanted and known exactly; else cast the model to dtype."""
+    def rewrite(self, enabled: bool, dtype: torch.dtype | None) -> None:
+        """Build the engine in dtype, if it is enabled and the model is known exactly; else cast the model to dtype."""
         self.engine, self.refused = None, ""
         try:
-            if not wanted:
+            if not enabled:
                 raise UnlikeError("engine=False")
             published = read_model(self.model)
         except UnlikeError as error:
@@ -119,14 +119,14 @@ class Rewritten(nn.Module):
     ) -> None:
         _, missing, unexpected, errors = args
         its = f"{prefix}model."
-        given = {key: x for key, x in state_dict.items() if key.startswith(its)}
+        weights = {key: x for key, x in state_dict.items() if key.startswith(its)}
         if self.engine is None:
-            if not given and FRESH not in self.__dict__:
+            if not weights and FRESH not in self.__dict__:
                 # A checkpoint as state_dict() leaves it: strict loading finds what is loaded already.
                 state_dict.update(self.model.state_dict(prefix=its, keep_vars=True))
         else:
-            if given or FRESH in self.__dict__:
-                own_names = {key.removeprefix(its): state_dict.pop(key) for key in given}
+            if weights or FRESH in self.__dict__:
+                own_names = {key.removeprefix(its): state_dict.pop(key) for key in weights}
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 try:
                     found = self.model.load_state_dict(own_names, strict=False, assign=assign)

@@ -45,8 +45,8 @@ class Teachers(Taught):
             self.hold(teacher, layers.get(None, ()), backend, **options)
             return
         if teacher is None and options != DEFAULTS:
-            given = next(key for key, value in options.items() if value != DEFAULTS[key])
-            raise ValueError(f"{given} must be left out with teacher=None, which has no input")
+            name = next(key for key, value in options.items() if value != DEFAULTS[key])
+            raise ValueError(f"{name} must be left out with teacher=None, which has no input")
         self.teachers = nn.ModuleDict()
         for name in names:
             own = {k: x.get(name, DEFAULTS[k]) if isinstance(x, Mapping) else x for k, x in options.items()}
@@ -125,8 +125,8 @@ class Teachers(Taught):
     ) -> Any:
         """Return by name the features of the teachers that are needed. needs: what is read of each."""
         sources = self.sources()
-        given = {None: features} if self.teachers is None else features or {}
-        return {n: sources[n]._features(images, given.get(n), device, its) for n, its in needs.items()}
+        by_name = {None: features} if self.teachers is None else features or {}
+        return {n: sources[n]._features(images, by_name.get(n), device, its) for n, its in needs.items()}
 
 
 def check_names(teachers: Mapping[Any, Any]) -> list[str]:

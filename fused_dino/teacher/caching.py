@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LIMIT = 16  # results that a module keeps
+LIMIT = 16  # results that a module caches
 
 
-class Kept:
+class Cache:
     """Results for the keys used last. A copy and a pickle begin empty."""
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Kept:
         self.lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        return Kept, ()
+        return Cache, ()
 
     def get(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
         """Return compute(), or its earlier result for this key and the same bits of its sources."""
@@ -42,7 +42,7 @@ class Kept:
         return found[1]
 
 
-def may_keep(source: Tensor) -> bool:
+def may_cache(source: Tensor) -> bool:
     """Whether a result of a weight may be cached: not in a graph, under a transform, or with a gradient."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -52,18 +52,18 @@ def may_keep(source: Tensor) -> bool:
     return plain and not (source.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-class Keeps:
-    """Lets a module keep results, out of its state_dict, until it is moved, cast or loaded."""
+class Caching:
+    """Lets a module cache results, out of its state_dict, until it is moved, cast or loaded."""
 
-    kept: Kept
+    cache: Cache
 
-    def keep(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
-        return self.kept.get(key, sources, compute) if all(map(may_keep, sources)) else compute()
+    def cached(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        return self.cache.get(key, sources, compute) if all(map(may_cache, sources)) else compute()
 
     def _apply(self, *args: Any, **options: Any) -> Any:
-        self.kept = Kept()
+        self.cache = Cache()
         return super()._apply(*args, **options)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.kept = Kept()
+        self.cache = Cache()
         super()._load_from_state_dict(*args)  # type: ignore[misc]
