@@ -15,7 +15,7 @@ from fused_dino import DINOv2Backbone, Preprocess, Scaled
 from fused_dino.sizes import resolve
 from fused_dino.teacher import backbone as loading
 from fused_dino.teacher import positions
-from fused_dino.teacher.kept import LIMIT
+from fused_dino.teacher.caching import LIMIT
 from fused_dino.teacher.weight_files import official_names
 
 timm = pytest.importorskip("timm")
@@ -209,11 +209,11 @@ def test_positions_are_kept_for_the_sizes_used_last():
         backbone(often)
         assert resized(backbone, image(backbone, grid))
         assert not resized(backbone, image(backbone, grid))
-    assert len(backbone.computing.kept.results) == LIMIT
+    assert len(backbone.computing.cache.results) == LIMIT
     assert not resized(backbone, often)
     assert not resized(backbone, image(backbone, grids[1]))
     assert resized(backbone, image(backbone, grids[0]))
-    assert len(backbone.computing.kept.results) == LIMIT
+    assert len(backbone.computing.cache.results) == LIMIT
 
 
 def test_they_are_in_no_checkpoint():
@@ -276,9 +276,9 @@ def test_what_is_moved_or_loaded_holds_no_old_positions():
     backbone = tiny(engine=False)
     for change in (nn.Module.double, lambda model: model.load_state_dict(model.state_dict())):
         backbone(image(backbone, (2, 3)))
-        assert len(backbone.model.kept.results) == 1
+        assert len(backbone.model.cache.results) == 1
         change(backbone.model)
-        assert backbone.model.kept.results == {}
+        assert backbone.model.cache.results == {}
 
 
 @torch.no_grad()
@@ -289,10 +289,10 @@ def test_copies_and_pickles_keep_nothing_and_give_the_same():
         expected = backbone(x)
         for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
             assert type(twin.model) is type(backbone.model)
-            assert twin.computing.kept.results == {}
+            assert twin.computing.cache.results == {}
             assert (twin.img_size, twin.grid) == (RULE, None)
             assert torch.equal(twin(x)["patch"], expected["patch"])
-            assert len(twin.computing.kept.results) == len(backbone.computing.kept.results) == 1
+            assert len(twin.computing.cache.results) == len(backbone.computing.cache.results) == 1
     assert repr(backbone).startswith("DINOv2Backbone(\n  DinoVisionTransformer, img_size=Scaled(ratio=0.875), ")
 
 
@@ -326,7 +326,7 @@ def test_positions_that_train_are_not_kept():
     for _ in range(2):
         (gradient,) = torch.autograd.grad(backbone(image(backbone, (2, 3)))["patch"].sum(), backbone.model.pos_embed)
         assert gradient.abs().sum() > 0
-    assert backbone.model.kept.results == {}
+    assert backbone.model.cache.results == {}
 
 
 @torch.no_grad()
@@ -339,7 +339,7 @@ def test_transforms_of_the_weights_are_not_kept():
     several = {name: torch.stack([p, 2 * p]) for name, p in weights.items()}
     out = torch.func.vmap(lambda p: torch.func.functional_call(backbone, p, (x,))["patch"])(several)
     torch.testing.assert_close(out[0], backbone(x)["patch"])
-    assert len(backbone.computing.kept.results) == 1
+    assert len(backbone.computing.cache.results) == 1
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from conftest import check_slope, grads, make_supervision
 from fused_dino import DINOv2Backbone, Preprocess, Scaled
 from fused_dino import functional as FD
 from fused_dino.teacher import pixels
+from fused_dino.teacher.caching import LIMIT
 from fused_dino.teacher.embedding import take_patches
-from fused_dino.teacher.kept import LIMIT
 from fused_dino.teacher.pixels import Raw, embed, folded, read_raw
 
 timm = pytest.importorskip("timm")
@@ -400,7 +400,7 @@ def test_weights_that_change_are_folded_anew(change):
     conv, fresh = projection(14, torch.float32), projection(14, torch.float32)
     x, raw = pictures((64, 64), (-1, 1), torch.float32), Raw((SIZE, SIZE), (-1.0, 1.0), *STATISTICS)
     before = tokens_of(conv, x, raw)
-    assert len(conv.kept.results) == 1
+    assert len(conv.cache.results) == 1
     change(conv)
     change(fresh)
     after = tokens_of(conv, x, raw)
@@ -417,9 +417,9 @@ def test_a_fold_is_kept_for_the_sizes_used_last_and_in_no_checkpoint(monkeypatch
         for _ in range(2):
             tokens_of(conv, torch.zeros(1, 3, 14, 14 + columns), Raw((14, 14), (-1.0, 1.0), *STATISTICS))
     assert folds == [(14, 14 + columns) for columns in range(1, LIMIT + 5)]
-    assert len(conv.kept.results) == LIMIT
+    assert len(conv.cache.results) == LIMIT
     assert set(conv.state_dict()) == {"weight", "bias"}
-    assert copy.deepcopy(conv).kept.results == {}
+    assert copy.deepcopy(conv).cache.results == {}
 
 
 def test_copies_that_share_a_teacher_fold_their_own_weights():

@@ -257,7 +257,7 @@ def test_checkpointed_blocks_keep_their_inputs_alone(options):
         module = Supervision(teacher, {"token": TokenTerm(C, **LINEAR)}, stopgrad_image=False)
         with torch.no_grad():
             assert module._teach(images)["patch"].shape == (B, N, D)
-        weights = [x for _, pair in teacher.projection.kept.results.values() for x in pair]  # of the raw images
+        weights = [x for _, pair in teacher.projection.cache.results.values() for x in pair]  # of the raw images
         held = [images, *weights, *teacher.parameters()]
         out, kept = kept_by(lambda module=module: module._teach(images), held)
         slopes.append(torch.autograd.grad(out["patch"].square().sum(), images)[0])

@@ -17,7 +17,7 @@ from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..sizes import SizeRule, check_img_size
 from ..supervised import Call, Supervised
-from ..teacher.given import make_preprocess, make_teacher
+from ..teacher.factories import make_preprocess, make_teacher
 from ..terms.base import Parts
 from ..terms.projector import Projector
 from ..terms.regions import PATCH_TARGETS, Patches, RegionTerm, check_latent_shape
