@@ -16,6 +16,7 @@ from .errors import CommandError, broken_link
 from .text import printable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full disk, a full share of it, a folder that is only read
+MOST_DIGITS = 9  # of a number of steps, images or pixels: products of several still fit 64 bits
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,7 +107,7 @@ def make_parser() -> Parser:
 
 
 def add_demo(commands: Any) -> None:
-    from ..benchmarks.arguments import path  # beyond a link, which main has checked
+    from ..benchmarks.arguments import path, positive_float  # beyond a link, which main has checked
 
     text = "Train a small text head on captioned photographs under a frozen teacher, and test what it learnt."
     demo = commands.add_parser("demo", help="train on real photographs and write a report", description=text)
@@ -186,22 +187,12 @@ def run_recipes(**options: Any) -> int:
 
 
 def positive_int(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if not text.isascii() or not text.isdigit() or not 0 < len(text.lstrip("0")) <= MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number of at most {MOST_DIGITS} digits")
     return int(text)
 
 
-def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+    if not text.isascii() or not text.isdigit() or len(text.lstrip("0")) > 19 or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
     return int(text)
