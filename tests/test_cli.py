@@ -122,6 +122,32 @@ def test_a_full_disk_is_one_line() -> None:
     assert (run.returncode, run.stderr) == (2, "fused-dino: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.parametrize(("stream", "status", "says"), [("/dev/full", 2, "[Errno 28] No space"), ("pipe", 1, "")])
+def test_a_help_that_nobody_can_read_is_no_traceback(stream: str, status: int, says: str) -> None:
+    """Python would flush it once more at its exit, fail, and exit with 120."""
+    if stream == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(stream, os.O_WRONLY)
+    command = [sys.executable, "-m", "fused_dino", "--help"]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    run = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert run.returncode == status
+    assert run.stderr.startswith(f"fused-dino: {says}") if says else run.stderr == ""
+
+
+def test_streams_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["recipes", "no such recipe"]) == 2
+
+
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_dino.cli.demo.find_spec", lambda name: None if name == "rich" else name)
     assert 'needs rich: pip install "fused_dino[demo]"' in failure(capsys, "demo")

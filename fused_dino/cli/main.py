@@ -31,15 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0; 2 for an error that the user can correct, printed as one line; 130 after Ctrl-C; 1 if the reader of a pipe
     is gone.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), "utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal, or a log, in an encoding that lacks a character
     if broken := broken_link():
         say(f"fused-dino: {broken}")
         return 2
     parser = make_parser()
-    options = vars(parser.parse_args(argv))
-    command = options.pop("command")
     try:
+        options = parse(parser, argv)
+        command = options.pop("command")
         status = command(**options)
         sys.stdout.flush()
         return status
@@ -57,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say(f"{parser.prog}: interrupted")
         return 130
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the options by name. A help is printed whole before SystemExit leaves, or fails here."""
+    try:
+        return vars(parser.parse_args(argv))
+    finally:
+        sys.stdout.flush()
 
 
 def say(line: str) -> None:
