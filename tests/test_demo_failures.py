@@ -190,6 +190,19 @@ def test_an_output_of_any_encoding_shows_a_name_as_it_can(
     assert ("猫" if encoding == "gb18030" else r"\u732b") in said
 
 
+def test_a_narrow_output_without_an_ellipsis_keeps_every_letter(
+    demo: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "36")
+    with (tmp_path / "log").open("w", encoding="ascii") as log:
+        monkeypatch.setattr("sys.stdout", log)
+        assert demo() == 0
+    lines = [line.split("|") for line in (tmp_path / "log").read_text().splitlines() if line.startswith("|")]
+    header = lines[: [line[1].startswith("--") for line in lines].index(True)]
+    names = ["".join(cells).replace(" ", "") for cells in zip(*header, strict=True)]
+    assert names == ["", "photograph", "before", "after", "control", "chance", ""]
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,8 @@ def as_shown(image: Image) -> Image:
     from PIL import ImageOps
 
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
-    if 16 in tags.get(BITS, ()) and len(image.tile) > 1 and image.tile[0].args[0] == "R":
+    tiles: Sequence[Any] = getattr(image, "tile", ())
+    if 16 in tags.get(BITS, ()) and len(tiles) > 1 and tiles[0].args[0] == "R":
         raise ValueError("Pillow misreads planes of 16 bits, one of each colour; save them as RGB by pixel")
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
