@@ -71,7 +71,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    """Print one line on stderr, and let neither stream fail once more, as Python flushes them at its exit."""
+    """Print one line on stderr. Keep both streams from failing again when Python flushes them at its exit."""
     for stream, text in ((sys.stderr, f"{printable(line)}\n"), (sys.stdout, "")):
         try:
             stream.write(text)
@@ -81,7 +81,7 @@ def say(line: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what a stream could not write, and whatever comes, to nowhere."""
+    """Discard what a stream could not write, and all later output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
