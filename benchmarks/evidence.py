@@ -180,20 +180,22 @@ def clean(error: BaseException) -> str:
 
 def prepare(path: Path) -> None:
     """Raise OSError where `path` cannot be written, before anything is measured."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
+    if path.exists() and not path.is_file():  # save would put a file in the place of a folder, a pipe or a device
+        raise FileExistsError(f"it is {'a folder' if path.is_dir() else 'no regular file'}")
     part(path).write_text("")
     part(path).unlink()
 
 
 def part(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
+    """Return what is written first, beside the file that a link leads to."""
+    file = path.resolve()
+    return file.with_name(f"{file.name}.part")
 
 
 def save(evidence: Evidence, path: Path) -> None:
     """Write the file whole or not at all, since a run may be ended at any time."""
     part(path).write_text(json.dumps(asdict(evidence), indent=1) + "\n", encoding="utf-8")
-    part(path).replace(path)
+    part(path).replace(path.resolve())
 
 
 def load(path: Path) -> Evidence:

@@ -1,6 +1,7 @@
 """`fused-dino bench` and `python -m benchmarks`: what they refuse before they measure, and what they print."""
 
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,19 @@ class TestRefusals:
     def test_a_folder(self, capsys, tmp_path):
         assert "is a folder" in refused(capsys, "--json", str(tmp_path))
 
+    def test_a_pipe_or_a_device_is_not_replaced(self, capsys, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to(tmp_path / "pipe")
+        for name in ("pipe", "link"):
+            assert "is no regular file" in refused(capsys, "--json", str(tmp_path / name))
+        assert (tmp_path / "pipe").is_fifo()
+
+    @pytest.mark.parametrize("seconds", ["nan", "-1", "0", "soon", "inf"])
+    def test_no_number_of_seconds(self, capsys, seconds):
+        with pytest.raises(SystemExit, match="^2$"):
+            main(["bench", "--seconds", seconds])
+        assert f"--seconds: '{seconds}' is not a positive number\n" in capsys.readouterr().err
+
     def test_an_older_file_survives_the_refusal_of_another_argument(self, capsys, tmp_path):
         (tmp_path / "x.json").write_text("older")
         refused(capsys, "--op", "softmax", "--json", str(tmp_path / "x.json"))
@@ -94,6 +108,14 @@ class TestRuns:
         assert sentence.startswith("cosine_loss: ")
         assert kept == f"Evidence: {tmp_path / 'x.json'}"
         assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+    def test_a_link_stays_and_its_file_has_the_evidence(self, tmp_path):
+        (tmp_path / "there").mkdir()
+        (tmp_path / "link.json").symlink_to(tmp_path / "there/x.json")
+        for _ in range(2):
+            assert main(["bench", "--quick", "--json", str(tmp_path / "link.json")]) == 0
+        assert (tmp_path / "link.json").is_symlink()
+        assert (tmp_path / "there/x.json").stat().st_size
 
     def test_ctrl_c_ends_with_what_there_is(self, capsys, monkeypatch):
         def interrupted(*_, **__):

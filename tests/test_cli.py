@@ -67,6 +67,13 @@ def test_help_waits_for_nothing_that_a_command_needs() -> None:
         (["demo", "--steps", "0"], "--steps: '0' is not a positive whole number"),
         (["demo", "--steps", "-3"], "--steps"),
         (["demo", "--steps", "2.5"], "--steps: '2.5' is not"),
+        (["demo", "--steps", "1" + "0" * 5000], "is not a positive whole number of at most 9 digits"),
+        (["demo", "--images", ""], "--images: '' is no path"),
+        (["demo", "--out", ""], "--out: '' is no path"),
+        (["bench", "--json", ""], "--json: '' is no path"),
+        (["estimate", "--batch", str(10**30)], "--batch: '1000"),
+        (["estimate", "--side", str(10**9)], "--side: '1000"),
+        (["demo", "--seed", "1" * 5000], "is not a whole number from 0 to 2**63 - 1"),
         (["demo", "--seconds", "nan"], "--seconds: 'nan' is not a positive number"),
         (["demo", "--seconds", "0"], "--seconds"),
         (["demo", "--seconds", "soon"], "--seconds: 'soon' is not"),
@@ -113,6 +120,32 @@ def test_a_full_disk_is_one_line() -> None:
             [sys.executable, "-m", "fused_dino", "doctor"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert (run.returncode, run.stderr) == (2, "fused-dino: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(("stream", "status", "says"), [("/dev/full", 2, "[Errno 28] No space"), ("pipe", 1, "")])
+def test_a_help_that_nobody_can_read_is_no_traceback(stream: str, status: int, says: str) -> None:
+    """Python would flush it once more at its exit, fail, and exit with 120."""
+    if stream == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(stream, os.O_WRONLY)
+    command = [sys.executable, "-m", "fused_dino", "--help"]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    run = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert run.returncode == status
+    assert run.stderr.startswith(f"fused-dino: {says}") if says else run.stderr == ""
+
+
+def test_streams_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["recipes", "no such recipe"]) == 2
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,19 @@ def test_an_output_of_any_encoding_shows_a_name_as_it_can(
     assert ("猫" if encoding == "gb18030" else r"\u732b") in said
 
 
+def test_a_narrow_output_without_an_ellipsis_keeps_every_letter(
+    demo: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "36")
+    with (tmp_path / "log").open("w", encoding="ascii") as log:
+        monkeypatch.setattr("sys.stdout", log)
+        assert demo() == 0
+    lines = [line.split("|") for line in (tmp_path / "log").read_text().splitlines() if line.startswith("|")]
+    header = lines[: [line[1].startswith("--") for line in lines].index(True)]
+    names = ["".join(cells).replace(" ", "") for cells in zip(*header, strict=True)]
+    assert names == ["", "photograph", "before", "after", "control", "chance", ""]
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -200,10 +213,17 @@ def test_an_output_of_any_encoding_shows_a_name_as_it_can(
         (os.fsdecode(b"caf\xe9"), r"caf\xe9"),
         ("a\nb\tc\x1b[31m\x7f\x00", r"a\nb\tc\x1b[31m\x7f\x00"),
         ("line\u2028end \ufffe", r"line\u2028end \ufffe"),
+        ("half \ud83d", r"half \ud83d"),
     ],
 )
-def test_a_name_is_shown_or_escaped(name: str, shown: str) -> None:
+@pytest.mark.parametrize("locale", ["utf-8", "ascii", "latin-1"])
+def test_a_name_is_shown_or_escaped_in_any_locale(
+    monkeypatch: pytest.MonkeyPatch, locale: str, name: str, shown: str
+) -> None:
+    monkeypatch.setattr("os.fsencode", lambda text: text.encode(locale, "surrogateescape"))
     assert printable(name) == shown
+    if locale == "ascii":
+        assert printable("猫 café".encode().decode("ascii", "surrogateescape")) == "猫 café"
 
 
 def test_names_in_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

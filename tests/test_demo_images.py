@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from pages import Page
 pytest.importorskip("PIL")
 import numpy as np
 from PIL import Image, ImageCms, features
+
+tifffile = pytest.importorskip("tifffile")  # writes what Pillow does not; scikit-image needs it
 
 RAMP = np.linspace(0, 1, 64 * 96).reshape(64, 96)
 BYTES = (255 * RAMP).round().astype(np.uint8)
@@ -140,6 +143,52 @@ def test_a_turned_photograph_stands_upright(tmp_path: Path, orientation: int) ->
     exif = Image.Exif()
     exif[0x112] = orientation
     assert is_grey(read(sensor, tmp_path / "x.png", exif=exif), np.array(expected))
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("values", [BYTES, 257 * BYTES.astype(np.uint16), np.stack([BYTES] * 3, -1)])
+def test_a_turned_scan_stands_upright(tmp_path: Path, values: np.ndarray, compression: str | None) -> None:
+    """Pillow turns a TIFF itself as it loads, and shears one of a quarter turn that it maps into memory."""
+    for orientation, expected in {1: BYTES, 3: BYTES[::-1, ::-1], 6: np.rot90(BYTES, -1), 8: np.rot90(BYTES)}.items():
+        tag = (0x112, "H", 1, orientation, True)
+        tifffile.imwrite(tmp_path / "x.tif", values, compression=compression, extratags=[tag])
+        found = images.read_image(tmp_path / "x.tif").float()
+        assert found.shape[1:] == expected.shape
+        assert is_grey(found, expected.copy())
+
+
+@pytest.mark.parametrize(("kind", "top"), [("u1", 255), ("<u2", 65535), ("<f4", 1)])
+def test_a_scan_whose_zero_is_white_is_shown_so(tmp_path: Path, kind: str, top: int) -> None:
+    tifffile.imwrite(tmp_path / "x.tif", (top * RAMP).astype(kind), photometric="miniswhite")
+    assert is_grey(images.read_image(tmp_path / "x.tif").float(), 255 - BYTES)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_planes_of_colours_are_shown_or_refused(tmp_path: Path, kind: type, compression: str | None) -> None:
+    """Pillow takes uncompressed planes of 16 bits for planes of 8."""
+    planes = np.stack([BYTES, BYTES[::-1], BYTES // 2])
+    values = planes.astype(kind) * (257 if kind is np.uint16 else 1)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="rgb", planarconfig="separate", compression=compression)
+    if (kind, compression) == (np.uint16, None):
+        with pytest.raises(CommandError, match="cannot read the image .*x.tif: .*save them as RGB by pixel"):
+            images.read_image(tmp_path / "x.tif")
+    else:
+        assert is_grey(images.read_image(tmp_path / "x.tif").float(), planes)
+
+
+def test_the_transparent_one_of_sixteen_bit_colours_is_white(tmp_path: Path) -> None:
+    """Pillow keeps the upper eight bits of the pixels, and all sixteen of the colour that is transparent."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    values = np.where(RAMP[..., None] < 0.5, [1000, 2000, 3000], [40000] * 3).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 96, 64, 16, 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", values[0, 0].tobytes()), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
+    assert is_grey(images.read_image(tmp_path / "x.png").float(), np.where(RAMP < 0.5, 255, 40000 / 257))
 
 
 def test_broken_metadata_is_passed_over(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -101,6 +101,37 @@ def test_a_schedule_builds_from_its_parts(builder):
     assert builder.build({"type": "Schedule", "stop": {"type": "AtStep", "step": 3}}).stop == AtStep(3)
 
 
+def test_configs_in_a_list_build(builder):
+    projectors = [{"type": "Projector", "in_dim": width, "hidden_dim": 4, "out_dim": 5} for width in (6, 4)]
+    term = builder.build({"type": "TokenTerm", "in_dim": [6, 4], "out_dim": 5, "projector": projectors})
+    assert [projector[0].in_features for projector in term.projector] == [6, 4]
+
+
+def test_types_that_are_no_names_build_what_is_nested(tmp_path):
+    """A pure Python config of mmengine imports its types, lazily."""
+    (tmp_path / "config.py").write_text(
+        "from fused_dino.integrations.mmengine import CosineLoss, DINOv2Backbone, DinoSupervision\n"
+        "dino = dict(type=DinoSupervision, in_dim=8, hidden_dim=4, img_size=28, loss_type=dict(type=CosineLoss),\n"
+        "    teacher=dict(type=DINOv2Backbone, variant='vits14', img_size=28, pretrained=False, dtype='bfloat16'))\n"
+    )
+    dino = MODELS.build(Config.fromfile(tmp_path / "config.py").dino)
+    assert type(dino) is DinoSupervision
+    assert type(dino.loss) is CosineLoss
+    assert next(dino.teacher.parameters()).dtype == torch.bfloat16
+    with pytest.raises(ImportError):
+        from fused_dino.integrations.mmengine import NoSuchModule  # noqa: F401
+
+
+def test_modules_may_be_registered_again_and_never_in_anothers_place(builder):
+    integration.register(builder)
+    integration.register(MODELS)
+    assert type(builder.build({"type": "MSELoss"})) is type(MODELS.build({"type": "MSELoss"})) is MSELoss
+    foreign = Registry("foreign")
+    foreign.register_module(name="MSELoss", module=nn.MSELoss)
+    with pytest.raises(KeyError, match="MSELoss is already registered"):
+        integration.register(foreign)
+
+
 def test_dtypes_by_name(builder):
     teacher = builder.build({**TEACHER, "dtype": "bfloat16"})
     assert next(teacher.parameters()).dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +67,11 @@ def test_one_recipe_says_all_that_is_needed_to_write_it(capsys):
         assert part in " ".join(text.split()) or part in text
     assert text.count("\npart ") == 1
     assert shown(capsys, "repa", "irepa").count("\npart ") == 2
+
+
+def test_without_docstrings_there_is_nothing_to_show(capsys, monkeypatch):
+    monkeypatch.setattr("fused_dino.cli.recipes.sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    assert "which python -OO leaves out" in failure(capsys, "recipes", "repa")
 
 
 def test_json_is_one_document(capsys):

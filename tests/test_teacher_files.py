@@ -1,5 +1,6 @@
 """DINOv2Backbone of files and folders as transformers' save_pretrained writes them, and what it says of other files."""
 
+import argparse
 import functools
 import json
 import re
@@ -216,6 +217,14 @@ def test_another_dinov2_is_refused_by_what_it_is(asked, options, said, tmp_path)
     assert said in refusal(tmp_path, asked)
 
 
+def test_what_a_file_lacks_is_named(tmp_path):
+    for name, said in (("position_embeddings", "it lacks pos_embed"), ("cls_token", '"cls_token"')):
+        state = dinov2().state_dict()
+        del state[f"embeddings.{name}"]
+        torch.save(state, tmp_path / "x.pth")
+        assert said in refusal(tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -226,12 +235,22 @@ def test_another_dinov2_is_refused_by_what_it_is(asked, options, said, tmp_path)
         ("flax_model.msgpack", b"\x82", "Flax's"),
         ("model.onnx", b"\x08\x07", "ONNX"),
         ("empty.pth", b"", "it is empty"),
+        ("answer.pth", b"Not Found", "torch.save's; it begins with b'Not Found'"),
+        ("damaged.pth", b"\x80\x02}q\x01", "it is damaged; what torch.save writes"),
         ("model.safetensors.index.json", b"{}", "an index without a weight_map"),
     ],
 )
 def test_another_format_is_refused_by_what_it_is(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert said in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [nn.Linear(1, 1), {"args": argparse.Namespace(), "model": {}}])
+def test_a_file_of_objects_is_refused_by_their_class(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    said = refusal(tmp_path / "x.pth")
+    assert "it holds a torch.nn.modules.linear.Linear, and" in said or "it holds a argparse.Namespace, and" in said
+    assert "weights_only" not in said
 
 
 def test_a_file_of_one_tensor_is_no_model(tmp_path):

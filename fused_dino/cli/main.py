@@ -16,6 +16,7 @@ from .errors import CommandError, broken_link
 from .text import printable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full disk, a full share of it, a folder that is only read
+MOST_DIGITS = 9  # of a number of steps, images or pixels: products of several still fit 64 bits
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,15 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0; 2 for an error that the user can correct, printed as one line; 130 after Ctrl-C; 1 if the reader of a pipe
     is gone.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), "utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal, or a log, in an encoding that lacks a character
     if broken := broken_link():
         say(f"fused-dino: {broken}")
         return 2
     parser = make_parser()
-    options = vars(parser.parse_args(argv))
-    command = options.pop("command")
     try:
+        options = parse(parser, argv)
+        command = options.pop("command")
         status = command(**options)
         sys.stdout.flush()
         return status
@@ -56,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say(f"{parser.prog}: interrupted")
         return 130
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the options by name. A help is printed whole before SystemExit leaves, or fails here."""
+    try:
+        return vars(parser.parse_args(argv))
+    finally:
+        sys.stdout.flush()
 
 
 def say(line: str) -> None:
@@ -106,7 +118,7 @@ def make_parser() -> Parser:
 
 
 def add_demo(commands: Any) -> None:
-    from ..benchmarks.arguments import path  # beyond a link, which main has checked
+    from ..benchmarks.arguments import path, positive_float  # beyond a link, which main has checked
 
     text = "Train a small text head on captioned photographs under a frozen teacher, and test what it learnt."
     demo = commands.add_parser("demo", help="train on real photographs and write a report", description=text)
@@ -186,22 +198,12 @@ def run_recipes(**options: Any) -> int:
 
 
 def positive_int(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if not text.isascii() or not text.isdigit() or not 0 < len(text.lstrip("0")) <= MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number of at most {MOST_DIGITS} digits")
     return int(text)
 
 
-def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+    if not text.isascii() or not text.isdigit() or len(text.lstrip("0")) > 19 or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
     return int(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -22,6 +23,8 @@ HEADER = ["recipe", "aligns", "loss", "constants", "source"]
 
 
 def run(names: Sequence[str] = (), json_: bool = False) -> int:
+    if sys.flags.optimize > 1:
+        raise CommandError("recipes are shown by their docstrings, which python -OO leaves out; run it without")
     cards = [card(find(name)) for name in names or RECIPES]
     if json_:
         costs = {x.name: {"cost": [line._asdict() for line in cost(x.name)]} if names else {} for x in cards}

@@ -2,6 +2,11 @@
 
 custom_imports = dict(imports=["fused_dino.integrations.mmengine"])
 model = dict(type="MyModel", dino=dict(type="DinoSupervision", in_dim=8192, teacher_dtype="bfloat16"))
+
+A config whose types are no names imports them from this module, so that configs among their arguments are built:
+
+from fused_dino.integrations.mmengine import DinoSupervision
+dino = dict(type=DinoSupervision, in_dim=8192, loss_type=dict(type="VICRegLoss"))
 """
 
 from __future__ import annotations
@@ -14,34 +19,27 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, Registry
 
-from .. import (
-    Area,
-    AtStep,
-    BySimilarity,
-    CosineLoss,
-    DinoSupervision,
-    DINOv2Backbone,
-    GlobalTerm,
-    MSELoss,
-    Preprocess,
-    Projector,
-    RegionTerm,
-    Scaled,
-    Schedule,
-    Supervision,
-    TokenTerm,
-    VICRegLoss,
-    Weight,
-)
+import fused_dino as fd
 
-MODULES: tuple[type[Any], ...] = (
-    DinoSupervision, Supervision, GlobalTerm, RegionTerm, TokenTerm, Schedule, Weight, AtStep, BySimilarity,
-    DINOv2Backbone, Projector, Preprocess, CosineLoss, MSELoss, VICRegLoss, Scaled, Area,
-)  # fmt: skip
+MODULES: dict[str, type[Any]] = {
+    module.__name__: module
+    for module in (
+        fd.DinoSupervision, fd.Supervision, fd.GlobalTerm, fd.RegionTerm, fd.TokenTerm, fd.Schedule, fd.Weight,
+        fd.AtStep, fd.BySimilarity, fd.DINOv2Backbone, fd.Projector, fd.Preprocess, fd.CosineLoss, fd.MSELoss,
+        fd.VICRegLoss, fd.Scaled, fd.Area,
+    )
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """Return what MODELS calls for a module's name, as a config whose types are no names imports it."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return builder(MODULES[name], MODELS)
 
 
 def register(registry: Registry) -> None:
-    """Register every module in a registry under its class's name.
+    """Register every module in a registry under its class's name. Where they are registered, this changes nothing.
 
     Args:
         registry (mmengine.registry.Registry): Any registry, such as xtuner's ``BUILDER``. Dicts with a ``type`` among a
@@ -56,8 +54,9 @@ def register(registry: Registry) -> None:
         >>> registry.build(dict(type="VICRegLoss", gamma=2.0)).options["gamma"]
         2.0
     """
-    for module in MODULES:
-        registry.register_module(name=module.__name__, module=builder(module, registry))
+    for name, module in MODULES.items():
+        again = getattr(registry.module_dict.get(name), "__module__", None) == __name__
+        registry.register_module(name=name, module=builder(module, registry), force=again)
 
 
 def builder(module: type[Any], registry: Registry) -> Callable[..., Any]:
@@ -76,6 +75,8 @@ def built(name: str, value: Any, registry: Registry) -> Any:
         return registry.build(value)
     if isinstance(value, dict):  # the terms of a supervision, by name
         return {key: built(key, part, registry) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(built(name, part, registry) for part in value)
     return dtype_of_name(name, value) if name.endswith("dtype") and isinstance(value, str) else value
 
 

@@ -121,7 +121,14 @@ def read_tensors(path: Path) -> dict[Any, Any]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not head.startswith((b"PK", b"\x80")):  # a zip, or the pickle that torch saved before its version 1.6
+        raise ValueError(f"it is neither .safetensors nor torch.save's; it begins with {head[:16]!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle can be broken in any way, and torch's words advise to run its code
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        fault = f"it holds a {found[1]}, and not tensors alone" if found else "it is damaged"
+        raise ValueError(f"{fault}; what torch.save writes of a state_dict() would do") from None
     if not isinstance(state, Mapping):
         raise ValueError(f"it holds a {type(state).__name__} in place of tensors by name")
     return dict(state)

@@ -288,6 +288,8 @@ def check_variant(state: dict[str, Tensor], model: Any, config: dict[str, Any]) 
         letter = LETTERS.get(shape[0]) if shape[1:] == [3, PATCH_SIZE, PATCH_SIZE] and registers in (0, 4) else None
         name = f"vit{letter}14{'_reg' if registers else ''}" if letter else "no variant"
         raise ValueError(f"its {PATCH_KEY} is {shape} and it has {registers} registers, as of {name}")
+    if "pos_embed" not in state:
+        raise ValueError("it lacks pos_embed")
     heads, expected = config.get("num_attention_heads"), model.blocks[0].attn.num_heads
     if str(config.get("model_type")).startswith("dinov2") and heads != expected:
         raise ValueError(f"config.json beside it has num_attention_heads {heads}, and not {expected}")

@@ -81,7 +81,7 @@ def summary(story: Story) -> Table:
     table.add_column("photograph", overflow="fold")
     results = (story.before, story.after, story.control)
     for name in ("before", "after", "control", "chance"):
-        table.add_column(name, justify="right", style="bold" if name == "after" else "")
+        table.add_column(name, justify="right", style="bold" if name == "after" else "", overflow="fold")
     chance = f"{story.exam.chance:.2f}"
     for i, photo in enumerate(story.photos[:20]):
         table.add_row(photo.name, *(f"{result.per_photo[i]:.2f}" for result in results), chance)
