@@ -20,14 +20,15 @@ SHARES = "h100"  # whose shares of the parts are predicted
 
 PREAMBLE = """# What it costs
 
-A supervised step adds four parts to yours: the images' preprocessing, the teacher's forward, and projector and loss,
-each with its backward. Your model and the optimizer are left out. `make report` renders this page; no figure is typed.
+A supervised step adds four parts to yours: the preprocessing of the images, the teacher's forward, the projector, and
+the loss. Projector and loss include their backward; your model and the optimizer are left out. `make report` renders
+this page, and no figure is typed.
 
-- *Predicted* is calculated, not measured: each kernel takes the longer of its bytes over the memory's speed and its
-  FLOP over the matrix unit's, by the data sheet. No step is faster with these kernels. Teacher and projector are
-  counted as eager PyTorch launches them. `fused-dino estimate` predicts any other step.
-- *Measured* comes from a file in `benchmarks/results/`, which names its machine. [performance.md](performance.md) has
-  every provider and op.
+- *Predicted* times are calculated, and are a lower bound. Each kernel takes its bytes over the memory's speed or its
+  FLOP over the matrix unit's, whichever is longer, by the data sheet. Teacher and projector are counted as eager
+  PyTorch launches them. `fused-dino estimate` predicts any other step.
+- *Measured* times come from a file in `benchmarks/results/`, which names its machine. [performance.md](performance.md)
+  has every provider and op.
 """
 
 
@@ -65,12 +66,12 @@ def predicted() -> str:
         times = seconds_of(parts, GPUS[SHARES], row.precision)
         whole = sum(times.values())
         shares.rows.append([name, time(whole), *(percent(spent / whole) for spent in times.values())])
-    step = f"A step of {BATCH} images of {SIDE} x {SIDE} in {row.dtype}, by the cosine, a teacher that sees 224 x 224"
+    step = f"Images a second at most, in a step of {BATCH} images of {SIDE} x {SIDE} in {row.dtype}, with the cosine"
     sources = [f"- {gpu.name} ({gpu.form}): [data sheet]({gpu.source})" for gpu in GPUS.values()]
     return "\n\n".join([
-        "## Predicted", f"{step}: at most so many images a second.", speeds.markdown(),
+        "## Predicted", f"{step} and a teacher that sees 224 x 224:", speeds.markdown(),
         f"The same step on an {GPUS[SHARES].name}, and the share of each part:", shares.markdown(),
-        "The roofs of these GPUs:", "\n".join(sources),
+        "The speeds of these GPUs come from:", "\n".join(sources),
     ]) + "\n"  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def section(stem: str, run: Evidence) -> str:
         parts += [f"### {record.op} {record.row}", forwards(record, run, gpu).markdown()]
         if record.op == "step":
             parts += [
-                "The parts of ours, each timed alone, so that they need not add up:",
+                "The parts of our step. Each is timed alone, so they need not add up to the whole:",
                 shares_of(record, gpu).markdown(),
             ]
         parts += [f"- {timing.name}: {timing.why}" for timing in record.timings if timing.why]

@@ -18,17 +18,18 @@ BEGIN, END = "<!-- performance: rendered by make report -->", "<!-- performance:
 
 PREAMBLE = """# Performance
 
-Rendered by `make report` from the files in `benchmarks/results/`, which hold every round of every provider; no figure
-is typed by hand. `eager` is the seed in plain PyTorch. Providers take turns in shuffled rounds. `time` is the median
-of the rounds, and `+-` their interquartile range over it.
+`make report` renders this page from the files in `benchmarks/results/`, which hold every round of every provider. No
+figure is typed by hand. A provider is one way to compute a row; `eager` is the seed in plain PyTorch. Providers take
+turns in shuffled rounds. `time` is the median of the rounds, and `+-` their interquartile range over the median.
 
 - `time` on a GPU is cold: GPU time alone, with the whole call enqueued and other data in the L2. `graph` is the time of
   a CUDA graph over more inputs than the L2 holds. `host` is the time that enqueuing a call takes.
-- `GB/s` counts the least bytes that must be moved, so that a provider that moves more looks slow. Where a whole model
-  runs, `images/s` stands in its place.
-- `roof` is the share of the nearer roof. `in cache` is faster than memory, so that no roof applies.
-- `error` is the largest of value and gradients against float64, over the largest true element. A provider whose error
-  is above twice eager's and a few roundings is not timed.
+- `GB/s` counts the least bytes that must be moved, so a provider that moves more looks slower. Whole models have
+  `images/s` in its place.
+- `roof` is the share of the nearer roof: the measured speed of a copy or of a matrix product. `in cache` says that the
+  row is faster than memory, so no roof applies.
+- `error` is the largest error of value and gradients against float64, over the largest true element. A provider whose
+  error is above twice eager's and a few roundings is not timed.
 """
 
 

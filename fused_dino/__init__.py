@@ -4,7 +4,7 @@ from . import functional, recipes
 from .backend import explain_backend, use_backend
 from .losses import CosineLoss, MSELoss, VICRegLoss
 from .preprocess import Preprocess
-from .recipes.seed import DinoSupervision
+from .recipes.dino_supervision import DinoSupervision
 from .schedule import AtStep, BySimilarity, Schedule, Weight
 from .sizes import Area, Scaled
 from .supervision import Supervision

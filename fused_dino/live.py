@@ -26,7 +26,7 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
 
 
 def reach(*tensors: Tensor) -> Tensor:
-    """Return a float32 0 that gives each tensor an exact zero gradient, even if one holds a NaN or is a shard."""
+    """Return a float32 0 that gives each tensor an exact zero gradient, even if a tensor holds NaN or is a shard."""
     local: list[Any] = [getattr(x, "to_local", lambda x=x: x)() for x in tensors]
     zeros = [x.flatten()[:0].float().sum() for x in local]
     return torch.stack(zeros).sum() if zeros else torch.zeros(())

@@ -1,10 +1,7 @@
-"""docs/adding-a-term.md adds a term in one file and one row, which then has the tests of every other."""
+"""docs/adding-a-term.md adds a term in one file and one row. The term then has the tests of every other."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import copies
 from conftest import TinyTeacher
 from fused_dino import Schedule, Supervision, TokenTerm
 
@@ -24,7 +22,7 @@ TERM, ROW, USE = "fused_dino/terms/gram.py", "tests/test_terms.py", "use.py"
 
 @pytest.fixture(scope="module")
 def gram():
-    """The term's module, as if its file stood in the package."""
+    """Import the term's module, as if its file were in the package."""
     module = ModuleType("fused_dino.terms.gram")
     module.__package__ = "fused_dino.terms"
     exec(compile(BLOCKS[TERM], TERM, "exec"), module.__dict__)
@@ -33,7 +31,7 @@ def gram():
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the project to which the page's code was added: new files, and the end of the one there is."""
+    """A copy of the project with the page's code: new files, and lines at the end of the existing one."""
     for name in ("fused_dino", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -44,11 +42,7 @@ def tree(tmp_path):
 
 
 def python(tree, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    environment["PYTHONPATH"] = str(tree)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return copies.python(*arguments, cwd=tree, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTHONPATH=str(tree))
 
 
 def given(patch, grid, **more):
@@ -152,6 +146,6 @@ def test_a_wrong_term_is_caught(tree):
 
 
 def test_its_use_prints_what_the_page_says(tree):
-    run = python(tree, USE)
+    run = python(tree, "-m", USE.removesuffix(".py"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == re.search(r"^print\(.*\)  # (.*)$", BLOCKS[USE], re.MULTILINE)[1]

@@ -1,13 +1,12 @@
 """`fused-dino bench` and `python -m benchmarks`: what they refuse before they measure, and what they print."""
 
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import copies
 from benchmarks import __main__ as module
 from fused_dino.benchmarks import command, harness, roofs, session
 from fused_dino.benchmarks.shapes import Row
@@ -79,9 +78,7 @@ class TestRefusals:
         assert "--row: no row that is to be measured has '7 x 7' in its name" in refused(capsys, "--row", "7 x 7")
 
     def test_the_module_refuses_as_well(self):
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks", "run", "--op", "softmax"], cwd=ROOT, capture_output=True, text=True
-        )
+        run = copies.python("-m", "benchmarks", "run", "--op", "softmax", cwd=ROOT)
         assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
         assert "choose from cosine_loss" in run.stderr
 
@@ -115,8 +112,8 @@ class TestRuns:
 
 def test_the_command_loads_nothing_of_it_until_it_runs():
     code = "import sys, fused_dino.cli; print(sorted(x for x in sys.modules if 'benchmarks' in x))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    run = copies.python("-c", code, cwd=ROOT)
+    assert run.stdout.strip() == "[]", run.stderr
 
 
 def test_both_names_of_the_command_call_one_function_with_the_same_arguments(monkeypatch):

@@ -3,8 +3,6 @@
 import base64
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import copies
 from fused_dino import DinoSupervision
 from fused_dino.cli import main
 from fused_dino.cli.demo import data, learn, report
@@ -36,10 +35,13 @@ def demo(folder: Path, colours: teachers.Teacher, tmp_path: Path) -> Callable[..
 
 
 def test_every_loss_learns_and_its_control_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops of 128 pixels a side, 4 x 4 of the teacher's patches, show enough."""
+    for module in (learn, teachers):
+        monkeypatch.setattr(module, "IMG_SIZE", 128)
     encode, seen = DinoSupervision.encode, {}
 
     def remember(self: DinoSupervision, images: Tensor) -> dict[str, Tensor]:
-        """One seed gives one sequence of crops: the teacher need see it once for the three losses."""
+        """One seed gives one sequence of crops, so that the teacher computes it once for the three losses."""
         key = images.numpy().tobytes()
         if key not in seen:
             seen[key] = encode(self, images)
@@ -49,7 +51,7 @@ def test_every_loss_learns_and_its_control_does_not(monkeypatch: pytest.MonkeyPa
     teacher = teachers.load_teacher(teachers.STAND_IN).train
     photos = data.embedded()
     for loss in learn.LOSSES:
-        settings = learn.Settings(loss=loss, steps=32)
+        settings = learn.Settings(loss=loss, steps=40)
         student, control = (learn.Student(teacher, settings) for _ in range(2))
         exam = learn.Exam(photos, student, settings)
         before = exam.sit(student).top1
@@ -140,7 +142,7 @@ def test_ctrl_c_before_training_is_one_line(
 
 
 class Loads(HTMLParser):
-    """Whatever a page makes the browser fetch."""
+    """Return every address that a page makes the browser fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,17 +229,15 @@ def test_a_long_album_is_shown_in_part(demo: Callable[..., dict], folder: Path, 
     assert f"The first {report.SHOWN} of {report.SHOWN + 3}" in page
 
 
-def test_two_processes_learn_as_one(tmp_path: Path) -> None:
+def test_two_processes_learn_as_one(folder: Path, tmp_path: Path) -> None:
     """torchrun's two ranks share each batch: VICReg's statistics are the whole batch's, and one of them reports."""
     root = Path(__file__).parent.parent
-    demo = ["-m", "fused_dino", "demo", "--loss", "vicreg", "--steps", "3", "--out"]
+    demo = ["-m", "fused_dino", "demo", "--images", str(folder), "--loss", "vicreg", "--steps", "3", "--out"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     runs = {"one": demo, "two": [*torchrun, *demo]}
     losses = {}
     for name, command in runs.items():
-        done = subprocess.run(
-            [sys.executable, *command, str(tmp_path / name)], cwd=root, capture_output=True, text=True
-        )
+        done = copies.python(*command, tmp_path / name, cwd=root)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Report: ") == 1
         losses[name] = json.loads((tmp_path / name / "metrics.json").read_text())["losses"]

@@ -1,11 +1,11 @@
 """The examples run as they stand, and show what they are for."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import copies
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,8 +18,7 @@ def test_an_example_fits_on_a_page(path):
 def run(name, *arguments):
     """Return what an example prints."""
     pytest.importorskip("timm")
-    command = [sys.executable, "-m", f"examples.{name}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = copies.python("-m", f"examples.{name}", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,4 +1,4 @@
-"""The tests that a GPU's run takes: which are selected, and that each is told of at once."""
+"""The tests of a run on a GPU: which ones are selected, and that each is reported at once."""
 
 import ast
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import copies
 from benchmarks import device_tests, known
 
 ROOT = Path(__file__).parent.parent
@@ -30,15 +31,13 @@ def pytest_deselected(items):
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
-    """(selected, left out): the ids of the stage `tests`, as they are collected where there is a GPU."""
+    """The ids of tests (selected, left out) by the stage `tests`, as they are collected on a GPU."""
     folder = tmp_path_factory.mktemp("collected")
     (folder / "seems.py").write_text(SEEMS_TO_HAVE_A_GPU.replace("OUT", str(folder / "left_out")))
     command = device_tests.command("tests", folder / "report", 1)
     code = f"import sys, pytest; sys.path.insert(0, {str(folder)!r}); sys.exit(pytest.main(sys.argv[1:]))"
-    run = subprocess.run(
-        [sys.executable, "-c", code, "-p", "seems", "--collect-only", "tests/test_random_shapes.py", *command[3:]],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    options = "-p", "seems", "--collect-only", "tests/test_random_shapes.py", *command[3:]
+    run = copies.python("-c", code, *options, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr
     selected = [line for line in run.stdout.splitlines() if "::" in line]
     return selected, (folder / "left_out").read_text().splitlines()
@@ -76,7 +75,7 @@ class TestSelection:
         assert all((ROOT / "tests" / name).exists() for name in device_tests.ALONE)
 
     def test_no_file_needs_a_package_that_may_be_missing_where_a_gpu_is_rented(self):
-        """What is imported at the top of a file keeps all of its tests from running."""
+        """An import that fails at the top of a file keeps all of its tests from running."""
         there = {"fused_dino", "benchmarks", "torch", "functorch", "numpy", "einops", "pytest", "triton", "timm"}
         there |= {path.stem for path in (ROOT / "tests").iterdir()}
         for name in (*device_tests.ALONE, *device_tests.SHARED, "conftest.py", "proving.py", "interpreter.py"):
@@ -155,7 +154,7 @@ def outcomes(report):
 class TestTelling:
     def test_what_is_known_to_fail_fails_no_run(self, tmp_path):
         command, report = toy(tmp_path, "-k", "passes or gradients")
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        run = copies.python(*command[1:], cwd=ROOT)
         assert run.returncode == 0, run.stdout
         assert outcomes(report) == [
             ("test_gradients", "began"), ("test_gradients", "known"),
@@ -166,7 +165,7 @@ class TestTelling:
     def test_a_file_that_cannot_be_collected_costs_its_own_tests(self, tmp_path):
         (tmp_path / "test_broken.py").write_text("import no_such_package\n")
         command, report = toy(tmp_path, "-k", "passes or gradients", str(tmp_path / "test_broken.py"))
-        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+        assert copies.python(*command[1:], cwd=ROOT).returncode == 1
         lines = [json.loads(line) for line in report.read_text().splitlines()]
         assert [(x["test"], x["outcome"]) for x in lines if x["outcome"] != "began"] == [
             ("test_broken.py", "failed"),
@@ -201,6 +200,6 @@ class TestTelling:
 
     def test_alone_it_ends_there(self, tmp_path):
         command, report = toy(tmp_path, "-k", "loses or sleeps")
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+        run = copies.python(*command[1:], cwd=ROOT)
         assert run.returncode == 1
         assert ("test_sleeps", "began") not in outcomes(report)

@@ -1,11 +1,11 @@
 """The Python of the README and of docs/ runs, and the links, files and targets that they name exist."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import copies
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -22,7 +22,7 @@ each_page = pytest.mark.parametrize("name", PAGES)
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_every_python_block_runs(code):
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = copies.python("-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

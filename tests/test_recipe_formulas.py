@@ -88,7 +88,7 @@ def test_irepa(kernel):
 
 @pytest.mark.parametrize(("share", "value"), [(1.0, -0.207830233), (0.6, -0.202448808), (0.8, -0.199874850)])
 def test_irepas_own_values(share, value):
-    """The numbers that iREPA's code gave, with a convolution that changes nothing."""
+    """iREPA's code gave these numbers, with a convolution that changes nothing."""
     module = recipes.irepa(2, teacher=Lone(), standardize=share, alpha=1.0).double()
     conv = module.terms["token"].projector
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_layersync_has_repas_value_without_a_projector():
 
 
 def vicreg_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hinge of the deviations, and the squares of the covariances off the diagonal over D."""
+    """Return the hinge of the deviations, and the squared covariances off the diagonal over D."""
     centred = x - x.mean(0)
     covariance = centred.T @ centred / (len(x) - 1)
     off = covariance - torch.diag(covariance.diagonal())

@@ -77,7 +77,7 @@ def test_repa(backbone):
 
 
 def test_repas_own_value():
-    """The number that REPA's code gave, on two images of the second the first reversed."""
+    """REPA's code gave this number for two images, of which the second is the first reversed."""
     s = torch.tensor([[1, 0], [1, 1], [0, 2], [-1, 1]], dtype=torch.float64)
     t = torch.tensor([[2, 1], [0, 1], [1, 1], [1, -1]], dtype=torch.float64)
     term = recipes.repa(12, teacher=Lone()).terms["token"]
@@ -129,7 +129,7 @@ def test_a_named_teacher_gets_repas_size_and_positions(monkeypatch):
 
 
 def test_repas_checkpoints_load(backbone):
-    """In the supervision's own prefix or its parent's, announced, and refused where they do not fit."""
+    """They load at the supervision's prefix or its parent's, with a warning. Keys that do not fit are refused."""
 
     class Model(nn.Module):
         def __init__(self):

@@ -91,7 +91,7 @@ def test_the_host_asks_the_device_once(teacher, batch, monkeypatch):
 @pytest.mark.parametrize("stop", [None, AtStep(9)])
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, [1, 1, 2, 2, 3]), (2, [1, 1, 1, 1, 2])])
 def test_tokens_that_fit_no_grid_count_no_step(teacher, batch, accumulate, steps, stop):
-    """The teacher's features alone say that they do not."""
+    """Only the teacher's features show that the tokens fit no grid."""
     module = make(teacher, in_dim=None, token_dim=10)
     module.schedule = Schedule(1.0, 4, stop=stop, accumulate=accumulate)
     for count, step in zip((16, 15, 16, 15, 16), steps, strict=True):

@@ -120,7 +120,7 @@ def test_bad_layers_are_named():
 
 @pytest.mark.parametrize("standardize", [False, 0.6])
 def test_a_class_token_is_one_more_token_in_the_mean(standardize):
-    """As REG's code: the cosine of the concatenation [class, patches], averaged over 1 + N tokens."""
+    """REG's code averages the cosine of the concatenation [class, patches] over 1 + N tokens."""
     term, student, found = make(class_token=True, standardize=standardize), randn(B, 1 + N, C), features()
     assert term.needs == {"global", "patch"}
     projected = term.projector(student)

@@ -82,7 +82,7 @@ def test_it_learns_as_with_a_teacher_and_reaches_no_target():
 
 
 def test_an_emas_hidden_states_are_a_target():
-    """As a self-distillation writes it: the student's earlier layer against the EMA's later one."""
+    """A self-distillation compares an earlier layer of the student with a later layer of the EMA."""
     torch.manual_seed(0)
     student = nn.Sequential(nn.Linear(3, C), nn.Tanh(), nn.Linear(C, D)).to(DEVICE, torch.float64)
     ema, x = copy.deepcopy(student), randn(B, N, 3)

@@ -1,4 +1,4 @@
-"""The weight of a schedule by the step: the published schedules, and the logs of what is in effect."""
+"""The weight of a schedule at each step: the published schedules, and the logs of the weight in effect."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def test_it_is_simpletuners(options, expected, atol):
 
 
 def test_it_is_dinov3s_gram_schedule():
-    """Start 0, peak 1, end 0.2, warm-up 4, 10 steps in all, 4 of a cosine that has both of its ends."""
+    """Start 0, peak 1, end 0.2, 4 steps of warm-up, 10 steps in all, 4 of them of a cosine with both of its ends."""
     weight = Weight(1.0, 4, decay="cosine", end_step=4 + 4 - 1, end=0.2)
     expected = [0, 0.25, 0.5, 0.75, 1, 0.8, 0.4, 0.2, 0.2, 0.2]
     assert [weight(s) for s in range(10)] == pytest.approx(expected, abs=1e-12)

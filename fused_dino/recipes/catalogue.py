@@ -1,4 +1,4 @@
-"""What is known of each recipe: facts that its docstring says, and the size at which its authors ran it."""
+"""A card for each recipe: the facts of its docstring, and the size at which its authors ran it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from .vicreg import vicreg
 
 
 class Recipe(NamedTuple):
-    """A recipe, what it aligns by which loss, and the run of its authors that a cost is told for.
+    """A recipe: what it aligns, by which loss, and the run of its authors whose cost is calculated.
 
     students: The shape of each term's tensor without the batch. size: Side of the teacher's input for images of 256.
-    layers: Of the teacher, which gives them beside the last. Without a teacher the target is the model's own.
+    layers: The teacher's layers that it reads, beside the last. A recipe without a teacher has a target of the model's
+        own.
     """
 
     make: Callable[..., Supervision]
@@ -86,7 +87,7 @@ def find_missing(name: str) -> str | None:
 
 
 class Argument(NamedTuple):
-    """An argument: its default as the signature has it, what the docstring says of that, and of the argument."""
+    """An argument: its default in the signature, and what the docstring says of the default and of the argument."""
 
     name: str
     default: Any

@@ -21,7 +21,7 @@ def haste(
         h    = hidden tokens [B, N, C] after block 8; g = patch tokens [B, N, D]
 
     HASTE adds 0.5 times a cross-entropy of attention maps until the same step. That needs a term of attention maps,
-    which is missing. The code counts optimizer steps. From the stop on the teacher does not run here.
+    which is missing. The code counts optimizer steps. After the stop the teacher does not run.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
