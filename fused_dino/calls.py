@@ -67,6 +67,8 @@ def width_of(name: str, term: Any, sources: Mapping[Any, Any]) -> int | None:
     known = "the one teacher has no name" if None in sources else f"the teachers are {list(sources)}"
     if term.teacher is not None:
         raise ValueError(f"terms[{name!r}] has teacher={term.teacher!r}, and {known}")
+    if term.layers and isinstance(term, Alignment):
+        raise ValueError(f"terms[{name!r}] must name its teacher, whose layers {term.layers} it reads; {known}")
     if own is None and isinstance(term, Alignment):
         raise ValueError(f"terms[{name!r}] must name its teacher, or have out_dim, its targets' width; {known}")
     return own

@@ -190,6 +190,8 @@ class Supervision(Supervised):
         shares = share_out(terms, weight=weight, index=index, token_grid=token_grid)
         for name, term in terms.items():
             term.check(f"students[{name!r}]", students[name], batch, **shares[name])
+            if name in given:
+                term.check_target(f"targets[{name!r}]", given[name], students[name], **shares[name])
         return {
             name: Call(term, students[name], shares[name], term.weight, target=given.get(name))
             for name, term in terms.items()

@@ -257,7 +257,7 @@ def test_raev2_asks_a_named_teacher_for_its_layers(monkeypatch):
         asked.append(arguments)
         return Lone()
 
-    monkeypatch.setattr(sys.modules["fused_dino.recipes.raev2"], "make_teacher", make_teacher)
+    monkeypatch.setattr(sys.modules["fused_dino.recipes.prx"], "make_teacher", make_teacher)
     recipes.raev2(5)
     ((name, rule, pretrained, dtype, layers),) = asked
     assert (name, rule(256, 256, 16), pretrained, dtype) == ("vit_large_patch16_dinov3", (256, 256), True, None)
@@ -386,3 +386,8 @@ def test_vicregs_own_values():
         if preset != "seed":
             loss.backward()
             assert student.grad[0].tolist() == pytest.approx([5.42592593, -5.07407407, 4.51851852], abs=1e-7)
+
+
+def test_sra_names_the_losses_that_it_takes():
+    with pytest.raises(ValueError, match="^loss is 'l2'; use one of smooth_l1, cosine, mse, vicreg"):
+        recipes.sra(5, loss="l2")

@@ -157,3 +157,17 @@ def test_repas_checkpoints_load(backbone):
 def test_a_recipe_has_at_most_forty_lines(name):
     """Its formula, constants and source among them."""
     assert len(inspect.getsource(getattr(recipes, name)).splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", recipes.__all__)
+def test_a_width_that_is_none_is_refused_by_its_name_before_a_teacher_is_loaded(name, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("loads a teacher")
+
+    for part in ("repa", "prx"):
+        monkeypatch.setattr(sys.modules[f"fused_dino.recipes.{part}"], "make_teacher", load)
+    monkeypatch.setattr(sys.modules["fused_dino.recipes.repa"], "DINOv2Backbone", load)
+    width = "in_dim" if name in ("seed", "vicreg") else "token_dim"
+    for wrong in (0, 1.5, True, None):
+        with pytest.raises(ValueError, match=f"^{width} must be a positive int, got {wrong}"):
+            getattr(recipes, name)(wrong)

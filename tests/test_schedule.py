@@ -58,6 +58,7 @@ def test_stops_with_an_exact_zero_that_reaches_every_parameter(teacher, batch):
     assert last.keys() == {"loss_dino"}
     assert last["loss_dino"] == 0
     assert last["loss_dino"].dtype == torch.float32
+    assert copy.deepcopy(module).double().loss_dict(*batch)["loss_dino"].dtype == torch.float64, "as before the stop"
     last["loss_dino"].backward()
     for name, p in module.named_parameters():
         assert p.grad is not None, name

@@ -80,6 +80,12 @@ class Term(nn.Module):
         """
         return read_target(name, target, self.needs, width)
 
+    def check_target(self, name: str, target: Features, student: Any, **options: Any) -> None:
+        """Check that a target of a call fits a student that ``check`` has passed, with the options of that call.
+
+        name: what the caller calls the target, for errors; target: what ``read_target`` returned.
+        """
+
     def similarity(self, value: Tensor) -> Tensor:
         """Return the similarity that has this loss, for BySimilarity. A term without a similarity raises ValueError."""
         raise ValueError(f"{type(self).__name__} defines no similarity(value)")

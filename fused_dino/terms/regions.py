@@ -128,6 +128,13 @@ class RegionTerm(Alignment):
             )
         self.check_weight(weight, (batch, self.patches.count))
 
+    def check_target(self, name: str, target: Features, student: Any, **options: Any) -> None:
+        """Check that the grid of a target is known where its tokens are pooled by where they lie."""
+        if self.patches.target == "region" and target.get("grid") is None:
+            raise ValueError(
+                f"{name} must say its grid, as a map [B, D, h, w] or by 'grid', since each region pools its own tokens"
+            )
+
     def align(
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +143,8 @@ class RegionTerm(Alignment):
         student = student.to(dtype_of(parts.projector) or student.dtype).flatten(1)
         student, tokens = parts.projector(parts.grids(student)), features.get("patch")
         if tokens is not None:
-            target = parts.grids.targets(tokens, student, parts.queries, grid_of(features))
+            grid = grid_of(features) if parts.grids.target == "region" else None
+            target = parts.grids.targets(tokens, student, parts.queries, grid)
             return self.compare(parts, student, target, weight, scale)
         if parts.queries is not None:
             student = student + reach(parts.queries).to(student.dtype)

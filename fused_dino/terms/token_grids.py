@@ -46,7 +46,7 @@ class TokenGrids(nn.Module):
         if unbiased and not self.standardize:
             raise ValueError("unbiased is of the deviation by which standardize divides; give standardize, too")
         self.compare = check_choice("compare", compare, MEETINGS)
-        self.known: tuple[Grid, Grid] | None = None
+        self.known: Any = None  # (grid, teacher_grid), for which the resampling is made beforehand
         self.resample: Regrid | None = None
         self.resample_teacher: Regrid | None = None
         if teacher_grid is not None:
@@ -68,12 +68,12 @@ class TokenGrids(nn.Module):
             return x if self.resample is None else self.resample(x)
         return resample(x, grid, self.meeting(grid, teacher_grid))
 
-    def teacher(self, tokens: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
-        """Bring the teacher's tokens to that grid. Standardised tokens are float32 (float64 for float64)."""
+    def teacher(self, tokens: Tensor, onto: Grid, teacher_grid: Grid) -> Tensor:
+        """Bring the teacher's tokens onto a grid. Standardised tokens are float32 (float64 for float64)."""
         tokens = self.prepare(tokens)
-        if (grid, teacher_grid) == self.known:
-            return tokens if self.resample_teacher is None else self.resample_teacher(tokens)
-        return resample(tokens, teacher_grid, self.meeting(grid, teacher_grid))
+        if self.resample_teacher is not None and (onto, teacher_grid) == (self.meeting(*self.known), self.known[1]):
+            return self.resample_teacher(tokens)
+        return resample(tokens, teacher_grid, onto)
 
     def prepare(self, tokens: Tensor) -> Tensor:
         return standardize(tokens, self.alpha, self.unbiased) if self.standardize else tokens
@@ -121,16 +121,17 @@ def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid | None, im
     )
 
 
-def grid_of_target(count: int, token_grid: Grid | None, row_by_row: bool) -> Grid:
+def grid_of_target(name: str, count: int, token_grid: Grid | None, row_by_row: bool) -> Grid:
     """Return the grid of a target without one: a grid in token_grid's aspect ratio, or one row if none is needed.
 
-    row_by_row: whether no grid is needed, since tokens are compared one by one or by positions.
+    name: of the target, for errors; row_by_row: whether no grid is needed, since tokens are compared one by one or by
+    positions.
     """
     grid = None if token_grid is None else grid_of_aspect(count, *token_grid)
     if grid is None and not (row_by_row and token_grid is None):
         student = "no token_grid is given" if token_grid is None else f"token_grid is {token_grid[0]} x {token_grid[1]}"
         raise ValueError(
-            f"the target must say its grid, as a map [B, D, h, w] or by 'grid': it has {count} tokens, and {student}"
+            f"{name} must say its grid, as a map [B, D, h, w] or by 'grid': it has {count} tokens, and {student}"
         )
     return grid or (1, count)
 
