@@ -63,6 +63,8 @@ def of_branches(
     terms = op(student, target, **options)
     if not both:
         return terms
+    if acc_dtype(student, target) == torch.float64:
+        target = target.double()  # by itself it would be computed in its own dtype
     others = op(target, target.detach(), **{**options, "inv_weight": 0.0})
     loss, variance, covariance = (terms[i] + others[i] for i in (0, 2, 3))
     return loss, terms[1], variance, covariance

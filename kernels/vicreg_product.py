@@ -79,7 +79,7 @@ def step_to(start, lane, stride, ROWS: tl.constexpr, PLANES: tl.constexpr):
     if ROWS:
         return place_of(start, lane.shape[0] * lane.shape[1], PLANES) + lane
     else:
-        return tl.cast(start, tl.int64) * stride
+        return tl.cast(start, tl.uint32).to(tl.int64) * stride  # unsigned: a sign takes more instructions
 
 
 @triton.jit

@@ -122,6 +122,18 @@ def test_no_formula_of_eager_runs_in_the_whitened_loss(backend, monkeypatch):
         assert names == ["CosineFunctionBackward", "StandardizeFunctionBackward", "AccumulateGrad"]
 
 
+def test_the_whitened_loss_exports_for_any_number_of_rows(backend):
+    class Model(torch.nn.Module):
+        def forward(self, y, g):
+            return FD.mse_loss(y, g, whiten=True, backend=backend)
+
+    rows = {0: torch.export.Dim("rows", min=2, max=512)}
+    exported = torch.export.export(Model(), pair(20, 5), dynamic_shapes=(rows, rows)).module()
+    for number in (2, 15, 40):
+        y, g = pair(number, 5)
+        assert_close(exported(y, g), FD.mse_loss(y, g, whiten=True, backend="reference"), rtol=1e-12, atol=0)
+
+
 def test_the_whitened_loss_compiles_and_maps(backend):
     student, target = (x.requires_grad_() for x in pair(4, 5))
 

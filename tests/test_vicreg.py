@@ -193,6 +193,21 @@ def test_a_transposed_student_compiles(dtype, input_of_grad, fresh_compiler):
     assert_close(*(torch.autograd.grad(x, leaf) for x in (compiled(*inputs), FD.vicreg_loss(*inputs).loss)))
 
 
+@pytest.mark.parametrize("route", ["gram", "covariance"])
+def test_exports_for_any_number_of_rows(route):
+    """The product is named: "auto" would choose another one for more rows than columns."""
+
+    class Model(nn.Module):
+        def forward(self, y, g):
+            return FD.vicreg_loss(y, g, route=route).loss
+
+    rows = {0: torch.export.Dim("rows", min=2, max=512)}
+    exported = torch.export.export(Model(), pair(20, 6), dynamic_shapes=(rows, rows)).module()
+    for number in (2, 15, 16, 40):
+        y, g = pair(number, 6)
+        assert_close(exported(y, g), FD.vicreg_loss(y, g, backend="reference").loss, rtol=1e-12, atol=0)
+
+
 def test_half_precision_is_float32_inside():
     y, g = pair(64, 48)
     for dtype in (torch.bfloat16, torch.float16):

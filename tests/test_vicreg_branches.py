@@ -39,6 +39,19 @@ def test_both_adds_the_targets_own_terms(shape):
 
 
 @each_shape
+@pytest.mark.parametrize("coarse", [0, 1])
+def test_both_branches_are_float64_as_soon_as_one_is(coarse, shape):
+    """A float32 target's own terms count in a float64 loss, whose digits they must have."""
+    branches = [x.float() if i == coarse else x for i, x in enumerate(pair(*shape))]
+    leaves = [x.requires_grad_() for x in branches]
+    wide = [x.detach().double().requires_grad_() for x in branches]
+    out, exact = FD.vicreg_loss(*leaves, both=True), FD.vicreg_loss(*wide, both=True)
+    assert_close(tuple(out), tuple(exact), rtol=1e-12, atol=0)
+    expected = gradients(exact.loss, *wide)
+    assert_close(gradients(out.loss, *leaves), tuple(g.to(x.dtype) for g, x in zip(expected, leaves, strict=True)))
+
+
+@each_shape
 def test_without_a_target_nothing_is_invariant(shape):
     a = pair(*shape)[0].requires_grad_()
     out = FD.vicreg_loss(a, None, inv_weight=7.0)
