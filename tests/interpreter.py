@@ -1,7 +1,7 @@
-"""Triton's interpreter without a third of its work.
+"""A patch that saves Triton's interpreter a third of its work.
 
 A launch replaces the builtins of Triton's language by NumPy's, and puts them back when it ends. Each call of a function
-by a kernel replaces them once more: it looks at every name of the language, and finds those of before.
+in a kernel replaces them once more, name by name, to no effect. The patch leaves that out.
 """
 
 import inspect

@@ -42,7 +42,7 @@ def image(backbone: DINOv2Backbone, grid: tuple[int, int], **options) -> Tensor:
 
 @torch.no_grad()
 def check_against_fixed(backbone: DINOv2Backbone, fixed, dtype=torch.float64) -> None:
-    """Compare with fixed(size), twice on every grid: the second time positions are those that were kept."""
+    """Compare with fixed(size), twice on every grid: the second time the positions come from the cache."""
     backbone.to(dtype)
     assert backbone.grid is None
     for grid in GRIDS + GRIDS:
@@ -95,7 +95,7 @@ def test_weights_of_a_file(checkpoint, shallow, pos_embed):
 
 @pytest.mark.parametrize("how", [{}, {"interpolate_offset": 0.1, "interpolate_antialias": False}])
 def test_the_hubs_model(monkeypatch, how):
-    """Of the official code the published copy has the offset as a constant; today's has it as an attribute."""
+    """The published copy of the official code has the offset as a constant; today's code has it as an attribute."""
     model = official_vit()
     vars(model).update(how)
     monkeypatch.setattr("fused_dino.teacher.weights.load_hub", lambda *_: copy.deepcopy(model))
@@ -117,7 +117,7 @@ def test_random_weights_have_the_grid_of_the_training(shallow):
     "name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"]
 )
 def test_timms_vision_transformers_as_modules(name):
-    """They are built for one size, of a grid that is no square, and resample by timm's own set_input_size."""
+    """The models of fixed size have a grid that is no square, and resample by timm's own set_input_size."""
     patch = 14 if "14" in name else 16
     model = randomised(timm.create_model(name, img_size=(4 * patch, 3 * patch), **SHAPE))
 
@@ -194,7 +194,7 @@ def tiny(**options) -> DINOv2Backbone:
 
 
 def resized(backbone: DINOv2Backbone, x: Tensor) -> bool:
-    """Whether a forward resamples."""
+    """Return whether a forward resamples."""
     with torch.profiler.profile() as profile:
         backbone(x)
     return any("upsample_bicubic" in event.key for event in profile.key_averages())
@@ -237,7 +237,7 @@ def by_assigning(model):
 
 
 def by_replacing(model):
-    """Its address alone tells the new tensor from the old: it counts as many writes."""
+    """The address alone tells the new tensor from the old, since both have the same count of writes."""
     new = nn.Parameter(2 * model.pos_embed, requires_grad=False)
     while new._version < model.pos_embed._version:
         new.mul_(1)
@@ -245,7 +245,7 @@ def by_replacing(model):
 
 
 def where_the_old_ones_were(model):
-    """Memory that is free may go to the next tensor of its size."""
+    """Freed memory may become the next tensor of the same size."""
     new, version = 2 * model.pos_embed, model.pos_embed._version
     del model.pos_embed
     model.pos_embed = nn.Parameter(torch.empty_like(new), requires_grad=False)
@@ -332,7 +332,7 @@ def test_positions_that_train_are_not_kept():
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_of_the_weights_are_not_kept():
-    """An ensemble of teachers by vmap has a batch of positions."""
+    """An ensemble of teachers under vmap has a batch of positions."""
     backbone = tiny()
     x = image(backbone, (2, 3))
     weights = dict(backbone.named_parameters())
@@ -379,7 +379,7 @@ def test_at_most_one_compilation_a_size():
 
 
 def test_any_number_of_sizes_takes_few_programs():
-    """The official resampling gives a scale, of which a compiler would make a constant."""
+    """The official resampling takes a scale, which a compiler would make a constant."""
     model = official_vit()
     vars(model).update(interpolate_offset=0.1, interpolate_antialias=False)
     for backbone in (tiny(), DINOv2Backbone(model=model, img_size=RULE)):

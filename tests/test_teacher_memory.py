@@ -1,4 +1,4 @@
-"""What autograd keeps of a term and of the teacher, byte by byte against the least that is written beside it."""
+"""The bytes that autograd keeps of a term and of the teacher, against the least possible."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_what_encode_returns_is_what_is_asked_for():
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any op returns, beside what it is asked to leave out."""
+    """Records the largest tensor that any op returns, apart from those that it is told to leave out."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Patch embedding outside of the model, for a teacher that is given patches or raw images in place of its input."""
+"""Patch embedding outside of the model, for patches or raw images in place of a teacher's usual input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def caller() -> int:
 class PatchProjection(Keeps, nn.Conv2d):
     """A Conv2d whose next output can be injected: it returns the result stored for this thread, else it convolves.
 
-    It keeps its folded weights. name: its own in the model; reads_all: whether the model reads its images here alone.
+    It caches its folded weights. name: its own in the model; reads_all: whether the model reads its images here alone.
     """
 
     results: dict[int, Tensor]
@@ -59,7 +59,7 @@ def from_patches(
     img_size: Size,
     patch_size: int,
 ) -> Any:
-    """Return the model's features of patches: they are embedded here, and its own projection returns the result."""
+    """Return the model's features of patches. They are embedded here, and the model's projection returns the result."""
     projection = take_patches(model, patch_size)
     refused = f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model {type(model).__name__}"
     if projection is None:

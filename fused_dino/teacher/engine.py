@@ -1,7 +1,7 @@
 """The engine of a frozen teacher: exact rewrites of a published vision transformer.
 
-Attention is one op, LayerNorm's affine and LayerScale are part of the weights beside them, and the last block computes
-only the tokens that are wanted.
+Attention is one op, LayerNorm's affine and LayerScale are part of the adjacent weights, and the last block computes
+only the tokens that are read.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Engine(nn.Module):
     ) -> tuple[Tensor | None, dict[int, tuple[Tensor, Tensor]]]:
         """Return the last tokens of images x, and (global, patch) of chosen layers, all by the last norm.
 
-        layers: each as it was given -> its block. The last tokens are [B, P + N, D], or [B, 1, D] where the class token
-        alone is wanted, or None. No block runs after the last one that is wanted. Without a class token the mean of
-        the patch tokens stands for it. grad_checkpointing: whether a backward runs each block again from its input.
+        layers: each as it was given -> its block. The last tokens are [B, P + N, D], or [B, 1, D] if the class token
+        alone is read, or None. No block runs after the last one that is read. A model without a class token has the
+        mean of its patch tokens in place of it. grad_checkpointing: whether a backward runs each block again from its
+        input.
         """
         last = len(self.blocks) - 1
         wanted = {*layers.values(), *([last] if wants_last else [])}

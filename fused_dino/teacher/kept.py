@@ -1,4 +1,4 @@
-"""Results that are made of a module's weights, kept for the sizes used last until it is moved, cast or loaded."""
+"""Caches of results that depend on a module's weights: for the sizes used last, until it is moved, cast or loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LIMIT = 16  # results that a module keeps
 
 
 class Kept:
-    """Results for the keys used last. A copy and a pickle begin without any."""
+    """Results for the keys used last. A copy and a pickle begin empty."""
 
     def __init__(self) -> None:
         self.results: dict[Hashable, tuple[Any, Any]] = {}
@@ -23,7 +23,7 @@ class Kept:
         return Kept, ()
 
     def get(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
-        """Return compute(), or what it returned for this key and these bits of its sources."""
+        """Return compute(), or its earlier result for this key and the same bits of its sources."""
         device = sources[0].device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         autocast = torch.is_autocast_enabled(device.type)
@@ -43,7 +43,7 @@ class Kept:
 
 
 def may_keep(source: Tensor) -> bool:
-    """Whether what is made of a weight may outlive this call: not in a graph, a transform or with a gradient."""
+    """Whether a result of a weight may be cached: not in a graph, under a transform, or with a gradient."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     plain = type(source) in (Tensor, nn.Parameter) and not source.is_inference() and not source.requires_grad

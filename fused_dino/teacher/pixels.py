@@ -48,7 +48,7 @@ class Raw(NamedTuple):
 
 
 def read_raw(teacher: DINOv2Backbone, preprocess: Any, images: Tensor, size: Size | None) -> Raw | str:
-    """Return what the convolution of raw images folds, or the reason why these images are preprocessed.
+    """Return the preprocessing to fold into the convolution, or the reason why these images are preprocessed first.
 
     size: of the teacher's input. Default: that of preprocess.
     """
@@ -73,7 +73,7 @@ def read_raw(teacher: DINOv2Backbone, preprocess: Any, images: Tensor, size: Siz
 
 
 def find_option(preprocess: Any, patch_size: int) -> str | None:
-    """Return what a preprocessing does that no convolution does, or None."""
+    """Return the option of a preprocessing that no convolution can do, or None."""
     if type(preprocess) is not Preprocess or preprocess._forward_hooks or preprocess._forward_pre_hooks:
         return "preprocess is no plain Preprocess"
     options = preprocess.options
@@ -138,7 +138,7 @@ def embed(images: Tensor, raw: Raw, kernel: Tensor, constant: Tensor) -> Tensor:
 
 
 def folded(projection: PatchProjection, images: Tensor, raw: Raw) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias for images of a size, which the projection keeps. read_raw has accepted raw."""
+    """Return the weight and the bias for images of a size, which the projection caches. read_raw has accepted raw."""
     weight, bias = projection.weight, projection.bias
     p = weight.shape[2]
     window = images.shape[2] * p // raw.size[0], images.shape[3] * p // raw.size[1]

@@ -1,4 +1,4 @@
-"""Position embeddings for images of any size: resampled as the official code does, and kept for the sizes used last."""
+"""Position embeddings for images of any size: resampled as in the official code, and cached for the sizes used last."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def square_side(positions: Tensor) -> int:
 def resize_pos_embed(positions: Tensor, grid: Grid, to: Grid, *, antialias: bool, offset: float) -> Tensor:
     """Resample positions [1, P + h*w, D], P of them for prefix tokens, of a grid h x w to another, bicubic in float32.
 
-    DINOv2 without registers gives the scale (h + offset) / g, with an offset of 0.1, and so samples at slightly
-    different points than one that gives the size h, as transformers does. DINOv2 with registers, and timm, give the
-    size and antialias. A grid of the same size stays as it is.
+    DINOv2 without registers passes the scale (h + offset) / g to interpolate, with an offset of 0.1. It so samples at
+    slightly different points than transformers, which passes the size h. DINOv2 with registers, and timm, pass the size
+    and antialias. A grid of the same size stays as it is.
 
     Source: `interpolate_pos_encoding` in facebookresearch/dinov2, dinov2/models/vision_transformer.py, and in
     transformers, models/dinov2/modeling_dinov2.py.
@@ -84,7 +84,7 @@ def _(positions: Tensor, h: int, w: int, rows: int, columns: int, antialias: boo
 
 
 class Positions(Keeps):
-    """Keeps a module's resampled position embeddings, out of its state_dict, until it is moved, cast or loaded.
+    """Caches a module's resampled position embeddings, outside of its state_dict, until it is moved, cast or loaded.
 
     Its subclasses are mixed into the class of a module that exists, so that parameters, their names and hooks stay.
     """

@@ -1,6 +1,6 @@
-"""A backbone whose published model an engine computes, where the engine knows it exactly.
+"""A backbone whose published model an engine computes, if the engine knows the model exactly.
 
-The published weights stay on the host, in the dtype in which they are stored, and out of the module: a wrapper such as
+The published weights stay on the host, in their stored dtype, and out of the module: a wrapper such as
 DistributedDataParallel refuses a module with parameters on two kinds of devices.
 """
 
@@ -69,7 +69,7 @@ class Rewritten(nn.Module):
 
     @torch.no_grad()
     def refold(self) -> None:
-        """Let the engine take weights of `model` that were written in place. Loading and casting do it themselves.
+        """Fold weights of `model` anew after they were written in place. Loading and casting do so themselves.
 
         Raises:
             ValueError: If the model is no longer one that the engine knows exactly.
