@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from fused_dino import DinoSupervision, DINOv2Backbone, RegionTerm, Scaled, Supervision, TokenTerm
@@ -179,6 +181,34 @@ def test_sixteen_bits_cost_no_more_than_they_did(name):
         errors = [(out[key].double() - exact[key]).square().mean().sqrt() for out in (found, expected)]
         assert errors[0] < 1.2 * errors[1]
         assert (found[key].double() - exact[key]).abs().max() < 2 * (expected[key].double() - exact[key]).abs().max()
+
+
+@pytest.mark.parametrize("name", ["official", "DINOv3", "SigLIP"])  # SigLIP's head has an attention of its own
+def test_an_image_may_have_a_tangent(name):
+    """No fused attention has one. Second derivatives need the parts, too, as whoever takes them says."""
+    published, ours = (backbone.double() for backbone in pair(MODELS[name]()))
+    x = image(ours.img_size, dtype=torch.float64)
+
+    def tangents(backbone, needs):
+        score = lambda x: backbone(x, needs)["global"].sin().sum()  # noqa: E731
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(score(forward_ad.make_dual(x, x.flip(0)))).tangent
+        return dual, torch.func.jvp(torch.func.grad(score), (x,), (x.flip(0),))
+
+    def curvature(backbone, needs):
+        leaf = x.clone().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            (slope,) = torch.autograd.grad(backbone(leaf, needs)["global"].sin().sum(), leaf, create_graph=True)
+        return slope, torch.autograd.grad(slope.flatten() @ x.flip(0).flatten(), leaf)[0]
+
+    for needs in (None, GLOBAL):
+        expected = curvature(published, needs)
+        assert min(part.abs().max() for part in expected) > 1e-3
+        for backbone in (published, ours):
+            dual, products = tangents(backbone, needs)
+            assert_close(dual, (expected[0] * x.flip(0)).sum(), rtol=1e-9, atol=1e-10)
+            assert_close(products, expected, rtol=1e-9, atol=1e-10)
+        assert_close(curvature(ours, needs), expected, rtol=1e-9, atol=1e-10)
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -446,6 +476,31 @@ def test_a_changed_model_runs_as_it_is(change, reason):
     first = backbone.explain().splitlines()[0]
     assert first == f"engine: off, the model runs as it was published: {backbone.refused}"
     assert reason in backbone.explain()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("part", "method", "reason"),
+    [
+        (lambda model: model.blocks[0].attn, "forward", "blocks.0.attn is a Attention whose forward was replaced"),
+        (
+            lambda model: model,
+            "forward_features",
+            "the model is a VisionTransformer whose forward_features was replaced",
+        ),
+        (lambda model: model.blocks[0].mlp.fc1, "forward", "is a Linear whose forward was replaced"),
+    ],
+)
+def test_a_class_whose_method_was_replaced_runs_as_it_is(part, method, reason, monkeypatch):
+    """Code that reads attention maps, or merges tokens, sets a method of the class."""
+    model = of_timm("vit_small_patch14_dinov2").double()
+    kind = type(part(model))
+    published = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, *args, **options: 2 * published(self, *args, **options))
+    backbone = DINOv2Backbone(model=copy.deepcopy(model), img_size=(28, 42))
+    assert reason in backbone.explain()
+    x = image((28, 42), dtype=torch.float64)
+    assert_close(backbone(x)["patch"], model.forward_features(x)[:, 1:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,6 +330,15 @@ def quantised(teacher: DINOv2Backbone) -> None:
     conv.weight = Packed(conv.weight.detach(), requires_grad=False)
 
 
+def output_hook(teacher: DINOv2Backbone) -> None:
+    teacher.computing.patch_embed.register_forward_hook(lambda module, arguments, out: out * arguments[0].std())
+
+
+def own_forward(teacher: DINOv2Backbone) -> None:
+    embed = teacher.computing.patch_embed
+    embed.forward = lambda x, forward=embed.forward: forward(x.flip(-1))
+
+
 def subclass(teacher: DINOv2Backbone) -> None:
     teacher.__class__ = type("Mine", (DINOv2Backbone,), {"forward": lambda self, x: DINOv2Backbone.forward(self, x)})
 
@@ -341,6 +351,8 @@ CHANGES = {
         "a hook reads what the teacher",
         lambda teacher: hook(teacher.computing.patch_embed.proj),
     ),
+    "hook that sees the images, too": ("a hook reads what the teacher", output_hook),
+    "forward of the embedding": ("VisionTransformer has a forward of its own", own_forward),
     "weights of another kind": ("the patch embedding's weight is a Packed", quantised),
     "model that reads twice": ("Twice may read its images elsewhere, too", None),
     "subclass": (None, subclass),
@@ -359,6 +371,39 @@ def test_teachers_whose_images_are_preprocessed(name, resized):
     out = module.encode(x)["patch"]
     assert resized == [(64, 64)]
     assert torch.equal(out, teacher(FD.preprocess(x, SIZE))["patch"])
+
+
+def of_the_embedding(model, monkeypatch):
+    own_forward(SimpleNamespace(computing=model))
+
+
+def of_a_subclass(model, monkeypatch):
+    kind = type(model.patch_embed)
+    turned = {"forward": lambda self, x: kind.forward(self, x.flip(-1))}
+    model.patch_embed.__class__ = type(kind.__name__, (kind,), turned)
+
+
+def of_its_class(model, monkeypatch):
+    kind, forward = type(model.patch_embed), type(model.patch_embed).forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x.flip(-1)))
+
+
+def of_the_model(model, monkeypatch):
+    model.forward_features = lambda x, forward=model.forward_features: forward(x.flip(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replace", [of_the_embedding, of_a_subclass, of_its_class, of_the_model])
+@pytest.mark.parametrize("name", ["timm's", "official"])
+def test_a_forward_that_was_replaced_sees_the_images(name, replace, monkeypatch, resized):
+    found, x = MODELS[name](), pictures((64, 64), (-1, 1), torch.float32)
+    expected = DINOv2Backbone(model=copy.deepcopy(found), img_size=SIZE)(FD.preprocess(x, SIZE).flip(-1))["patch"]
+    replace(found, monkeypatch)
+    teacher = DINOv2Backbone(model=found, img_size=SIZE)
+    module = encoder(teacher)
+    assert "may read its images elsewhere" in read_raw(teacher, module.preprocess, x, None)
+    assert_close(module.encode(x)["patch"], expected)
+    assert resized == [(64, 64)]
 
 
 def test_the_backbone_says_whether_it_folds():

@@ -82,6 +82,18 @@ def test_slices_of_a_batch_compile_as_batches_do(counter):
     assert counter.frame_count == 2  # of three images, and of the two that are left
 
 
+def test_no_teacher_uses_up_the_programs_of_another(counter):
+    """torch counts the programs of a function up to a limit, and then compiles no more of them."""
+    others = ({}, {"name": "vit_small_patch14_dinov2"}, {"layers": (0,)})
+    modules = [supervision(backbone(compile=True, **options)) for options in others]
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            for batch in (4, 3):
+                for module in modules:
+                    module.encode(images(batch))
+    assert counter.frame_count == 2 * len(modules)
+
+
 def test_nothing_breaks_the_graph(counter):
     for options in ({}, {"name": "vit_small_patch16_dinov3", "size": 64}):
         module = supervision(backbone(compile=True, **options), img_size=options.get("size"))

@@ -22,7 +22,7 @@ from .pixels import Raw, folded
 from .positions import resampling_of, take_any_size
 from .reading import check_fixed_size, read_embed_dim, read_patch_size, read_prefix_tokens, read_statistic
 from .rewritten import Rewritten
-from .running import check_compile, joined
+from .running import attention, check_compile, joined
 from .transformers_model import call_options, without_head
 from .weights import PATCH_SIZE, canonical, create_timm, load_dinov2
 
@@ -225,7 +225,8 @@ class DINOv2Backbone(Rewritten):
             weights = folded(self.projection, x, raw)  # outside of a compiled forward, which takes them as they are
         slices = [x] if self.micro_batch is None else x.split(self.micro_batch)
         run = DINOv2Backbone.compute if self.compiled is None else partial(self.compiled, DINOv2Backbone.compute)
-        parts = [run(self, part, needs, raw, weights) for part in slices]
+        with attention():
+            parts = [run(self, part, needs, raw, weights) for part in slices]
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def compute(

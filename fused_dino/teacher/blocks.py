@@ -136,9 +136,18 @@ def check_part(name: str, part: Any, *, is_root: bool) -> None:
     """Raise UnlikeError if a module was changed by hooks, which the model's own are not, or by methods of its own."""
     if not is_root and any(getattr(part, hooks, None) for hooks in HOOKS):
         raise UnlikeError(f"{name} has hooks")
+    check_methods(name, part)
+
+
+def check_methods(name: str, part: Any) -> None:
+    """Raise UnlikeError if a module has methods of its own, or its class a forward from elsewhere."""
     for key in vars(part):
         if callable(getattr(type(part), key, None)):
             raise UnlikeError(f"{name} has a {key} of its own")
+    for method in ("forward", "forward_features"):
+        owner = next((kind for kind in type(part).__mro__ if method in vars(kind)), None)
+        if owner is not None and getattr(vars(owner)[method], "__module__", None) != owner.__module__:
+            raise UnlikeError(f"{name} is a {type(part).__name__} whose {method} was replaced")
 
 
 def check_weights(model: nn.Module) -> torch.dtype:

@@ -25,10 +25,11 @@ def caller() -> int:
 class PatchProjection(Caching, nn.Conv2d):
     """A Conv2d whose next output can be injected: it returns the result stored for this thread, else it convolves.
 
-    It caches its folded weights. reads_all: whether the model reads its images here alone.
+    It caches its folded weights. name: its own in the model; reads_all: whether the model reads its images here alone.
     """
 
     results: dict[int, Tensor]
+    name: str
     reads_all: bool
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ def take_patches(model: nn.Module, patch_size: int) -> PatchProjection | None:
     fits = all(getattr(conv, name, None) == value for name, value in by_patches.items())
     if type(conv) is nn.Conv2d and fits and conv.padding in ((0, 0), "valid"):
         conv.__class__ = PatchProjection  # in its place, so that parameters, their names and hooks stay
-        vars(conv).update(results={}, cache=Cache(), reads_all=reads_all_pixels(model))
+        name = next(name for name, part in model.named_modules() if part is conv)
+        vars(conv).update(results={}, cache=Cache(), name=name, reads_all=reads_all_pixels(model, name))
     return conv if isinstance(conv, PatchProjection) else None
 
 

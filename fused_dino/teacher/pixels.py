@@ -23,6 +23,7 @@ from ..backend import requested
 from ..preprocess import Preprocess
 from ..sizes import Size
 from ..validation import FLOATING, check_scale, check_size, check_triple
+from .blocks import UnlikeError, check_methods, name_of
 from .transformers_model import CLASSES, is_known
 
 if TYPE_CHECKING:
@@ -94,26 +95,41 @@ def find_obstacle(teacher: Any) -> str | None:
         return f"{type(model).__name__} has no patch embedding that is a convolution by patches"
     if not projection.reads_all:
         return f"{type(model).__name__} may read its images elsewhere, too"
-    parts = (teacher, model, getattr(model, "patch_embed", None), projection)
-    if teacher._forward_hooks or any(part is not None and part._forward_pre_hooks for part in parts):
+    parts = [teacher, *around(model, projection.name)]
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return "a hook reads what the teacher is given"
+    if any(name in part.__dict__ for part in parts for name in ("forward", "forward_features")):
+        return f"{type(model).__name__} has a forward of its own"
     weight, bias = projection.weight, projection.bias
     if any(x is not None and type(x) not in (Tensor, nn.Parameter) for x in (weight, bias)):
         return f"the patch embedding's weight is a {type(weight).__name__}"
     return "MPS has no float64, in which weights are folded" if weight.device.type == "mps" else None
 
 
-def reads_all_pixels(model: nn.Module) -> bool:
-    """Whether a model is known to read its images by its patch embedding alone, and once."""
+def around(model: Any, name: str) -> list[nn.Module]:
+    """Return a model, its part of a dotted name, and what is between: each is given the images."""
+    parts = [model]
+    for key in name.split("."):
+        parts.append(getattr(parts[-1], key))
+    return parts
+
+
+def reads_all_pixels(model: Any, name: str) -> bool:
+    """Whether a model is known to read its images by one convolution alone, and once. name: of that."""
+    try:
+        for part in around(model, name):
+            check_methods(name, part)
+    except UnlikeError:
+        return False
     if is_known(model):
         return type(model).__name__ in CLASSES.values()
-    kind = type(model)
-    if kind.__name__ == "DinoVisionTransformer":  # the official code
+    if not name_of(getattr(model, "patch_embed", None)).endswith(".layers.patch_embed.PatchEmbed"):
+        return False
+    if name_of(model).endswith(".models.vision_transformer.DinoVisionTransformer"):  # the official code
         return True
-    forward, embed = getattr(kind, "forward_features", None), getattr(model, "patch_embed", None)
-    found = [getattr(sys.modules.get(f"timm.models.{file}"), name, None) for file, name in TIMM.items()]
-    plain = any(timm is not None and forward is timm.forward_features for timm in found)
-    return plain and type(embed).__name__ == "PatchEmbed"
+    found = [getattr(sys.modules.get(f"timm.models.{file}"), kind, None) for file, kind in TIMM.items()]
+    forward = getattr(type(model), "forward_features", None)
+    return any(timm is not None and forward is timm.forward_features for timm in found)
 
 
 def embed(images: Tensor, raw: Raw, kernel: Tensor, constant: Tensor) -> Tensor:

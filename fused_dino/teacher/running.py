@@ -1,12 +1,16 @@
-"""How a backbone's forward runs: compiled, and in slices of the batch."""
+"""How a backbone's forward runs: compiled, in slices of the batch, and with tangents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..validation import check_choice
 
@@ -32,7 +36,7 @@ class Compiled:
         if torch.compiler.is_compiling():  # a compiler around it takes the function as part of its own graph
             return function(*arguments)
         if self.compiled is None:
-            self.compiled = torch.compile(function, mode=self.mode)
+            self.compiled = torch.compile(of_its_own(function), mode=self.mode)
         out = self.compiled(*arguments)
         return copied(out) if self.mode in CUDA_GRAPHS else out
 
@@ -42,6 +46,17 @@ def check_compile(compile: Any) -> Compiled | None:
     if isinstance(compile, bool):
         return Compiled("default") if compile else None
     return Compiled(check_choice("compile", compile, MODES))
+
+
+def of_its_own(function: Any) -> Any:
+    """Return the same function with a code object of its own: torch counts recompilations by those, up to a limit."""
+    code, names = function.__code__.replace(), function.__globals__
+    return FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
+
+
+def attention() -> AbstractContextManager[None]:
+    """Let attention run by its parts in forward mode: its fused kernels have no tangents."""
+    return sdpa_kernel(SDPBackend.MATH) if forward_ad._current_level >= 0 else nullcontext()
 
 
 def copied(value: Any) -> Any:
