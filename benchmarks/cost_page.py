@@ -1,4 +1,4 @@
-"""Render docs/costs.md: what a step costs by calculation, and beside it what results files have measured."""
+"""Render docs/costs.md: the calculated cost of a step, and measurements from results files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def models(run: Evidence) -> list[Record]:
 
 
 def section(stem: str, run: Evidence) -> str:
-    """Return what a results file has of models. Predictions stand beside where its GPU is in the table."""
+    """Return the section of a results file on models, with predictions if its GPU is in the table."""
     gpu = gpus.find(run.device["name"]) if run.kind == "cuda" else None
     parts = [f"## Measured: {table.heading(run)}", f"Evidence: `benchmarks/results/{stem}.json`.", *table.remarks(run)]
     for record in models(run):

@@ -3,8 +3,8 @@
     python3 -m pytest -p benchmarks.device_tests --stage tests --report tests.jsonl FILES
 
 A failure is printed when it happens. Every test becomes a line of the report, so that a run that is killed leaves its
-findings. Tests that are known to fail (known.py) are reported apart and do not fail the run. A process whose GPU is
-lost ends, since each of its later tests would fail. pytest-xdist then starts another.
+findings. Tests that are known to fail (known.py) are reported apart and do not fail the run. A process that has lost
+its GPU ends, since each of its later tests would fail. pytest-xdist then starts another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORKERS = 12  # at most: the kernels compile on the CPU
 
 
 def command(stage: str, report: Path, cpus: int, files: tuple[str, ...] | None = None) -> list[str]:
-    """Return the command for the tests of a stage. Two of the CPUs are left to others."""
+    """Return the command for the tests of a stage. It leaves two of the CPUs alone."""
     chosen = files or (*ALONE, *SHARED, *(RANDOM if stage == "wide" else ()))
     workers = min(WORKERS, cpus - 2) if find_spec("xdist") else 1
     several = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []

@@ -87,7 +87,7 @@ def says_benchmarks(out: Path, name: str) -> str:
 
 
 def says_log(out: Path, name: str) -> str:
-    """Return the line in which a memory checker counts, else the last."""
+    """Return the line with a memory checker's count, else the last line."""
     lines = [x.strip(" =") for x in log_of(out, name).splitlines() if x.strip(" =")]
     counts = [x for x in lines if re.search(r"ERROR SUMMARY|RACECHECK SUMMARY", x)]
     return (counts or lines or [""])[-1]
@@ -125,7 +125,7 @@ def known_of(told: list[Line]) -> list[str]:
 
 
 def rows_of(head: Line, lines: list[Line]) -> list[str]:
-    """Return a line for each row's last direction and for each that is wrong, then count where our host is slow."""
+    """Return a line for each row's last direction and for each wrong one, then the number of rows with a slow host."""
     last: dict[tuple, Line] = {}
     for x in lines:
         key = x["op"], x["row"], x["precision"]

@@ -2,8 +2,8 @@
 
     compute-sanitizer python3 -m benchmarks.exercise [--seconds S]
 
-Each case is named before it runs and is waited for, so that a finding of the checker belongs to the case above it. The
-exit status is 0, or OUT_OF_TIME where cases are left.
+Each case is named before it runs, and ends before the next one, so that a finding of the checker belongs to the case
+above it. The exit status is 0, or OUT_OF_TIME where cases are left.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def stages(out: Path, device: str, seconds: float = SECONDS) -> list[tuple[str, 
 
 
 def chosen(out: Path, device: str, seconds: float, only: Sequence[str]) -> list[Stage]:
-    """Return the stages that are asked for, or all but ASKED."""
+    """Return the stages that --only names, or all but ASKED."""
     wanted = only or [name for name in STAGES if name not in ASKED]
     return [stage for name, stage in stages(out, device, seconds) if name in wanted]
 

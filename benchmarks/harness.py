@@ -32,15 +32,15 @@ class Bench:
 
     op: Its name, as explain_backend knows it.
     rows: Sizes, of shapes.py.
-    inputs(row, generator): The tensors that each implementation is called with, on the CPU, random and never zero.
+    inputs(row, generator): The inputs of each implementation, on the CPU, random and never zero.
     recipe(row): The eager function of them that a user has today. In float64 it is the truth. Its result is a scalar or
         a tensor. If it is a module, its trainable parameters get a gradient too.
     ours(row, backend): Our function.
     work(row, direction): (bytes, FLOP), the least that must be moved and computed.
-    peers: {name: factory(row)}, which gives their function. A peer does exactly the same work.
-    exact(row): The truth, where the recipe rounds even in float64.
+    peers: {name: factory(row)}, which returns a function. A peer does exactly the same work.
+    exact(row): The truth, if the recipe rounds even in float64.
     parts(row, *inputs): {name: a call without arguments}, parts of the work that are timed beside the whole.
-    asks: The op whose backends explain_backend is asked for, where `op` is no op.
+    asks: The op whose backends explain_backend gives, if `op` is no op.
     backends: Whether ours has backends, each of which is timed.
     """
 
@@ -187,7 +187,7 @@ class Trial:
         self.eager = self.eager_call()
 
     def truth(self) -> list[Tensor]:
-        """Return what the call gives in float64, of the inputs as they were rounded."""
+        """Return the result of the call in float64, for the rounded inputs."""
         bench = self.case.bench
         function = (bench.exact or bench.recipe)(self.case.row)
         if isinstance(function, nn.Module):

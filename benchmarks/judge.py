@@ -16,7 +16,7 @@ Times = Mapping[str, float | None]  # figure -> microseconds
 
 
 def gpu_of(name: str) -> int | None:
-    """Return which of the predicted GPUs a device is, by its name."""
+    """Return the predicted GPU whose name a device has."""
     return next((i for i, gpu in enumerate(GPUS) if gpu.is_named(name)), None)
 
 
@@ -31,7 +31,7 @@ def share_of(p: Prediction, share: float) -> float:
 
 
 def met(p: Prediction, gpu: int, ours: Times, share: float | None, eager: Times, compiled: Times) -> bool | None:
-    """Tell whether the targets of the figures that were measured are reached, or None where there are none."""
+    """Return whether the measured figures reach their targets, or None if there are none."""
     mine = ours.get(p.figure)
     checks = []
     if p.share is not None and share is not None:
@@ -81,7 +81,7 @@ def expected() -> Table:
 
 
 def beside(evidence: Evidence) -> Table | None:
-    """Return a line for each prediction whose row was measured, as figure/target, or None without any."""
+    """Return a line for each prediction whose row was measured, as figure/target, or None if there is none."""
     gpu = gpu_of(evidence.device["name"])
     if evidence.kind != "cuda" or gpu is None:
         return None

@@ -1,6 +1,6 @@
 """Name the tests that are known to fail on a GPU through no fault of ours, each with its reason.
 
-A run names them apart from failures, and says which of them passed after all. Each pattern is searched in a test's id.
+A run reports them apart from failures, and names those that passed after all. Each pattern is searched in a test's id.
 """
 
 import re

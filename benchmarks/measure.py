@@ -53,10 +53,10 @@ def sampler(calls: Sequence[Callable[[], Any]], device: str) -> Callable[[], Sam
 
 
 def host_sampler(call: Callable[[], Any], clock: Clock = time.perf_counter) -> Callable[[], Sample]:
-    """Return a function that gives the wall time of one call, the mean of as many as SAMPLE takes.
+    """Return a function that gives the wall time of a call, the mean over the calls that fit SAMPLE.
 
-    A call that is not timed comes before them: the provider that was sampled last left other data in the caches, and
-    other memory in malloc's hands.
+    A call that is not timed comes first, since the provider that was sampled before left other data in the caches, and
+    other free memory to malloc.
     """
 
     def once(repeat: int) -> float:
@@ -122,8 +122,8 @@ def enqueue(call: Callable[[], Any], cuda: Any = torch.cuda, clock: Clock = time
 def cold(call: Callable[[], Any], host: float, cuda: Any = torch.cuda, flush: Callable[[], Any] | None = None) -> float:
     """Return the GPU seconds of a call whose inputs are not in the L2: the median of COLD_ROUNDS.
 
-    host: Seconds in which it is enqueued. The GPU sleeps meanwhile, so that it has the whole call when it reaches the
-    start event. A round in which it got there first is taken again, after a longer sleep.
+    host: Seconds in which it is enqueued. The GPU sleeps meanwhile, so that the whole call is enqueued when it reaches
+    the start event. A round in which the GPU was faster is taken again, with a longer sleep.
     """
     flush = flush or empty_the_cache
     sleep = 2 * host + LEAST_SLEEP
@@ -191,7 +191,7 @@ def replay(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def waiting(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """Make a call wait until the GPU has ended it. On a CPU it is the call itself."""
+    """Make a call wait until the GPU has ended it. A CPU needs no wait."""
 
     def call_and_wait() -> Any:
         result = call()

@@ -36,7 +36,7 @@ class MiddleRank(Ranks):
 
 
 def middle_rank(student: Tensor, target: Tensor, route: str) -> Callable[[], Any]:
-    """Return what launches the kernels of loss and both gradients on this rank's rows. route: gram or covariance."""
+    """Return a function that launches the kernels for this rank's loss and gradients. route: gram or covariance."""
     plan = make_plan(
         *student.shape, inv_weight=1, var_weight=1, cov_weight=1, gamma=1.0, eps=1e-4, cov_reduction="mean",
         unbiased=False, route=route,

@@ -1,4 +1,4 @@
-"""Build one teacher of random weights as timm has it, as the official code does, and as ours."""
+"""Build one teacher of random weights in timm, in the official code, and as ours."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Predict the time of each row on a GPU, name its limiter, and set its targets.
 
-None is measured: the times of rows that memory limits are calculated from the speeds of fused_dino/gpus.py, the others
-read off the machine code of the kernels. `make report` renders them into docs/gpu.md, and beside the measurements of a
-results file.
+None is measured. Times of rows that memory limits are calculated from the speeds of fused_dino/gpus.py; the others are
+estimated from the machine code of the kernels. `make report` renders them into docs/gpu.md, and beside the measurements
+of a results file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Prediction:
     figure: Which of a GPU's times is predicted and judged: cold, graph or host.
     share: Target on each GPU: share of the nearer roof.
     most_us: Target: microseconds at most.
-    eager, compile: Target: how many times faster it is than these, in `figure`.
-    traffic: How many times the row's bytes it has to move, which its share counts.
+    eager, compile: Target: how many times faster it is than these, by `figure`.
+    traffic: The bytes that it has to move, over those of the row. The share counts them.
     """
 
     op: str

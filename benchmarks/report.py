@@ -73,7 +73,7 @@ def section(stem: str, run: Evidence) -> str:
 def summary(evidences: dict[str, Evidence]) -> str:
     """Return the README's part: a table for each results file, since times of two devices do not compare.
 
-    A run of whole models alone is on the page of costs.
+    A run of whole models alone is shown in docs/costs.md.
     """
     parts = []
     for run in evidences.values():
@@ -84,7 +84,7 @@ def summary(evidences: dict[str, Evidence]) -> str:
 
 
 def insert(text: str, rendered: str, name: str = "README.md") -> str:
-    """Replace what stands between the markers of a page."""
+    """Replace the text between the markers of a page."""
     if BEGIN not in text or END not in text:
         raise ValueError(f"{name} has no place for the table: {BEGIN} and {END}")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)

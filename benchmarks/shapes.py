@@ -16,10 +16,10 @@ class Row:
     dtype: Dtype of the inputs, a name that torch has.
     options: What the op's declaration reads from it, such as size, out_dtype or layout.
     grad_output: Factor of a scalar's gradient: 1 is a plain backward(), anything else a weighted loss.
-    tf32: Whether float32 matrix products may use TF32. It has rows of its own, since its errors are other errors.
-    directions: What is measured of it. Its tables end with the last.
+    tf32: Whether float32 matrix products may use TF32. TF32 has rows of its own, since its errors are larger.
+    directions: The directions that are measured. Tables end with the last one.
     on: The kinds of device that it is for.
-    quick: Whether it is in the quick selection. An op's sentence speaks of its last quick row.
+    quick: Whether it is in the quick selection. The report's sentence on an op is about its last quick row.
     """
 
     shape: tuple[int, ...]

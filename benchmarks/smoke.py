@@ -1,4 +1,4 @@
-"""Check every row of our kernels against float64, and time it: the first thing that a GPU is asked.
+"""Check every row of our kernels against float64, and time it: the first stage on a GPU.
 
     python3 -m benchmarks.smoke OUT [--seconds 150] [--device cuda|cpu]
 
@@ -71,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def chosen(benches: Iterable[harness.Bench], device: str) -> list[Case]:
-    """Return all rows of the ops that have kernels. A CPU only shows that this runs, and takes each op's smallest."""
+    """Return all rows of the ops that have kernels. A dry run on a CPU takes the smallest row of each op."""
     plan = session.plan((bench for bench in benches if not bench.of_a_model), device, quick=False)
     if device == "cuda":
         return plan
@@ -128,7 +128,7 @@ def inspect(trial: Trial, found: roofs.Roofs, line: Line) -> None:
 
 
 def kernels(call: Callable[[], Any]) -> dict[str, float] | str:
-    """Return the microseconds that each kernel takes of a call."""
+    """Return the microseconds of each kernel of a call."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     try:
         with torch.profiler.profile(activities=activities) as profile:

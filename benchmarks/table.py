@@ -1,4 +1,4 @@
-"""Say in columns and words what was measured. A table is data, and is printed plain or as Markdown."""
+"""Report measurements in tables and words. A table is data, and is printed plain or as Markdown."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def report(evidence: Evidence, planned: int) -> str:
 
 
 def remarks(evidence: Evidence) -> list[str]:
-    """Say what a reader of the times has to know."""
+    """Return what a reader of the times has to know."""
     found = []
     load, cores = evidence.device.get("load") or 0.0, evidence.device.get("cores") or 1
     if load >= cores / 4:
@@ -175,7 +175,7 @@ def remarks(evidence: Evidence) -> list[str]:
 
 
 def slow_hosts(evidence: Evidence) -> str | None:
-    """Say where our host time is above eager's, on a GPU; None where it is nowhere."""
+    """Name the rows whose host time on a GPU is above eager's, or return None."""
     found = []
     for record in evidence.records if evidence.kind == "cuda" else ():
         ours, eager = (t.figure("host") if t else None for t in (record.of("ours"), record.of("eager")))
@@ -185,7 +185,7 @@ def slow_hosts(evidence: Evidence) -> str | None:
 
 
 def sentence(op: str, evidence: Evidence) -> str:
-    """Say what an op's most telling row shows."""
+    """Return a sentence on an op's most telling row."""
     record = telling(op, evidence)
     return f"{op}: {claim(record, evidence)} ({record.row}, {record.direction}, on this {device(evidence)})"
 

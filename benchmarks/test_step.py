@@ -52,7 +52,7 @@ def inputs(row: Row, generator: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def parts(row: Row, z: Tensor, images: Tensor) -> dict:
-    """Return the parts of ours; those of projector and loss have their backward in them."""
+    """Return the parts of our step. Projector and loss include their backward."""
     teacher = ours(row.options["teacher"]).to(z)
     projector = Projector(IN_DIM, out_dim=teacher.embed_dim).to(z)
     x, see, leaf = FD.preprocess(images, SIZE), torch.no_grad()(teacher), z.detach().requires_grad_()

@@ -13,7 +13,7 @@ from .shapes import TEACHERS, Row
 
 
 class Sees(nn.Module):
-    """A model, and what is taken of its features: the class token, or the patch tokens."""
+    """A model of which the class token or the patch tokens are used."""
 
     def __init__(self, model: Any, row: Row) -> None:
         super().__init__()

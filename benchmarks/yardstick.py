@@ -28,7 +28,7 @@ def compare(got: Tensor, eager: Tensor, true: Tensor, unit: Tensor, floor: float
     """Compare a result with float64's. Allow twice eager's error, the floor, and one rounding of the result.
 
     Args:
-        got: The result.
+        got: The result under test.
         eager: Eager's result. Where it is not finite, its error counts as 0.
         true: The result in float64, finite.
         unit: The size of an error of 1: one number, or one for each element.

@@ -68,7 +68,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> tuple[str, str]:
-    """Return the backend that is asked for, and where that is said."""
+    """Return the backend that was chosen, and where."""
     if backend is not None:
         return check_backend(backend), "the argument backend="
     if _selected is not None:

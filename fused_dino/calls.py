@@ -11,7 +11,7 @@ from .terms.base import Alignment, Term
 
 
 def check_terms(terms: Any) -> None:
-    """Check terms by name. Trainers add up every log that contains "loss", so that no name may."""
+    """Check terms by name. No name may contain "loss", since trainers add up every log that does."""
     if not isinstance(terms, Mapping) or not terms:
         raise ValueError(f"terms must be a dict of at least one term by name, got {terms!r}")
     for name, term in terms.items():
@@ -22,9 +22,9 @@ def check_terms(terms: Any) -> None:
 
 
 def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:
-    """Return the options of a call by term. One that is a dict names its terms; else it goes to all that take it.
+    """Return the options of a call by term. A dict names its terms; any other value goes to all terms that take it.
 
-    Weights leave images out of the loss, so that a term without them would have to be told.
+    Weights leave images out of the loss. So a term that takes none must not be given them silently.
     """
     shares: dict[str, dict[str, Any]] = {name: {} for name in terms}
     for option, value in options.items():
@@ -67,6 +67,8 @@ def width_of(name: str, term: Any, sources: Mapping[Any, Any]) -> int | None:
     known = "the one teacher has no name" if None in sources else f"the teachers are {list(sources)}"
     if term.teacher is not None:
         raise ValueError(f"terms[{name!r}] has teacher={term.teacher!r}, and {known}")
+    if term.layers and isinstance(term, Alignment):
+        raise ValueError(f"terms[{name!r}] must name its teacher, whose layers {term.layers} it reads; {known}")
     if own is None and isinstance(term, Alignment):
         raise ValueError(f"terms[{name!r}] must name its teacher, or have out_dim, its targets' width; {known}")
     return own
@@ -87,7 +89,7 @@ def take_targets(terms: Mapping[str, Any], targets: Any, sources: Mapping[Any, A
 
 
 def check_batch(batch: int | None, targets: Mapping[str, Any]) -> int | None:
-    """Return the batch size of a call, which is known of its images or of its targets."""
+    """Return the batch size of a call, from its images or its targets."""
     for name, target in targets.items():
         count = next(len(x) for x in target.values() if isinstance(x, Tensor))
         batch = count if batch is None else batch

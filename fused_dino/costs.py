@@ -1,4 +1,4 @@
-"""What each part of a supervised step computes and moves: the statements behind the benchmarks and `estimate`."""
+"""The FLOP and bytes of each part of a supervised step, for the benchmarks and `fused-dino estimate`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def on_meta(name: str, img_size: Any = 224, layers: Sequence[int] | None = None)
 def teacher_kernels(
     teacher: DINOv2Backbone, batch: int, dtype: torch.dtype, side: int = 224, needs: frozenset[str] | None = None
 ) -> list[Kernel]:
-    """Return what the forward of a teacher on the meta device launches in eager PyTorch, for what is read of it."""
+    """Return the kernels that a teacher on the meta device launches in eager PyTorch for the features that are read."""
     teacher.to(dtype)
     with torch.no_grad(), torch.device("meta"):
         images = torch.empty(batch, 3, side, side, dtype=dtype)
@@ -75,13 +75,13 @@ def teacher_kernels(
 
 
 def projector_kernels(in_dim: int, out_dim: int, batch: int, dtype: torch.dtype) -> list[Kernel]:
-    """Return what a projector launches in eager PyTorch, forward and backward, down to its input's gradient."""
+    """Return the kernels that a projector launches in eager PyTorch, forward and backward to its input."""
     with torch.device("meta"):
         return there_and_back(Projector(in_dim, out_dim=out_dim).to(dtype), (batch, in_dim), dtype)
 
 
 def there_and_back(module: Any, shape: Sequence[int], dtype: torch.dtype, *more: Any) -> list[Kernel]:
-    """Return what a module on the meta device launches for a tensor [*shape], and for its gradients."""
+    """Return the kernels that a module on the meta device launches for a tensor [*shape], and for its gradients."""
     x = torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
     outputs = torch.empty_like(module(x, *more))
     return count(lambda: torch.autograd.grad(module(x, *more), [x, *module.parameters()], outputs))
@@ -106,7 +106,7 @@ class Part(NamedTuple):
         return sum(kernel.bytes for kernel in self.kernels)
 
     def seconds(self, copy: float, matrix: float) -> float:
-        """Return its time at the roofs: of each kernel the longer of bytes over `copy` and FLOP over `matrix`."""
+        """Return the time at the roofs: for each kernel the longer of bytes over `copy` and FLOP over `matrix`."""
         return sum(max(kernel.bytes / copy, kernel.flops / matrix) for kernel in self.kernels)
 
 
@@ -132,7 +132,7 @@ def step(
 def supervised(
     supervision: Any, batch: int, side: int, students: Mapping[str, Sequence[int]], dtype: torch.dtype
 ) -> list[Part]:
-    """Return the parts of a step under a supervision of the meta device.
+    """Return the parts of a step under a supervision on the meta device.
 
     students: the shapes of its terms' tensors without the batch. Tokens lie on the teacher's grid.
     """
@@ -157,7 +157,7 @@ def supervised(
 
 
 def compared(loss: Any, target: torch.Tensor) -> Part:
-    """Return what a loss of rows costs: our kernels by their formulas, others as eager PyTorch launches them."""
+    """Return the cost of a loss on rows: ours by its formula, others by the kernels that eager PyTorch launches."""
     name = next((name for name, kind in KINDS.items() if isinstance(loss, kind)), None)
     if name is None:
         kernels = there_and_back(loss, target.shape, target.dtype, target)

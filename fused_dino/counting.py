@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Records each op that is no view as one kernel, which reads its inputs and writes its outputs once."""
+    """Records each op as one kernel, which reads its inputs and writes its outputs once. Views are no kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Records attention as the one kernel that a GPU runs, and not as the products that it is without one."""
+    """Records attention as one kernel, as a GPU runs it, and not as its products."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -65,6 +65,6 @@ def count(call: Callable[[], Any]) -> list[Kernel]:
 
 
 def bytes_of(*values: Any) -> int:
-    """Return the bytes of all tensors in nested values; what is expanded counts once."""
+    """Return the bytes of all tensors in nested values. Expanded elements count once."""
     tensors = {id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}
     return sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors.values())

@@ -68,7 +68,7 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def wait(x: Tensor) -> Tensor:
-    """Return x when its collective is done. A GPU waits, and not its host."""
+    """Return x when its collective is done. The GPU waits for it; the host does not."""
     from torch.distributed import _functional_collectives as funcol
 
     return funcol.wait_tensor(x)
@@ -88,7 +88,7 @@ def all_counts(count: int, device: torch.device, group: ProcessGroup) -> list[in
 
 
 def start_gather_rows(x: Tensor, counts: list[int], group: ProcessGroup) -> Callable[[], Tensor]:
-    """Begin to gather the rows of all ranks, counts[r] of rank r, and return what waits for them.
+    """Begin to gather the rows of all ranks, counts[r] of rank r, and return a function that waits for them.
 
     They are padded to the largest count in transit.
     """
@@ -115,7 +115,7 @@ def default_group() -> ProcessGroup | None:
 
 
 def shares_buffers() -> bool:
-    """Whether this is in a forward of DistributedDataParallel that gives all ranks the buffers of the first."""
+    """Return whether this runs in a forward of DistributedDataParallel that broadcasts the first rank's buffers."""
     wrapper = DistributedDataParallel._active_ddp_module
     return wrapper is not None and wrapper.broadcast_buffers
 
@@ -142,7 +142,7 @@ def warn_if_unsynchronised(module: nn.Module) -> None:
 
 
 def is_unsynchronised(module: nn.Module) -> bool:
-    """Whether gradients are taken in several processes, outside of DDP's forward and by no sharded parameter."""
+    """Return whether several processes take gradients outside of DDP's forward and without sharded parameters."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and torch.is_grad_enabled()):
         return False
     if DistributedDataParallel._active_ddp_module is not None:

@@ -1,4 +1,4 @@
-"""What passes between the wings: a teacher's features of images, which the terms compare with a student's."""
+"""The features that a teacher makes of images, and that terms compare with a student's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ width of the images before preprocessing; layers: {'global', 'patch'} of the lay
 
 
 def check_features(name: str, features: Any, width: int, batch: int | None = None) -> Features:
-    """Check features and return them. name: of the argument, for errors; width: D; batch: B, if it is known."""
+    """Check features and return them. name: the argument, for errors; width: D; batch: B, if it is known."""
     expected = f"{name} must be {{'global': [B, {width}], 'patch': [B, N, {width}] or None}}"
     if not isinstance(features, dict) or not isinstance(features.get("global"), Tensor):
         raise TypeError(f"{expected}, got {type(features).__name__}")

@@ -1,7 +1,7 @@
-"""The public ops: each documents and checks its arguments, and runs on the backend that is chosen.
+"""The public ops. Each documents and checks its arguments, and runs on the chosen backend.
 
-The losses differentiate both inputs. Every op computes in float32 (float64 as soon as one input is float64), whatever
-the dtype of its inputs and whatever autocast says.
+The losses differentiate both inputs. Every op computes in float32, or in float64 if an input is float64, whatever the
+other dtypes and autocast.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def preprocess(
 
     Shape:
         - images: :math:`(B, 3, H, W)`
-        - Output: :math:`(B, 3, h, w)`, or with ``patch_size`` :math:`(B, h w / p^2, 3 p^2)`: patches row by row, each
-          in the order of a Conv2d weight :math:`(D, 3, p, p)`, so that a patch embedding is one matrix product
+        - Output: :math:`(B, 3, h, w)`, or with ``patch_size`` :math:`(B, h w / p^2, 3 p^2)`. Patches are row by row,
+          each in the order of a Conv2d weight :math:`(D, 3, p, p)`, so that a patch embedding is one matrix product
 
     Returns:
         Tensor: Normalised images or patches, differentiable in ``images``.
@@ -150,10 +150,10 @@ def cosine_loss(
     Args:
         student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
         target (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
-        index (Tensor, optional): Position in ``target`` of each row of ``student``, where the student has a subset of
-            the tokens: row ``[b, m]`` meets ``target[b, index[b, m]]``. int32 or int64, from 0 to N - 1. A value out
-            of range raises on a CPU. On a GPU, and under a transform or a compiler, its row and gradient are NaN. The
-            kernel reads the rows in place. A target that requires a gradient is refused.
+        index (Tensor, optional): Position in ``target`` of each row of ``student``, if the student has a subset of the
+            tokens: row ``[b, m]`` is compared with ``target[b, index[b, m]]``. int32 or int64, from 0 to N - 1. A value
+            out of range raises on a CPU. On a GPU, and under a transform or a compiler, its row and gradient are NaN.
+            The kernel reads the rows in place. A target that requires a gradient is refused.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
             the sum of the weights, and is 0 where that is 0. A row of weight 0 is left out, whatever it holds: NaN and
             infinity reach neither value nor gradient. Its index may be anything, such as -1 for padding. A weight that
@@ -162,7 +162,8 @@ def cosine_loss(
             gradient. Faster than multiplying the result: it is folded into the gradient that the forward computes.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. A mean over no rows is NaN, as in torch. Default:
             ``"mean"``.
-        eps (float): Smallest norm that divides. A row below it has a gradient of order ``1 / eps``. Default: 1e-12.
+        eps (float): Smallest norm that divides. A row of a smaller norm has a gradient of order ``1 / eps``. Default:
+            1e-12.
         backend (str, optional): ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
     Shape:
@@ -203,23 +204,23 @@ def mse_loss(
     norm_eps: float = 1e-12,
     backend: Backend | None = None,
 ) -> Tensor:
-    r"""Squared error between elements, of rows of length one unless told otherwise.
+    r"""Squared error between the elements of rows, which are first divided by their norms.
 
     .. math:: \ell_{ij} = (s_{ij} - t_{ij})^2
 
-    Equals ``F.mse_loss(F.normalize(student, dim=-1), F.normalize(target, dim=-1))``, computed in float32. That is
-    :math:`2 (1 - \cos) / D`, at D = 1024 some five hundred times weaker than ``cosine_loss``.
+    Equals ``F.mse_loss(F.normalize(student, dim=-1), F.normalize(target, dim=-1))``, computed in float32. This is
+    :math:`2 (1 - \cos) / D`: at D = 1024 some five hundred times weaker than ``cosine_loss``.
 
     Args:
         student (Tensor): Rows to align: float16, bfloat16, float32 or float64, of any layout.
         target (Tensor): Rows to align with, of the same shape and device. Gets a gradient if it requires one.
         normalize (bool): Divides rows by their norms first. Default: ``True``.
-        whiten (bool): Standardises each column over all rows next: ``(x - mean) / (std + eps)`` with the unbiased
+        whiten (bool): Then standardises each column over all rows: ``(x - mean) / (std + eps)`` with the unbiased
             deviation. It does not decorrelate columns. Needs two rows. Default: ``False``.
         weight (Tensor, optional): Weights of rows, broadcastable to :math:`(...)`. A mask is one. ``"mean"`` divides by
             the sum of the weights times D, and is 0 where that is 0. A row of weight 0 is left out, whatever it holds.
-            ``whiten`` takes the statistics of the rows whose weight is not 0, each counted once; fewer than two give
-            NaN. A weight that requires a gradient is refused.
+            ``whiten`` takes the statistics of the other rows, each counted once; fewer than two give NaN. A weight that
+            requires a gradient is refused.
         scale (float or Tensor, optional): Factor of the loss, as in ``cosine_loss``.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, as in ``F.mse_loss``. A mean over no rows is NaN. Default:
             ``"mean"``.
@@ -271,7 +272,7 @@ def vicreg_loss(
     group: ProcessGroup | None = None,
     backend: Backend | None = None,
 ) -> VICRegOutput:
-    r"""VICReg: against a frozen teacher, between two branches, or of one embedding alone.
+    r"""VICReg of a student against a frozen teacher, of two branches, or of one embedding alone.
 
     .. math::
         \ell = w_{inv} \, \operatorname{mean}_{ij} (y_{ij} - g_{ij})^2
@@ -297,12 +298,12 @@ def vicreg_loss(
         unbiased (bool): Divides the variance by N - 1, as published, in place of N. Default: ``False``.
         both (bool): Regularises the target too: variance and covariance are sums over both branches. Nothing is
             detached. Default: ``False``.
-        per (str): What has a covariance of its own in [B, N, D]: ``"batch"``, whose B N rows count together, or
-            ``"position"``, whose B rows do. The loss is then the mean over N positions. Default: ``"batch"``.
-        route (str): Product that gives the covariance: ``"gram"`` of rows [N, N], ``"covariance"`` of columns [D, D],
-            ``"auto"`` the smaller. The Gram route subtracts two sums and leaves the largest column out, so that it
-            cannot cancel. Accuracy drops if two uncorrelated columns dominate: 1e-3 when both are 100 times the others,
-            meaningless at 10,000 times. Use ``"covariance"`` there. Default: ``"auto"``.
+        per (str): Rows of [B, N, D] that share a covariance: all B N rows (``"batch"``), or the B rows of each position
+            (``"position"``). The loss is then the mean over the N positions. Default: ``"batch"``.
+        route (str): Product that the covariance comes from: ``"gram"`` of rows [N, N], ``"covariance"`` of columns [D,
+            D], or ``"auto"``, the smaller one. The Gram route subtracts two sums and leaves the largest column out, so
+            that it cannot cancel. Accuracy drops if two uncorrelated columns dominate: 1e-3 when both are 100 times the
+            others, meaningless at 10,000 times. Use ``"covariance"`` there. Default: ``"auto"``.
         group (ProcessGroup, optional): Ranks whose rows count together; they may bring different numbers of rows.
             Gradients are scaled so that DDP's averaging gives the full-batch gradient. Ranks exchange their counts on
             the host, unless ``route="covariance"`` or ``cov_weight=0``. Default: the rows of this process.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 class GPU(NamedTuple):
     """A GPU's roofs.
 
-    name: What the name of such a device has in it.
+    name: A part of the device's name.
     copy: Bytes a second, read and written.
     matrix: FLOP a second of matrix products, by the precision of their inputs, as the benchmarks name it.
     """
@@ -41,5 +41,5 @@ GPUS = {
 
 
 def find(device: str) -> GPU | None:
-    """Return the GPU of the table that a device is, by its name."""
+    """Return the GPU of the table whose name a device has."""
     return next((gpu for gpu in GPUS.values() if gpu.is_named(device)), None)

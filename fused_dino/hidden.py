@@ -1,7 +1,7 @@
 """Tensors that state_dict() leaves out: a teacher's weights, a loss's options, the weights of a grid.
 
-A checkpoint cannot bring them back, so that `to_empty`, which replaces every tensor of a module by fresh memory, must
-not reach them. A copy of a module shares its teacher's memory until one of the two is moved, cast or loaded.
+No checkpoint can bring them back. So `to_empty`, which replaces every tensor of a module by fresh memory, must not
+reach them. A copy of a module shares its teacher's memory until one of the two is moved, cast or loaded.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ FRESH, SHARED = "_is_fresh_memory", "_shares_memory"  # marks of modules
 
 
 def keeps_values(fn: Callable[[Tensor], Tensor]) -> tuple[bool, torch.device]:
-    """Whether `fn`, which Module._apply gets, keeps values, as `to` does and `to_empty` does not; where it puts them.
+    """Return whether an `fn` of Module._apply keeps values, as `to` does and `to_empty` does not, and the device.
 
-    A pattern that was never in memory before shows it, of numbers that every floating dtype holds.
+    It tries `fn` on a pattern that was never in memory before, of numbers that every floating dtype holds.
     """
     pattern = torch.tensor([byte % 8 for byte in os.urandom(64)], dtype=torch.float32, device="cpu")
     result = fn(pattern)
@@ -28,7 +28,7 @@ def keeps_values(fn: Callable[[Tensor], Tensor]) -> tuple[bool, torch.device]:
 
 
 def move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Move a tensor to where `fn` puts a module's, without its other changes. A device without memory is none."""
+    """Move a tensor to the device of `fn`, without its other changes. The meta device is ignored."""
     device = keeps_values(fn)[1]
     return tensor if device.type == "meta" else tensor.to(device)
 
@@ -47,7 +47,7 @@ def apply_to_teacher(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None
 
 
 def mark_fresh(teacher: nn.Module) -> None:
-    """Mark a teacher whose weights are memory that nobody has written yet, until it is loaded."""
+    """Mark a teacher whose memory was never written, until it is loaded."""
     setattr(teacher, FRESH, True)
     weights = list(teacher.parameters())
     parts = [part for part in (teacher, *teacher.children()) if len(list(part.parameters())) == len(weights)]

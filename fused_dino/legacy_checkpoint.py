@@ -1,4 +1,4 @@
-"""Loading of checkpoints that the code which a supervision replaces wrote, by renaming their keys.
+"""Loading of checkpoints of the code that a supervision replaces, by renaming their keys.
 
 The seed, the eager code that DinoSupervision replaces, keeps `dino_t_head`, `dino_local_head` and the teacher,
 `dino_model`, as attributes of the user's own model; REPA keeps `projectors`. Here they live in one submodule of it. So
@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 
 class Legacy(NamedTuple):
-    """The names of somebody's checkpoints: whose they are, those that are renamed, and the one that is dropped."""
+    """The names in checkpoints of other code: whose code it is, the renamed keys, and the one that is dropped."""
 
     whose: str
     renamed: dict[str, str]
@@ -75,8 +75,8 @@ def is_supervision(module: nn.Module | None) -> bool:
 def watch_parents() -> None:
     """Make every module that is later given a supervision as a child load its legacy names too.
 
-    torch passes a child only the keys under its own prefix, so that the parent has to rename them. A module cannot find
-    its parent in another way.
+    torch passes a child only the keys under its own prefix, so the parent has to rename them. A module cannot find its
+    parent in another way.
     """
 
     def on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .reference.dtypes import acc_dtype
+
 
 def live_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Yield parameters of all submodules, and the tensors that stand in their place."""
@@ -26,7 +28,10 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
 
 
 def reach(*tensors: Tensor) -> Tensor:
-    """Return a float32 0 that gives each tensor an exact zero gradient, even if one holds a NaN or is a shard."""
+    """Return a 0 that gives each tensor an exact zero gradient, even if a tensor holds NaN or is a shard.
+
+    It is float32, or float64 if a tensor is.
+    """
     local: list[Any] = [getattr(x, "to_local", lambda x=x: x)() for x in tensors]
-    zeros = [x.flatten()[:0].float().sum() for x in local]
+    zeros = [x.flatten()[:0].sum(dtype=acc_dtype(*tensors)) for x in local]
     return torch.stack(zeros).sum() if zeros else torch.zeros(())

@@ -105,7 +105,7 @@ class CosineLoss(Loss):
         return self.compute(student, target, weight=weight, index=index)
 
     def similarity(self, loss: Tensor) -> Tensor:
-        """Return the mean similarity of the rows that a loss means. Options that hide it raise ValueError."""
+        """Return the mean similarity of rows that has this loss. Options that hide it raise ValueError."""
         if self.options["scale"] is not None or self.options["reduction"] != "mean":
             raise ValueError("a CosineLoss with a scale, or another reduction than 'mean', tells no mean similarity")
         return 1 - loss
@@ -251,15 +251,15 @@ class VICRegLoss(Loss):
     def preset(cls, name: str, **options: Any) -> VICRegLoss:
         """Returns the loss with the constants of a definition in use.
 
-        The definitions regularise both branches. With ``both=True`` the loss and both gradients are theirs. Without it
-        the loss is one-sided: a frozen target's own variance and covariance, which are constants, are left out, and the
-        student's gradient is theirs. lightly takes each rank's statistics alone, as ``group=None`` does.
+        The definitions regularise both branches. ``both=True`` gives their loss and both gradients. By default the loss
+        is one-sided: it leaves out the variance and covariance of a frozen target, which are constants, and gives the
+        student's gradient. lightly takes each rank's statistics alone, as ``group=None`` does.
 
         Args:
             name (str): ``"seed"`` (the defaults), ``"vicreg"`` (facebookresearch/vicreg, main_vicreg.py),
                 ``"lightly"`` (lightly's VICRegLoss, the same) or ``"solo"`` (solo-learn, losses/vicreg.py, whose
                 variance weighs twice as much).
-            **options: Options that override the definition's.
+            **options: Options in place of the definition's.
 
         Returns:
             VICRegLoss: A new loss.

@@ -13,13 +13,13 @@ from .reference import vicreg as reference_vicreg
 
 
 class OpInfo(NamedTuple):
-    """The implementations of an op, None for one that it lacks.
+    """The implementations of an op; None for a missing one.
 
     reference: the specification, in eager torch.
     torch: its closed form in plain torch.
     triton: its kernels.
-    rowwise: whether it has one loss per row, and takes a weight, a scale and a reduction. Its `torch` and `triton` take
-        `scale`, and return the loss with it and without.
+    rowwise: whether it has one loss per row, and takes a weight, a scale and a reduction. Its `torch` and `triton` then
+        take `scale`, and return the loss with it and without.
     """
 
     reference: Callable[..., Any]

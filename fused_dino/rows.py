@@ -1,4 +1,4 @@
-"""The part that all ops on rows share: the checks of their arguments, and the scale of their loss."""
+"""The call of every op on rows: the checks of its arguments, and the scale of its loss."""
 
 from __future__ import annotations
 

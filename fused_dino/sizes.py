@@ -1,4 +1,4 @@
-"""The size of a teacher's input: fixed, or by a rule that each batch of images is asked."""
+"""The size of a teacher's input: fixed, or a rule that is applied to the size of each batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SizeRule = Callable[[int, int, int], tuple[float, float]]  # (height, width, pat
 class Scaled:
     """Size rule: the images' own height and width, times a ratio.
 
-    ``Scaled(7 / 8)`` lets a latent grid of 16-pixel cells meet the grid of a 14-pixel teacher token by token.
+    ``Scaled(7 / 8)`` gives a latent grid of 16-pixel cells and a teacher of 14-pixel patches the same grid.
 
     Args:
         ratio (float): Factor of both sides.
@@ -96,7 +96,7 @@ def check_img_size(img_size: Any, patch: int = 1) -> Size | SizeRule:
 
 
 def resolve(img_size: Any, h: int, w: int, patch: int) -> Size:
-    """Return the teacher's (height, width) for images of h x w: a fixed size as it is, or what a rule says.
+    """Return the teacher's (height, width) for images of h x w: a fixed size as it is, or the result of a rule.
 
     Each side of a rule's size goes to the nearest multiple of `patch`, at least one. A half goes up.
     """

@@ -1,4 +1,4 @@
-"""What every supervision does with the calls of its terms: it sums their losses, under a schedule."""
+"""The base class of supervisions, which sums the losses of its terms under a schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .validation import check_scalar
 
 
 class Call(NamedTuple):
-    """A term, what it gets in one call, its factor in the sum, and the parts that it uses in place of its own."""
+    """One call of a term: its arguments, its factor in the sum, and the parts that it uses in place of its own."""
 
     term: Any
     student: Any  # a tensor, or a list of them
@@ -41,13 +41,13 @@ class Call(NamedTuple):
         return loss * (scale.to(loss) if isinstance(scale, Tensor) else scale), {"value": loss.detach(), **logs}
 
     def similarity(self, value: Tensor) -> Tensor:
-        """Return the similarity that the logged loss means: NaN where all rows are left out."""
+        """Return the similarity that has the logged loss. It is NaN if all rows are left out."""
         weight, found = self.options.get("weight"), self.term.similarity(value)
         return found if weight is None else torch.where((weight != 0).any(), found, torch.nan)
 
 
 class Supervised(Teachers):
-    """What every supervision does with the calls of its terms."""
+    """Sums the losses of terms under a schedule, for every kind of supervision."""
 
     schedule: Schedule
     legacy: Legacy | None = None  # names in others' checkpoints
@@ -86,9 +86,9 @@ class Supervised(Teachers):
     def _scheduled(
         self, run: Callable[..., Any], step: int | None, calls: Mapping[str, Call], *inputs: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return what run(alpha=...) gives under the schedule, or the zero after its stop, and count a step.
+        """Return the result of run(alpha=...) under the schedule, or the zero after its stop, and count a step.
 
-        The step is counted at the end, since a call that raises is none.
+        The step is counted at the end, since a call that raises is no step.
         """
         schedule = self.schedule
         now = schedule.begin(step)
@@ -111,7 +111,7 @@ class Supervised(Teachers):
         return torch.stack([calls[name].similarity(logs[self._log_name(name, "value")]) for name in names]).mean()
 
     def _zero(self, *inputs: Tensor | None, without: str = "") -> Tensor:
-        """Return 0 that gives inputs and parameters a zero gradient. without: a child that is left out."""
+        """Return a 0 that gives inputs and parameters a zero gradient. without: a child that is left out."""
         parts = [part for name, part in self.named_children() if name != without]
         tensors = [x for part in parts for x in live_tensors(part) if x.is_floating_point()]
         tensors += [x for x in (*self._parameters.values(), *inputs) if x is not None]

@@ -1,4 +1,4 @@
-"""A supervision: a teacher, its terms and a schedule. It answers as a trainer wants it."""
+"""A supervision: a teacher, its terms and a schedule, and what a trainer calls."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Supervision(Supervised):
 
     .. math:: loss = \alpha(step) \sum_t w_t L_t
 
-    The teacher is invisible to the trainer, as in DinoSupervision.
+    Optimizers and checkpoints do not see the teacher, as in DinoSupervision.
 
     Args:
-        teacher (str, nn.Module, dict or None): As in DinoSupervision, a dict of such teachers by name, of which each
-            term picks one by its ``teacher=``, or None where every call gives the ``targets`` of all terms. A teacher
-            that no term needs does not run. ``teachers[name]`` holds one of several, with its preprocessing.
+        teacher (str, nn.Module, dict or None): As in DinoSupervision. A dict has such teachers by name, and each term
+            picks one by its ``teacher=``. None needs the ``targets`` of all terms in every call. A teacher that no term
+            needs does not run. ``teachers[name]`` holds one of several, with its preprocessing.
         terms (dict of str to Term): The terms by name, such as ``{"token": TokenTerm(1152)}``. Their parameters are
             ``terms.<name>.*`` in a checkpoint.
-        schedule (Schedule, optional): When the loss counts, and how much. Default: always, by a weight of 1.
+        schedule (Schedule, optional): When the loss counts, and how much. Default: always, with a weight of 1.
         img_size (int, sequence of two ints or callable, optional): The teacher's input, as in DinoSupervision. For
             several teachers this and the two that follow are one value for all, or a dict by name. Default: the
             teacher's own, else 224.
@@ -50,7 +50,7 @@ class Supervision(Supervised):
 
     Shape:
         - images: :math:`(B, 3, H, W)` of any size; students: a dict of each term's tensor
-        - Output: a scalar in float32, float64 where an input or a projector is, and a dict of detached scalars
+        - Output: a scalar, and a dict of detached scalars, in float32, or float64 if an input or a projector is
 
     Raises:
         ValueError: If an argument is out of range. The message names it, what came and what would do.
@@ -107,18 +107,18 @@ class Supervision(Supervised):
         Args:
             images (Tensor, optional): Images, as for ``encode``.
             students (dict of str to Tensor): Each term's tensor, or list of tensors, of the same images.
-            features (dict, optional): What ``encode`` returned, in place of ``images``. Of several teachers those that
-                no term needs may be left out.
+            features (dict, optional): What ``encode`` returned, in place of ``images``. Teachers that no term needs may
+                be left out.
             weight (Tensor or dict, optional): Weights of the images [B], or a dict by term, for tokens [B] or [B, N]. A
                 row of weight 0 is left out.
             index (Tensor or dict, optional): Positions [B, N] of the tokens on ``token_grid``, else on the teacher's
                 grid; a dict by term where several terms take one.
             token_grid (sequence of two ints, optional): Rows and columns of the tokens in this call.
-            targets (dict, optional): Tensors by term that stand in the teacher's place, such as an EMA's hidden states:
-                [B, D] for a GlobalTerm, [B, N, D] for tokens and regions. Tokens may be frames [B, T, N, D], a map
-                [B, D, h, w] or a dict with ``'patch'`` and ``'grid'``. As many tokens as the student's are compared
-                one by one; others lie on the grid that they say, or on one of ``token_grid``'s shape. They are
-                detached, unless ``stopgrad_image=False``. D is the term's ``out_dim``, else the teacher's.
+            targets (dict, optional): Tensors by term in place of the teacher's features, such as an EMA's hidden
+                states: [B, D] for a GlobalTerm, [B, N, D] for tokens and regions. Tokens may be frames [B, T, N, D], a
+                map [B, D, h, w] or a dict with ``'patch'`` and ``'grid'``. As many tokens as the student's are compared
+                one by one. Other tokens need a grid of their own, or ``token_grid``, whose aspect ratio they take.
+                Targets are detached, unless ``stopgrad_image=False``. D is the term's ``out_dim``, else the teacher's.
             alpha (float or Tensor, optional): Scale of the loss, a number or a scalar tensor. Default: ``None``.
             as_dict (bool): Returns ``loss_dict``'s result, and counts a step as it does. Default: ``False``.
             step (int, optional): As in ``loss_dict``; only with ``as_dict``.
@@ -158,11 +158,12 @@ class Supervision(Supervised):
             weight (Tensor or dict, optional): Weights of rows.
             index (Tensor or dict, optional): Positions of tokens.
             token_grid (sequence of two ints, optional): Rows and columns of the tokens.
-            targets (dict, optional): Tensors in the teacher's place.
+            targets (dict, optional): Tensors in place of the teacher's features.
 
         Returns:
             dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
-            From the schedule's stop on an exact zero, without the terms' logs. The schedule may have logs of its own.
+            After the schedule's stop it is an exact zero, without the logs of the terms. The schedule may add logs of
+            its own.
 
         Raises:
             ValueError: If an input does not fit. The message names it.
@@ -178,7 +179,7 @@ class Supervision(Supervised):
     def _calls(
         self, images: Any, students: Any, features: Any, weight: Any, index: Any, token_grid: Any, targets: Any
     ) -> dict[str, Call]:
-        """Check a call, and return those of its terms."""
+        """Check a call, and return the calls of its terms."""
         terms: dict[str, Any] = dict(self.terms.items())
         if not isinstance(students, Mapping) or students.keys() != terms.keys():
             got = sorted(map(str, students)) if isinstance(students, Mapping) else type(students).__name__
@@ -189,6 +190,8 @@ class Supervision(Supervised):
         shares = share_out(terms, weight=weight, index=index, token_grid=token_grid)
         for name, term in terms.items():
             term.check(f"students[{name!r}]", students[name], batch, **shares[name])
+            if name in given:
+                term.check_target(f"targets[{name!r}]", given[name], students[name], **shares[name])
         return {
             name: Call(term, students[name], shares[name], term.weight, target=given.get(name))
             for name, term in terms.items()
@@ -200,7 +203,7 @@ class Supervision(Supervised):
 
 
 def check_schedule(schedule: Schedule, terms: Mapping[str, Term]) -> None:
-    """Check that the terms have the similarity that a schedule follows, and that no log has the name of its."""
+    """Check that the terms have the similarity that a schedule follows, and that no term logs under its names."""
     taken = terms.keys() & set(schedule.log_names)
     if taken:
         raise ValueError(f"terms must not have the names of the schedule's logs: {', '.join(sorted(taken))}")

@@ -157,9 +157,8 @@ def is_int(value: Any, minimum: int = 1) -> bool:
 
 def check_int(name: str, value: Any, minimum: int = 1) -> int:
     if not is_int(value, minimum):
-        raise ValueError(
-            f"{name} must be {'a positive int' if minimum == 1 else 'an int of at least 0'}, got {value!r}"
-        )
+        kind = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
     return plain_int(value)
 
 

@@ -35,9 +35,9 @@ def run_statistics(
     """Reduces one run of rows of some columns.
 
     Returns their means, measured from the first row of all, in float64; the sums of squares about those means; and the
-    sums of (x - other)^2. It merges the means and squares of its blocks (Chan et al.): the sum of squares less the
-    squared sum would cancel. It subtracts the first block's mean before, so that neither a large mean nor a first row
-    far from it swamps what is summed.
+    sums of (x - other)^2. It merges the means and squares of its blocks (Chan et al.), since the sum of squares less
+    the squared sum would cancel. It subtracts the first block's mean before, so that neither a large mean nor an
+    outlying first row costs digits.
     """
     pivot = load_pivot(x, factors, column, inside, ACC)
     row = (first + tl.arange(0, BLOCK_N)).to(tl.int64)  # int64: row * stride passes 2**31
@@ -87,7 +87,7 @@ def store_run(
 
 @triton.jit
 def merge_runs(means, squares, column, inside, rows, width, rows_a_run, runs, RUNS: tl.constexpr):
-    """Merges the runs of rows of some columns, all at once: in float64, since they are few."""
+    """Merges the runs of rows of some columns, all at once, and in float64, since runs are few."""
     run = tl.arange(0, RUNS)
     live = (run < runs)[:, None] & inside[None, :]
     at = run[:, None] * width + column[None, :]
@@ -102,7 +102,7 @@ def merge_runs(means, squares, column, inside, rows, width, rows_a_run, runs, RU
 
 @triton.jit
 def is_last(ticket):
-    """Whether all other programs of the launch have come here before; what they have stored can then be loaded."""
+    """Whether all other programs of the launch have come here before. Their results can then be loaded."""
     tl.debug_barrier()  # the atomic operation is one thread's, and releases what all have stored
     return tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) * tl.num_programs(1) - 1
 

@@ -85,7 +85,7 @@ def place(
     x, k, start, W, w, scale_x, sums, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr, BACKWARD: tl.constexpr,
     PIXEL: tl.constexpr, SEGMENT: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Return (at, weight, valid): where the k-th element that a column sums lies in the segment. ALL: all are valid."""
+    """Return (at, weight, valid): the place in the segment of the k-th element of a column. ALL: all are valid."""
     s, weight, valid = term(x, k, W, w, scale_x, sums, CUBIC, ANTIALIAS, BACKWARD)
     at = s - start
     if not ALL:

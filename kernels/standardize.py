@@ -1,7 +1,7 @@
 """Standardised columns, of raw rows or of rows divided by their norms. See ops/standardize.py.
 
 With `weight`, [N], rows of weight 0 are left out: they are not read, and what is written for them is 0. `counts` then
-says how many rows are left, and which is the first of them; dof is not used.
+has the number of rows left, and the first of them. dof is not used.
 """
 
 import triton
@@ -14,7 +14,7 @@ from .store import store
 
 @triton.jit
 def skip_rows(weight, row, last):
-    """Replace rows of weight 0 by `last`, which no mask lets through; a weight None is 1."""
+    """Replace rows of weight 0 by `last`, which every mask excludes. A weight None is 1."""
     if weight is not None:
         row = tl.where(tl.load(weight + row, mask=row < last, other=0) != 0, row, last)
     return row

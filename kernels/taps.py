@@ -1,4 +1,4 @@
-"""The inputs that an output of a resize reads along one axis, and their weights, as in ATen and in both directions.
+"""The inputs that an output of a resize reads along one axis, and their weights, as in ATen, forward and backward.
 
 Every function works on one axis, on a scalar or on a vector of positions, in the dtype of `scale` = size_in / size_out.
 """
@@ -50,7 +50,7 @@ def antialias(i, center, scale, CUBIC: tl.constexpr):
 
 @triton.jit
 def tap(o, k, size_in, size_out, scale, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """Return (i, weight, valid) of the k-th input that output o reads. Past the last one i is any input, not valid."""
+    """Return (i, weight, valid) of the k-th input that output o reads. Past the last i is any input, not valid."""
     if ANTIALIAS:
         first, end, center = span(o, size_in, size_out, scale, CUBIC)
         i = tl.minimum(first + k, end - 1)
@@ -74,7 +74,7 @@ def tap(o, k, size_in, size_out, scale, CUBIC: tl.constexpr, ANTIALIAS: tl.const
 
 @triton.jit
 def reader(i, k, size_in, size_out, scale, CUBIC: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """Return (o, weight, valid) of the k-th output that may read input i, with the weight that it reads it with."""
+    """Return (o, weight, valid) of the k-th output that may read input i, and the weight of that input in it."""
     inverse = 1 / scale
     first = tl.floor((i + 0.5 - support(scale, CUBIC, ANTIALIAS)) * inverse - 0.5625).to(tl.int32) + 1
     unclamped = tl.maximum(first, 0) + k

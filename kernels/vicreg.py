@@ -1,4 +1,4 @@
-"""VICReg's reading passes: statistics of the columns, and the planes that are multiplied. See ops/vicreg.py."""
+"""The passes of VICReg that read the student: column statistics, and the planes to multiply. See ops/vicreg.py."""
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ def load_centred(student, shift, stride, row, column, live, ACC: tl.constexpr):
 
 @triton.jit
 def place_of(column, WIDTH: tl.constexpr, PLANES: tl.constexpr):
-    """Returns where a tile of columns begins in a row of planes, of which 128 columns of each follow one another."""
+    """Returns where a tile of columns begins in a row of planes: 128 columns of each plane follow one another."""
     column = tl.cast(column, tl.int32)
     if PLANES == 1:
         place = column
@@ -40,7 +40,7 @@ def place_of(column, WIDTH: tl.constexpr, PLANES: tl.constexpr):
 
 @triton.jit
 def store_planes(out, value, mask, PLANES: tl.constexpr):
-    """Stores a tile as a sum of tiles, each the rounded rest of those before: float32 as 16 bits, float64 as itself."""
+    """Stores a tile as tiles of 16 bits that sum to it, each the rounded rest of those before; float64 as it is."""
     for i in tl.static_range(PLANES):
         part = value.to(out.dtype.element_ty)
         tl.store(out + i * BLOCK, part, mask=mask)

@@ -10,7 +10,7 @@ from .vicreg_product import pair_of, place_in
 
 @triton.jit
 def add_rows(x, rows, stride, column, inside):
-    """Adds up the rows of x [rows, stride] in some columns, 16 at a time so that their loads are in flight together."""
+    """Adds up the rows of x [rows, stride] in some columns: 16 at a time, whose loads overlap."""
     total = tl.zeros((column.shape[0],), x.dtype.element_ty)
     for start in range(0, rows, 16):
         row = start + tl.arange(0, 16)
@@ -27,7 +27,7 @@ def as_bfloat16(pointer):
 
 @triton.jit
 def add_splits(parts, splits, numbers, at, live, ACC: tl.constexpr):
-    """Adds up a piece of the splits of a product, 4 at a time so that their loads are in flight together."""
+    """Adds up a piece of the splits of a product: 4 at a time, whose loads overlap."""
     acc = tl.zeros((at.shape[0], at.shape[1]), ACC)
     for start in range(0, splits, 4):
         for step in tl.static_range(4):
@@ -63,12 +63,12 @@ def vicreg_part_kernel(
 
 @triton.jit
 def is_first_plane_enough(facts, covariance, weights, inv_weight, var_weight, cov_weight, rows, width, divisor):
-    """Whether what the first plane of P leaves out drowns in the gradient's own rounding, whatever the student is.
+    """Whether the rest of P after its first plane is below the gradient's rounding, whatever the student is.
 
-    Of the norms over all elements, where u is half of a last digit: the errors' part of the gradient has
-    2 sqrt(invariance / (N d)), the variance's at most 1 / sqrt(d n), and the covariance's at most 2 C with
-    C = 4 |P| |xc| / (D n). Rows as they are have at most sqrt(2) |xc|, so what is left out has at most sqrt(2) u C. It
-    may be a quarter of u times the whole. NaN is not enough. By rows |P|^2 has the squares of s / n as well.
+    The norms are over all elements, and u is half of a last digit. The norm of the invariance's gradient is 2
+    sqrt(invariance / (N d)), that of the variance's at most 1 / sqrt(d n), and that of the covariance's at most 2 C
+    with C = 4 |P| |xc| / (D n). Rows as they are have at most sqrt(2) |xc|, so the rest adds at most sqrt(2) u C. It
+    may be a quarter of u times the whole. NaN gives False. By rows |P|^2 contains the squares of s / n, too.
     """
     n = tl.maximum(rows - 1, 1)
     d = tl.cast(width, tl.float32)

@@ -22,7 +22,7 @@ def times(
     GRAM: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, STORED_P: tl.constexpr, P: tl.constexpr,
     STORED_X: tl.constexpr, X: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile of P x (GRAM) or x P, of the first planes of each. WHOLE: no tile of x has an end in it."""
+    """Computes a tile of P x (GRAM) or x P from the first planes of each. WHOLE: every tile of x is full."""
     if GRAM:
         return product_of(
             product, stride_product, i * TILE, rows, x, stride, j * TILE, width, 0, size, one,

@@ -4,21 +4,20 @@
     python tests/aot.py --some     every case for sm_90, a few of each kernel for other GPUs
     python tests/aot.py --op NAME  the cases of NAME_cases in aot_cases.py, and the kernels of kernels/NAME.py
 
-A budget holds for a kernel or, as "<kernel> <first word of the case>", for some of its cases: at most so many
-`registers` and bytes of `shared` memory, and a widest `load` and `store` of at least so many bytes a thread; each is a
-number, or one for every backend, and for a GPU where that needs its own. Where a compiler needs limits of its own, they
-stand in the budget under its version.
-Nothing may spill or use a stack. A kernel with dots must have matrix instructions, unless its budget says "matrix": 0.
-A kernel of another dtype than fp64 may have no `f64` instruction, unless its budget says how many, and on
-NVIDIA's GPUs may leave no sum in the matrix unit from one step to the next. A kernel without a budget, and a budget
-that is broken, print the lines of aot_budgets.json that this compiler's code is just within.
+A budget belongs to a kernel, or as "<kernel> <first word of the case>" to some of its cases. It gives the most
+`registers` and bytes of `shared` memory, and the least bytes of a thread's widest `load` and `store`. A limit is a
+number, or a dict by backend, which may add one for a single GPU. Limits that one version of Triton needs stand under
+that version. Nothing may spill or use a stack. A kernel with dots must have matrix instructions, unless its budget says
+"matrix": 0. A kernel of another dtype than fp64 may have no `f64` instruction, unless its budget says how many. On
+NVIDIA's GPUs no sum may stay in the matrix unit from one step to the next. Where a kernel has no budget, or breaks it,
+the tightest lines for aot_budgets.json that this compiler's code meets are printed.
 
-VICReg's products may take at most so many instructions of a warp for 1,000 multiply-adds on sm_90, of rows as they are
-(`raw`) and of `planes`, where a budget says so.
+A budget may limit a warp's instructions for 1,000 multiply-adds of VICReg's products on sm_90: of rows as they are
+(`raw`), and of `planes`.
 
-A case that says how many `values` one thread makes in a turn of its outermost loop, and how many `turns` that loop
-takes, is counted in the machine code of sm_90: at most so many `instructions` a value, and at most so many `wavefronts`
-of shared memory, `barriers`, and `conflicts` in the worst access to it, a turn.
+A case may say how many `values` one thread makes in a turn of its outermost loop, and how many `turns` that loop takes.
+The machine code of sm_90 is then counted: the `instructions` of a value; and in a turn the `wavefronts` of shared
+memory, the `barriers`, and the `conflicts` of the worst access.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ class Elsewhere:
 
 
 def launches(cases: Iterable, target: str) -> list[dict[str, Any]]:
-    """Return what the cases launch on a GPU and where torch is built for its vendor: a launcher may choose by them."""
+    """Return what the cases launch on a GPU, with torch built for its vendor: launchers may choose by these."""
     seen, gpu = [], TARGETS[target][0]
     hip = gpu.backend == "hip"
     limits = vicreg_tiles.LIMITS.get(0 if hip else gpu.arch // 10, vicreg_tiles.ELSEWHERE)
@@ -147,7 +146,7 @@ def compile_job(index: int) -> Row:
 
 
 def arguments(launch: dict[str, Any], compiled: Any) -> list[Any]:
-    """Return the arguments of the compiled kernel: those that are no constants, and 0 for a pointer."""
+    """Return the arguments of the compiled kernel: all but the constants, with 0 for each pointer."""
     values = dict(zip(launch["kernel"].arg_names, launch["args"], strict=False)) | launch["options"]
     types = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
     return [0 if kind.startswith("*") else values[name] for name, kind in types.items()]
@@ -172,7 +171,7 @@ def table(rows: list[Row]) -> str:
 
 
 def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
-    """How a row breaks its budget."""
+    """Yield each way in which a row breaks its budget."""
     gpu, kib = TARGETS[row.target]
     budget = budget | budget.get(COMPILER, {})
     of_each = {key: value if isinstance(value, dict) else {gpu.backend: value} for key, value in budget.items()}
@@ -199,7 +198,7 @@ def excesses(row: Row, budget: dict[str, Any]) -> Iterator[str]:
 
 
 def reached(rows: list[Row]) -> dict[str, Any]:
-    """Return the tightest budget that the rows are within, for whoever writes or fits one."""
+    """Return the tightest budget that the rows meet, to be copied into aot_budgets.json."""
     limits: dict[str, Any] = {}
     for name, tightest in LIMITS.items():
         found: dict[str, list[float]] = {}
@@ -214,7 +213,7 @@ def reached(rows: list[Row]) -> dict[str, Any]:
 
 
 def budgets_of(rows: Iterable[Row], budgets: dict[str, Any]) -> dict[str, list[Row]]:
-    """Return the rows of each budget; a kernel without one is to have those that its cases ask for."""
+    """Return the rows of each budget. A kernel without a budget gets the budgets that its cases need."""
     held: dict[str, list[Row]] = {}
     for row in rows:
         word = row.case.split()[0]

@@ -1,7 +1,7 @@
 """What `aot.py` compiles. An op joins with its generator of cases, listed in `CASES`.
 
-A launch goes through the op's own launcher, on tensors that are never read: so the options, the specialisation of
-integers and pointers and the arguments that are None are those of a real launch, and nothing is typed twice.
+A launch goes through the op's own launcher, on tensors that are never read. So its options, its specialised integers
+and pointers, and its arguments that are None are those of a real launch, and nothing is typed twice.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 class Case:
     """A call that launches kernels. The first word of its name may select a budget of its own.
 
-    values: how many of the result one thread makes in one turn of the outermost loop, where its instructions are to be
-        counted: those of lanes that make none are shared out among the others; turns: of that loop.
+    values: how many numbers of the result one thread makes in a turn of the outermost loop, if its instructions are
+        counted. Instructions of lanes that make none are shared out among the others. turns: how many turns that loop
+        takes.
     """
 
     name: str

@@ -29,9 +29,9 @@ def dumped(cubin: bytes, option: str) -> str:
 
 
 def instructions(sass: str, values: float, turns: int) -> float:
-    """Executed by one thread for each of its values: all but the outermost loop once, that loop `turns` times.
+    """Count the instructions that one thread executes for each of its values. The outermost loop counts `turns` times.
 
-    A loop inside of it counts once; a case with such a loop must be one where it takes a single turn.
+    A loop inside of it counts once, so a case with such a loop must be one in which it takes a single turn.
     """
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
     code = {at: text for at, text in lines if not text.startswith("NOP") and text.split()[-1] != f"{at:#x}"}
@@ -92,8 +92,8 @@ def loops_of(sass: str) -> Iterator[list[str]]:
 def rates(options: dict[str, Any], sass: str) -> dict[str, str]:
     """Return the instructions of a warp for 1,000 multiply-adds of VICReg's product, by its launch's options.
 
-    `raw`: in the loop over rows as they are, BLOCK_K deep, once for each plane of what they are multiplied by.
-    `planes`: in the loop over planes, PLANES_K deep, two by two as far as they count.
+    `raw`: those of the loop over rows as they are, BLOCK_K deep, once for each plane of the other operand. `planes`:
+    those of the loop over planes, PLANES_K deep, for each pair of planes that counts.
     """
     planes = options["PLANES"]
     if options["RAW"]:

@@ -1,4 +1,4 @@
-"""What VICReg over many ranks costs each of them, by calculation; `python tests/costs.py` writes docs/distributed.md.
+"""The calculated costs of VICReg over many ranks, for each rank; `python tests/costs.py` writes docs/distributed.md.
 
 test_distributed.py counts the same, and the seed's, in real processes.
 """
@@ -26,30 +26,30 @@ class Cost(NamedTuple):
 
 
 def gathered(numbers: float, world: int, itemsize: int) -> float:
-    """Every rank's `numbers`, but its own."""
+    """Count the `numbers` of every other rank."""
     return (world - 1) * numbers * itemsize
 
 
 def summed(numbers: float, world: int, itemsize: int) -> float:
-    """A ring's all-reduce passes them twice."""
+    """Count an all-reduce in a ring, which passes the numbers twice."""
     return 2 * (world - 1) / world * numbers * itemsize
 
 
 def by_rows(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """Two scalars are summed in float64 beside the rows, the largest column and the counts are exchanged; then its rows
-    of the product, and of the gradient."""
+    """Count two scalars that are summed in float64, and the rows, the largest column and the counts that are exchanged.
+    Then count a rank's rows of the product, and of the gradient."""
     received = gathered(rows * width, world, itemsize) + summed(2, world, 8) + gathered(2, world, 8)
     return Cost(received, 4 * rows * (rows * world) * width)
 
 
 def by_columns(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """The sums of the columns and two scalars in float64, the product, and the counts."""
+    """Count the sums of the columns and two scalars in float64, the product, and the counts."""
     received = summed(width + 2, world, 8) + summed(width * width, world, 4) + gathered(1, world, 8)
     return Cost(received, 4 * rows * width * width)
 
 
 def by_moments(rows: int, width: int, world: int, itemsize: int) -> Cost:
-    """Without a covariance: the sums of the columns and two scalars in float64, and the squares."""
+    """Count the sums of the columns and two scalars in float64, and the squares. There is no covariance."""
     return Cost(summed(width + 2, world, 8) + summed(width, world, 4), 0)
 
 

@@ -23,18 +23,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def parameters(item: pytest.Item) -> dict[str, str]:
-    """Return the parameters of a case by their names, and those that have a name by it."""
+    """Return the parameters of a case by their names. A parameter that has an id is given by that."""
     values: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     return {name: str(getattr(value, "name", value)) for name, value in values.items()}
 
 
 def meetings(case: dict[str, str]) -> frozenset[Hashable]:
-    """Return every two values that a case brings together, or its only one."""
+    """Return every pair of values in a case, or its only value."""
     return frozenset(combinations(sorted(case.items()), min(2, len(case))))
 
 
 def cover(cases: dict[Any, frozenset[Hashable]]) -> Iterable[Any]:
-    """Return cases, in their order, that have every meeting; each was chosen because it had most of those left."""
+    """Return cases, in their order, with every pair of values. Each was chosen for the most pairs left."""
     left = set().union(*cases.values())
     chosen = {case for case, met in cases.items() if not met}
     while left:

@@ -1,4 +1,4 @@
-"""Out-of-bounds access caught without a GPU: tensors flush against pages that kill whoever touches them."""
+"""Guard pages, which catch out-of-bounds access without a GPU: a process that touches one is killed."""
 
 import ctypes
 import faulthandler

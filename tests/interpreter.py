@@ -1,4 +1,4 @@
-"""Triton's interpreter without most of the work that changes no result."""
+"""Patches that save Triton's interpreter nearly half of its work, and change no result."""
 
 import inspect
 from dataclasses import replace
@@ -17,9 +17,9 @@ def save_work() -> None:
 
 
 def replace_the_language_once_a_launch() -> None:
-    """Replace the builtins of Triton's language by NumPy's as a launch begins, and not in each call of a function.
+    """Replace the builtins of Triton's language by NumPy's once in a launch, which puts them back when it ends.
 
-    Each call would look at every name of the language, and find those of before.
+    Each call of a function in a kernel replaces them once more, name by name, to no effect.
     """
     replace_all = interpreter._patch_lang
     seen: set[int] = set()  # modules, in the launch that is underway

@@ -5,8 +5,8 @@
 The matrix unit takes float32 operands as TF32: it ignores their last 13 bits. One addition takes 16 products of 16-bit
 operands, or 8 of TF32, and the accumulator. All terms are aligned to the largest, cut toward zero two bits below
 float32's last, and their sum is cut to float32. Source: Khattak and Mikaitis, Accurate Models of NVIDIA Tensor Cores
-(arXiv 2512.07004). For TF32x3 the compiler rounds an operand to TF32, hands on the rest as it is, and adds three
-products from zero, as its PTX shows. Divisions and square roots are the fast ones, off by up to a last digit.
+(arXiv 2512.07004). For TF32x3 the compiler's PTX rounds an operand to TF32, takes the rest unrounded, and adds three
+products from zero. Divisions and square roots are the fast ones, whose last digit may be off by one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, terms: int) -> np.nd
 
 
 def holds_16_bits(*operands: np.ndarray) -> bool:
-    """Tell whether all are bfloat16 or all float16, by their values: the interpreter gets them as float32."""
+    """Return whether all values fit bfloat16, or all fit float16: the interpreter gets both as float32."""
     with np.errstate(all="ignore"):
         bf16 = all((x.view(np.uint32) << np.uint32(16) == 0).all() for x in operands)
         fp16 = all(np.array_equal(x.astype(np.float16).astype(np.float32), x, equal_nan=True) for x in operands)

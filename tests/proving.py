@@ -1,4 +1,4 @@
-"""The proving ground: what it takes to prove an op, and the yardstick that every implementation is held against.
+"""The proving ground: what a test needs to know of an op, and the yardstick for every implementation.
 
 An op joins by a row in table/. test_ops.py runs each row on every implementation; test_kernels.py adds what only device
 code can get wrong. With TRITON_INTERPRET=1 the implementation under test is the interpreted kernel, and nothing else.
@@ -31,7 +31,7 @@ else:
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Standard normal; the same numbers in every dtype and on every device."""
+    """Draw standard normal numbers, the same for every dtype and device."""
     drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return drawn.to(DEVICE, dtype)
 
@@ -62,19 +62,20 @@ class Op:
     """An op, and what it takes to prove it.
 
     run(*inputs, backend, **options) -> a tensor.
-    scales(*inputs, grad_output, **options) -> how large the terms are of which the value and the gradients of the
-        inputs are made: the unit of their errors, which cancellation in the result does not shrink.
+    scales(*inputs, grad_output, **options) -> the size of the terms whose sums are the value and the gradients. It is
+        the unit of errors, which cancellation in the result does not shrink.
     forward, backward: the `overload` of the dispatcher ops, each launched once; None where the op has no kernel.
     forward_arguments(*inputs), backward_arguments(*inputs, *forward's results): what the two take for inputs of
         `shape`, a NamedTuple as its fields.
     inputs: their names; all are of one shape.
     frozen: those of them that get no gradient.
-    shape(rows, width): of inputs with so many examples, whose last dimension is so wide.
+    shape(rows, width): the shape of inputs with this number of examples and this last dimension.
     rowwise: each row of [..., D] has a loss of its own: it takes a reduction and one weight a row.
-    more_sizes: rows and widths, beside the common ones, at which its kernels must write every element.
-    poisoned: one NaN or overflow reaches every result, and whether it ends as NaN or infinite is no part of the op.
-    part_of: the public op that it is a step of, where it is none itself.
-    floor: what is allowed beside twice eager's error, in units of scale * eps: eager may happen to hit a value exactly.
+    more_sizes: more rows and widths at which its kernels must write every element.
+    poisoned: whether one NaN or overflow reaches every result. The result may then be NaN or infinite.
+    part_of: the public op that it is a step of, if it is not public itself.
+    floor: the error that is allowed beside twice eager's, in units of scale * eps: eager may hit a value exactly by
+        chance.
     """
 
     name: str
@@ -119,16 +120,16 @@ class Op:
 
     @property
     def differentiated(self) -> tuple[tuple[str, ...], ...]:
-        """The inputs that need a gradient, call by call: all that get one; of an op by rows then the first alone.
+        """Yield the inputs that need a gradient: all that may; then, for an op on rows, the first alone.
 
-        Its forward writes the gradient of a student whose teacher needs none.
+        Such an op writes the student's gradient in its forward if the target needs none.
         """
         all_of_them = tuple(name for name in self.inputs if name not in self.frozen)
         return (all_of_them, all_of_them[:1]) if self.rowwise else (all_of_them,)
 
 
 def grad_output_of(out: Tensor) -> Tensor:
-    """Not one, and not the same for every row."""
+    """Return a grad_output that is not 1 and differs from row to row."""
     return torch.linspace(0.5, 1.5, out.numel() + 1, dtype=out.dtype, device=out.device)[1:].view(out.shape)
 
 
@@ -144,11 +145,11 @@ def results(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: Any) ->
 
 
 def check_accuracy(op: Op, inputs: tuple[Tensor, ...], backend: str, **options: Any) -> None:
-    """Against float64, in units of the op's scales: at most twice eager's error in the same dtypes, plus the floor.
+    """Hold an error against float64 to twice eager's in the same dtypes, plus the floor, in units of the op's scales.
 
-    The oracle sees the inputs as they were rounded. What eager makes NaN or infinite must be the same here. An op that
-    one element poisons must be NaN or infinite where eager and the oracle both are, and finite and right, or neither,
-    where only eager overflows; in float64, where eager is the oracle, this holds for the value.
+    The oracle gets the rounded inputs. Where eager is NaN or infinite, so must the result be. A `poisoned` op must be
+    NaN or infinite where eager and the oracle both are. Where only eager overflows it may be finite, and must then be
+    right. In float64, where eager is the oracle, this holds for the value alone.
     """
     truth = results(op, tuple(x.double() for x in inputs), "reference", **options)
     eager = results(op, inputs, "reference", **options)

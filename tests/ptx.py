@@ -1,7 +1,7 @@
 """Run the PTX of a compiled kernel in numpy, all threads of one program at once, and note its use of shared memory.
 
-It knows the instructions of the kernels that are counted, and refuses any other by its name. The threads of a program
-must take the same branches.
+It has the instructions of the kernels that are counted, and raises at any other. The threads of a program must take the
+same branches.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def parse(ptx: str) -> Code:
 
 
 class Program:
-    """The threads of one program: their registers, of which each holds its bits, and their shared memory."""
+    """The threads of one program: the bits in their registers, and their shared memory."""
 
     def __init__(
         self, ptx: str, threads: int, arguments: Sequence[Any], index: Sequence[int], memory: Array | None, shared: int

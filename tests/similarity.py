@@ -1,4 +1,4 @@
-"""A supervision whose student says its own cosine similarity: vectors in a plane against a teacher's (1, 0)."""
+"""A supervision with a known cosine similarity: the student gives vectors in a plane, and the teacher (1, 0)."""
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Axis(nn.Module):
 
 
 class Model(nn.Module):
-    """Turns an angle's cosine into latents [3, 2] by one weight, and has a supervision inside."""
+    """A model with a supervision, which makes latents [3, 2] of a given cosine by one weight."""
 
     def __init__(self, stop: BySimilarity, terms: dict | None = None, alpha: float = 0.5, accumulate: int = 1) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Model(nn.Module):
         return self.dino.loss_dict(IMAGES, dict.fromkeys(self.dino.terms, z), step)
 
     def run(self, *cosines: float) -> list[float]:
-        """Return the weight that each loss had: a gradient with respect to the length tells it."""
+        """Return the weight that each loss had, read from a gradient with respect to the length."""
         return [self.weight_of(c) for c in cosines]
 
     def weight_of(self, cosine: float, step: int | None = None) -> float:

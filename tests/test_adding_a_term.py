@@ -1,4 +1,4 @@
-"""docs/adding-a-term.md adds a term in one file and one row, which then has the tests of every other."""
+"""docs/adding-a-term.md adds a term in one file and one row. The term then has the tests of every other."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ TERM, ROW, USE = "fused_dino/terms/gram.py", "tests/test_terms.py", "use.py"
 
 @pytest.fixture(scope="module")
 def gram():
-    """The term's module, as if its file stood in the package."""
+    """Import the term's module, as if its file were in the package."""
     module = ModuleType("fused_dino.terms.gram")
     module.__package__ = "fused_dino.terms"
     exec(compile(BLOCKS[TERM], TERM, "exec"), module.__dict__)
@@ -31,7 +31,7 @@ def gram():
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the project to which the page's code was added: new files, and the end of the one there is."""
+    """A copy of the project with the page's code: new files, and lines at the end of the existing one."""
     for name in ("fused_dino", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -1,4 +1,4 @@
-"""docs/adding-an-op.md adds an op in five files, which then has the proofs of every other."""
+"""docs/adding-an-op.md adds an op in five files. The op then has the proofs of every other."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the project to which the page's code was added: new files, and the ends of those there are."""
+    """A copy of the project with the page's code: new files, and lines at the end of existing ones."""
     for name in ("fused_dino", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -49,7 +49,7 @@ def test_a_row_need_not_say_that_a_kernel_takes_its_inputs():
 
 
 def test_the_op_is_proven_like_every_other(tree):
-    """Some of the tests that the page's command for it runs."""
+    """The page's command runs more tests; these are some of them."""
     files = re.search(r"^\S+ (.*) -k smooth_l1$", COMMANDS, re.MULTILINE)[1].split()
     proofs = "accurate or mixed or derivatives or functional or autocast or aot_eager or no_rows or checkpointing"
     chosen = (*files, "-k", f"smooth_l1 and ({proofs} or tangent or any_shape or cpu or kernel)")

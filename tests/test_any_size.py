@@ -15,7 +15,7 @@ from fused_dino import DINOv2Backbone, Preprocess, Scaled
 from fused_dino.sizes import resolve
 from fused_dino.teacher import backbone as loading
 from fused_dino.teacher import positions
-from fused_dino.teacher.kept import LIMIT
+from fused_dino.teacher.caching import LIMIT
 from fused_dino.teacher.weight_files import official_names
 
 timm = pytest.importorskip("timm")
@@ -42,7 +42,7 @@ def image(backbone: DINOv2Backbone, grid: tuple[int, int], **options) -> Tensor:
 
 @torch.no_grad()
 def check_against_fixed(backbone: DINOv2Backbone, fixed, dtype=torch.float64) -> None:
-    """Compare with fixed(size), twice on every grid: the second time positions are those that were kept."""
+    """Compare with fixed(size), twice on every grid: the second time the positions come from the cache."""
     backbone.to(dtype)
     assert backbone.grid is None
     for grid in GRIDS + GRIDS:
@@ -95,7 +95,7 @@ def test_weights_of_a_file(checkpoint, shallow, pos_embed):
 
 @pytest.mark.parametrize("how", [{}, {"interpolate_offset": 0.1, "interpolate_antialias": False}])
 def test_the_hubs_model(monkeypatch, how):
-    """Of the official code the published copy has the offset as a constant; today's has it as an attribute."""
+    """The published copy of the official code has the offset as a constant; today's code has it as an attribute."""
     model = official_vit()
     vars(model).update(how)
     monkeypatch.setattr("fused_dino.teacher.weights.load_hub", lambda *_: copy.deepcopy(model))
@@ -117,7 +117,7 @@ def test_random_weights_have_the_grid_of_the_training(shallow):
     "name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"]
 )
 def test_timms_vision_transformers_as_modules(name):
-    """They are built for one size, of a grid that is no square, and resample by timm's own set_input_size."""
+    """The models of fixed size have a grid that is no square, and resample by timm's own set_input_size."""
     patch = 14 if "14" in name else 16
     model = randomised(timm.create_model(name, img_size=(4 * patch, 3 * patch), **SHAPE))
 
@@ -194,7 +194,7 @@ def tiny(**options) -> DINOv2Backbone:
 
 
 def resized(backbone: DINOv2Backbone, x: Tensor) -> bool:
-    """Whether a forward resamples."""
+    """Return whether a forward resamples."""
     with torch.profiler.profile() as profile:
         backbone(x)
     return any("upsample_bicubic" in event.key for event in profile.key_averages())
@@ -209,11 +209,11 @@ def test_positions_are_kept_for_the_sizes_used_last():
         backbone(often)
         assert resized(backbone, image(backbone, grid))
         assert not resized(backbone, image(backbone, grid))
-    assert len(backbone.computing.kept.results) == LIMIT
+    assert len(backbone.computing.cache.results) == LIMIT
     assert not resized(backbone, often)
     assert not resized(backbone, image(backbone, grids[1]))
     assert resized(backbone, image(backbone, grids[0]))
-    assert len(backbone.computing.kept.results) == LIMIT
+    assert len(backbone.computing.cache.results) == LIMIT
 
 
 def test_they_are_in_no_checkpoint():
@@ -237,7 +237,7 @@ def by_assigning(model):
 
 
 def by_replacing(model):
-    """Its address alone tells the new tensor from the old: it counts as many writes."""
+    """The address alone tells the new tensor from the old, since both have the same count of writes."""
     new = nn.Parameter(2 * model.pos_embed, requires_grad=False)
     while new._version < model.pos_embed._version:
         new.mul_(1)
@@ -245,7 +245,7 @@ def by_replacing(model):
 
 
 def where_the_old_ones_were(model):
-    """Memory that is free may go to the next tensor of its size."""
+    """Freed memory may become the next tensor of the same size."""
     new, version = 2 * model.pos_embed, model.pos_embed._version
     del model.pos_embed
     model.pos_embed = nn.Parameter(torch.empty_like(new), requires_grad=False)
@@ -276,9 +276,9 @@ def test_what_is_moved_or_loaded_holds_no_old_positions():
     backbone = tiny(engine=False)
     for change in (nn.Module.double, lambda model: model.load_state_dict(model.state_dict())):
         backbone(image(backbone, (2, 3)))
-        assert len(backbone.model.kept.results) == 1
+        assert len(backbone.model.cache.results) == 1
         change(backbone.model)
-        assert backbone.model.kept.results == {}
+        assert backbone.model.cache.results == {}
 
 
 @torch.no_grad()
@@ -289,10 +289,10 @@ def test_copies_and_pickles_keep_nothing_and_give_the_same():
         expected = backbone(x)
         for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
             assert type(twin.model) is type(backbone.model)
-            assert twin.computing.kept.results == {}
+            assert twin.computing.cache.results == {}
             assert (twin.img_size, twin.grid) == (RULE, None)
             assert torch.equal(twin(x)["patch"], expected["patch"])
-            assert len(twin.computing.kept.results) == len(backbone.computing.kept.results) == 1
+            assert len(twin.computing.cache.results) == len(backbone.computing.cache.results) == 1
     assert repr(backbone).startswith("DINOv2Backbone(\n  DinoVisionTransformer, img_size=Scaled(ratio=0.875), ")
 
 
@@ -326,20 +326,20 @@ def test_positions_that_train_are_not_kept():
     for _ in range(2):
         (gradient,) = torch.autograd.grad(backbone(image(backbone, (2, 3)))["patch"].sum(), backbone.model.pos_embed)
         assert gradient.abs().sum() > 0
-    assert backbone.model.kept.results == {}
+    assert backbone.model.cache.results == {}
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_of_the_weights_are_not_kept():
-    """An ensemble of teachers by vmap has a batch of positions."""
+    """An ensemble of teachers under vmap has a batch of positions."""
     backbone = tiny()
     x = image(backbone, (2, 3))
     weights = dict(backbone.named_parameters())
     several = {name: torch.stack([p, 2 * p]) for name, p in weights.items()}
     out = torch.func.vmap(lambda p: torch.func.functional_call(backbone, p, (x,))["patch"])(several)
     torch.testing.assert_close(out[0], backbone(x)["patch"])
-    assert len(backbone.computing.kept.results) == 1
+    assert len(backbone.computing.cache.results) == 1
 
 
 @torch.no_grad()
@@ -379,7 +379,7 @@ def test_at_most_one_compilation_a_size():
 
 
 def test_any_number_of_sizes_takes_few_programs():
-    """The official resampling gives a scale, of which a compiler would make a constant."""
+    """The official resampling takes a scale, which a compiler would make a constant."""
     model = official_vit()
     vars(model).update(interpolate_offset=0.1, interpolate_antialias=False)
     for backbone in (tiny(), DINOv2Backbone(model=model, img_size=RULE)):

@@ -1,4 +1,4 @@
-"""The kernels are within their budgets on GPUs that are not here, and the check of it sees what it is there to see."""
+"""The kernels meet their budgets on GPUs that are not here, and the check reports what breaks one."""
 
 import json
 import os
@@ -154,7 +154,7 @@ def test_a_failure_is_named(toy, line):
 
 
 def test_a_kernel_without_a_budget_prints_one_to_copy(toy):
-    """As one does whose budget is broken; others do not."""
+    """A kernel whose budget is broken prints one, too; other kernels do not."""
     lines = toy.stdout.partition("is just within:\n")[2].splitlines()[:-1]
     budgets = json.loads("{" + "\n".join(lines).rstrip(",") + "}")
     assert {"copy_kernel", "dot_kernel bf16", "spilling_kernel", "chain_kernel"} <= {*budgets}
@@ -297,7 +297,7 @@ def strided(stores: int) -> str:
 
 @pytest.mark.parametrize(("stride", "conflicts"), [(0, 1), (1, 1), (2, 2), (3, 1), (8, 8), (32, 32), (33, 1)])
 def test_bank_conflicts_of_a_stride(stride, conflicts):
-    """Two warps store and load, and each access is served once for every word that the busiest bank has of it."""
+    """Two warps store and load. An access takes one wavefront for each word in its busiest bank."""
     found = aot_shared.traffic(
         strided(1), "STS [R1], R2 ; BAR.SYNC.DEFER_BLOCKING 0x0 ; LDS R3, [R1] ;", 64, [stride], 1
     )
@@ -305,7 +305,7 @@ def test_bank_conflicts_of_a_stride(stride, conflicts):
 
 
 def test_stores_side_by_side_are_one_as_in_the_machine_code():
-    """Sixteen bytes a thread are served eight lanes at a time, without a conflict."""
+    """Accesses of sixteen bytes are served for eight lanes at a time, without a conflict."""
     joined = "STS.128 [R1], R4 ; BAR.SYNC.DEFER_BLOCKING 0x0 ; LDS R3, [R1] ;"
     assert aot_shared.traffic(strided(4), joined, 64, [4], 1) == (2 * 4 + 2 * 4, 4, 1)
     with pytest.raises(ValueError, match="STS.128"):

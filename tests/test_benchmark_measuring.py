@@ -10,9 +10,9 @@ from benchmarks import measure, roofs
 
 
 class FakeGPU:
-    """As much of torch.cuda as measuring takes, over two clocks: the host's, and when the GPU has done all it has.
+    """A stand-in for torch.cuda with two clocks: the time of the host, and the time at which the GPU is done.
 
-    host, kernel: seconds of a call; waits: it waits for the GPU; queue: how many launches of it may wait.
+    host, kernel: seconds of a call; waits: whether a call waits for the GPU; queue: how many launches may wait.
     """
 
     def __init__(self, host, kernel, waits=False, queue=1000):
@@ -73,7 +73,7 @@ def test_every_round_has_everyone_once_in_a_changing_order():
 
 
 def test_a_drift_of_the_machine_meets_everyone():
-    """A machine that slows down all the while: one after the other, the second of two equals would look slower."""
+    """The machine slows down all the while. Without turns the second of two equal providers would look slower."""
     now = itertools.count(1.0, 0.01)
     samplers = {name: lambda: {"wall": next(now)} for name in ("first", "second")}
     rounds = measure.interleave(samplers, seconds=1e9)
@@ -109,7 +109,7 @@ def test_a_sample_is_long_enough_and_its_time_is_that_of_one_call(cost):
 
 
 def test_cold_is_the_gpus_time_alone():
-    """A host ten times as slow as the GPU, and one that is as fast: the same time, in which no host time is."""
+    """The time is the same for a host ten times as slow as the GPU and for one as fast: it contains no host time."""
     for host in (500e-6, 5e-6):
         gpu = FakeGPU(host=host, kernel=50e-6)
         assert measure.cold(gpu.call, host, gpu, gpu.flush) == pytest.approx(50e-6)
@@ -129,7 +129,7 @@ def test_a_call_that_waits_for_the_gpu_has_no_cold_time():
 
 
 def test_host_time_is_that_of_enqueuing():
-    """However slow the GPU is: it is waited for before the clock starts, and few calls wait on it at once."""
+    """The speed of the GPU does not matter: the clock starts when the GPU is done, and few calls wait at once."""
     for kernel in (50e-6, 50e-3):
         gpu = FakeGPU(host=20e-6, kernel=kernel, queue=8)
         assert measure.enqueue(gpu.call, gpu, lambda gpu=gpu: gpu.now) == pytest.approx(20e-6)

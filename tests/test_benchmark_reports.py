@@ -1,4 +1,4 @@
-"""What the evidence of a run is turned into: sentences, tables, the README's part, docs/performance.md."""
+"""What is made of the evidence of a run: sentences, tables, the README's part, docs/performance.md."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ EAGER, COMPILE, OURS = ("eager", "eager"), ("torch.compile", "compile"), ("fused
 
 
 def recorded(times, kind="cpu", **changes):
-    """A record whose providers took `times`, {(name, role): seconds or None where it could not run}."""
+    """Return a record whose providers took `times`, {(name, role): seconds, or None if it could not run}."""
     figure = "wall" if kind == "cpu" else "cold"
     timings = [
         Timing(name, role, None if seconds else "could not run: why", [1e-7] if seconds else [], None,
@@ -129,7 +129,7 @@ class TestReport:
         assert report.insert(text, judge.expected().markdown()) != text
 
     def test_prediction_and_measurement_stand_side_by_side(self, tmp_path):
-        """Where there is a GPU's results file; the times of the three providers are 3, 2 and 0.1 ms."""
+        """The results file is that of a GPU. The times of the three providers are 3, 2 and 0.1 ms."""
         p = next(p for p in judge.PREDICTIONS if p.op == "cosine_loss" and p.us and p.figure == "cold")
         record = recorded({EAGER: 3e-3, COMPILE: 2e-3, OURS: 1e-4}, "cuda", op=p.op, row=p.row, precision=p.precision,
                           direction=p.direction, bytes=4e8)  # fmt: skip

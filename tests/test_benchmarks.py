@@ -38,7 +38,7 @@ def tiny(recipe=lambda x, y: (x * y).mean(), peers=None, rows=(TINY,), **options
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """torch.compile returns what it is given: compiling takes seconds, and is not what these tests are about."""
+    """Make torch.compile return its argument: compiling takes seconds, and these tests are about something else."""
     monkeypatch.setattr(harness, "compiled", lambda function, mode=None: function)
 
 
@@ -48,7 +48,7 @@ def scaled(factor):
 
 
 def by_the_tests(factor):
-    """Return what tests/proving.py says of it, or None."""
+    """Return the reason why tests/proving.py refuses a result, or None."""
     op = proving.Op(
         "toy",
         lambda x, backend: scaled(1.0 if backend == "reference" else factor)(x),
@@ -64,7 +64,7 @@ def by_the_tests(factor):
 
 
 def by_the_benchmarks(factor):
-    """Return why the benchmarks do not time it, or None."""
+    """Return the reason why the benchmarks do not time a result, or None."""
     bench = replace(tiny(recipe=scaled(1.0)), inputs=lambda row, generator: (torch.linspace(-1, 1, 32).view(4, 8),))
     trial = harness.Trial(harness.Case(bench, TINY, BACKWARD), "cpu")
     return trial.judge(harness.Provider("it", "peer", lambda: scaled(factor)))[0].why
@@ -367,7 +367,7 @@ class TestShapes:
 
 
 def test_cosine_end_to_end_on_a_tiny_row(tmp_path, monkeypatch, capsys):
-    """Compilation included: every provider of the real declaration is right, timed and printed."""
+    """Every provider of the real declaration, torch.compile among them, is right, timed and printed."""
     monkeypatch.setattr(roofs, "CPU_COPY", 2**16)
     monkeypatch.setattr(roofs, "CPU_SIDE", 32)
     cosine = harness.benches()["cosine_loss"]

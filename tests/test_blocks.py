@@ -1,4 +1,4 @@
-"""The closed forms where their blocks are several: on a CPU, whose blocks are larger than any other test's inputs."""
+"""The closed forms over several blocks: on a CPU a block is larger than the inputs of any other test."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_are_as_accurate_as_eager(op, case, dtype, monkeypatch):
 
 @pytest.fixture
 def nan_in_new_memory():
-    """torch fills what it allocates with NaN, as long as it is told to be deterministic."""
+    """Make torch fill what it allocates with NaN, as its deterministic mode does."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
@@ -78,7 +78,8 @@ def test_images_in_blocks_of_two(count, monkeypatch):
 
 
 def test_a_compiled_gradient_adds_in_a_fixed_order():
-    """Enlarged, a pixel is read by many outputs, which a compiler would let threads scatter by atomic additions."""
+    """Many outputs read one pixel of an enlarged image. A compiler would scatter their gradients by atomic
+    additions."""
     x = PREPROCESS.draw((2, 3, 20, 20), torch.float32)[0].cpu()
 
     @torch._inductor.config.patch({"force_disable_caches": True, "cpp.threads": 2})  # caches keep no code to read

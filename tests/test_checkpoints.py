@@ -115,7 +115,7 @@ def test_two_supervisions_in_one_model_are_ambiguous():
 
 
 def test_the_optimizer_resumes_by_position():
-    """The recipe's head and local head, in that order: torch's optimizers match parameters by their index."""
+    """The seed has its head before its local head: torch's optimizers match parameters by their index."""
     old, new = Old(), New()
     theirs = [p for name, p in old.named_parameters() if not name.startswith("dino_model")]
     for p in theirs:

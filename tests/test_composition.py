@@ -79,7 +79,7 @@ def test_the_default_schedule_is_always_one(teacher, batch, students):
 
 
 class Distance(Term):
-    """A term as a stranger writes it: it takes no scale, and logs something of its own."""
+    """A user's term: it takes no scale, and has a log of its own."""
 
     def forward(self, student, features):
         distance = (student - features["global"]).square().mean()
@@ -114,7 +114,7 @@ def test_logs_that_a_trainer_would_add_to_the_loss_are_refused(teacher, batch):
 
 
 def test_checkpoints_copies_and_hooks_keep_every_name(teacher, batch, students, tmp_path):
-    """A round trip through torch.distributed.checkpoint, which reads names from state_dict() and nothing else."""
+    """torch.distributed.checkpoint reads names from state_dict() and nothing else."""
     options = {"use_patch": True, "latent_shape": (4, 4, 4), "patch_target": "attention", "token_dim": C}
     for number, (source, target) in enumerate(
         [
@@ -188,7 +188,7 @@ def test_wrapped_it_learns_the_same(teacher, batch, students, wrap, tmp_path):
 
 
 def test_a_module_may_be_replaced_after_construction(teacher, batch):
-    """As adapters and quantisation replace it: the terms hold none of DinoSupervision's modules."""
+    """Adapters and quantisation replace modules: the terms keep no reference to those of DinoSupervision."""
     module = make_supervision(teacher, token_dim=C, use_patch=True, latent_shape=(4, 4, 4))
     old = [weakref.ref(x) for x in (module.projector, module.local_projector, module.token_projector)]
     module.projector, module.local_projector, module.token_projector = (nn.Linear(n, 24) for n in (64, 4, C))

@@ -31,7 +31,7 @@ def test_gradients_of_both_inputs(loss, reduction):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_value_is_read_on_the_host(loss):
-    """Meta tensors have none: a read would raise."""
+    """Meta tensors have no values, so that reading one would raise."""
     s = torch.empty(6, 4, device="meta", requires_grad=True)
     loss(s, s.detach(), weight=torch.empty(6, device="meta")).backward()
     assert s.grad.shape == (6, 4)

@@ -1,4 +1,4 @@
-"""cosine_loss with an index: the student's rows meet the rows of the target that it names, on every implementation."""
+"""cosine_loss with an index: each row of the student is compared with the target's row at that position."""
 
 import math
 from functools import partial
@@ -48,7 +48,7 @@ def results(student, target, index, reduction="mean", **options):
 
 
 def unchecked(monkeypatch):
-    """Let no call read the values of its index, as on a GPU."""
+    """Make reading the values of an index fail, as a GPU must not wait for them."""
     monkeypatch.setattr("fused_dino.rows.is_plain", lambda args: False)
 
 
@@ -198,7 +198,7 @@ OUTSIDE = (-1, 4, 2**31, -(2**31) - 1, 2**63 - 1, -(2**63))
 @pytest.mark.parametrize("position", OUTSIDE)
 @pytest.mark.parametrize("scale", [1.0, 0.0, 1e-30])
 def test_a_position_out_of_range_is_nan_where_its_value_is_not_read(position, scale, monkeypatch):
-    """Whatever the target holds and however long its rows are."""
+    """This holds whatever the target has in those rows, and however long they are."""
     unchecked(monkeypatch)
     student, target, index = draw(2, 3, 4, 10)
     index[1, 2] = position
@@ -262,7 +262,7 @@ def test_bad_arguments_are_named(error, name, arguments):
 
 
 def test_a_gradient_of_the_target_is_refused(backend):
-    """Under vmap no tensor says that it requires one: the backward refuses it, unless formulas compute it."""
+    """No tensor under vmap says that it requires a gradient. So the backward refuses it, unless formulas compute it."""
     student, target, index = draw(2, 3, 4, 5)
     student.requires_grad_(False)
     with pytest.raises(ValueError, match=r"^target requires a gradient, .* give target.detach\(\)"):
@@ -364,7 +364,7 @@ def test_bits_repeat_and_the_plain_route_has_them(monkeypatch):
 
 
 def test_no_value_is_read_on_the_host():
-    """Meta tensors have none: a read would raise."""
+    """Meta tensors have no values, so that reading one would raise."""
     student, target = (torch.empty(2, n, 4, device="meta") for n in (3, 5))
     index = torch.empty(2, 3, dtype=torch.int64, device="meta")
     FD.cosine_loss(student.requires_grad_(), target, index=index, backend="torch").backward()

@@ -1,6 +1,6 @@
-"""What the kernel of cosine_loss does not do: copy the rows that an index names, read past them, read rows of weight 0.
+"""What the kernel of cosine_loss must not do: copy the rows of an index, read past them, or read rows of weight 0.
 
-Collected in the interpreter, which tells what a kernel does.
+The interpreter alone collects these tests, since it shows what a kernel does.
 """
 
 import operator
@@ -47,7 +47,7 @@ def draw(weighted):
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64], ids=str)
 def test_nothing_out_of_bounds_is_touched(side, integers):
-    """Whatever the index holds. Its rows are NaN, but those of weight 0."""
+    """This holds whatever the index has. Rows without a position are NaN, but for those of weight 0."""
     most = torch.iinfo(integers).max
     index = torch.where(torch.arange(24).view(4, 6) % 5 < 2, 9, INDEX).to(integers)
     index[0, 2:] = torch.tensor([-1, most, -most - 1, most // 20 + 1])
@@ -73,7 +73,7 @@ def test_nothing_out_of_bounds_is_touched(side, integers):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_graph_has_no_gathered_copy(reduction, weighted):
-    """Of the size of the student's rows it has the student, our ops' results, and views of them."""
+    """The only tensors as large as the student are the student, our ops' results, and views of them."""
     graphs = []
 
     def keep(graph, _):
@@ -136,7 +136,7 @@ def costs(monkeypatch):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rows_of_weight_0_are_not_read_and_cost_no_arithmetic(loss, reduction, both, costs):
-    """Each costs its weight, compared with 0."""
+    """A row of weight 0 costs the load of its weight, and a comparison with 0."""
 
     def cost(weight):
         weight = torch.tensor(weight)

@@ -1,4 +1,4 @@
-"""docs/costs.md is what the calculation and the evidence say, and the models that are measured are one function."""
+"""docs/costs.md has what was calculated and measured, and the models that are measured compute one function."""
 
 import sys
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def run_of(kind: str, name: str) -> Evidence:
 
 
 def lines(text: str, first: str) -> list[list[str]]:
-    """Return the cells of the lines of tables that begin so."""
+    """Return the cells of all table lines with this first cell."""
     found = [line.strip("|").split("|") for line in text.splitlines() if line.startswith(f"| {first} |")]
     return [[cell.strip() for cell in cells] for cells in found]
 

@@ -1,4 +1,4 @@
-"""The plugin covering leaves repetitions out, and keeps every two values that meet in some case."""
+"""The plugin covering leaves cases out, and keeps every pair of values that occurs in some case."""
 
 import os
 import subprocess

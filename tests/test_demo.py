@@ -41,7 +41,7 @@ def test_every_loss_learns_and_its_control_does_not(monkeypatch: pytest.MonkeyPa
     encode, seen = DinoSupervision.encode, {}
 
     def remember(self: DinoSupervision, images: Tensor) -> dict[str, Tensor]:
-        """One seed gives one sequence of crops: the teacher need see it once for the three losses."""
+        """One seed gives one sequence of crops, so that the teacher computes it once for the three losses."""
         key = images.numpy().tobytes()
         if key not in seen:
             seen[key] = encode(self, images)
@@ -142,7 +142,7 @@ def test_ctrl_c_before_training_is_one_line(
 
 
 class Loads(HTMLParser):
-    """Whatever a page makes the browser fetch."""
+    """Return every address that a page makes the browser fetch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What fails in the demo after its training costs no more than itself."""
+"""A failure after the demo's training costs only the part that failed."""
 
 import errno
 import json
@@ -75,7 +75,7 @@ def test_a_photograph_that_fails_costs_no_other(
 def test_without_any_picture_there_is_a_report(
     demo: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where matplotlib or Pillow is installed and broken."""
+    """It is the same where matplotlib or Pillow is installed and broken."""
     monkeypatch.setitem(sys.modules, "fused_dino.cli.demo.figures", None)
     monkeypatch.delattr("fused_dino.cli.demo.figures")
     monkeypatch.setattr(report, "reduced", fails)

@@ -233,7 +233,7 @@ def test_every_suffix_is_read(folder: Path, suffix: str) -> None:
 
 
 def awkward(folder: Path) -> None:
-    """Write twenty images of awkward kinds and names, captioned, and what is none beside them."""
+    """Write twenty captioned images of awkward kinds and names, and files that are no images."""
     exif = Image.Exif()
     exif[0x112] = 6
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]

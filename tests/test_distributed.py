@@ -104,7 +104,7 @@ def functional_is_one_process(rank, world):
 
 
 def large_means_do_not_cancel(rank, world):
-    """Means lie far above the deviation in float32; the oracle is float64 over the rows as they were rounded."""
+    """The means are far larger than the deviations in float32. The oracle is float64 over the rounded rows."""
     for mean, (width, route) in itertools.product((1e3, 1e5), ((12, "covariance"), (40, "gram"))):
         y, g = ((x + mean).float() for x in rows(8 * world, 4, width))
         part = slice(8 * rank, 8 * rank + 8)
@@ -169,7 +169,7 @@ def nothing_in_all_is_what_one_process_makes_of_nothing(rank, world):
 
 
 def ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart(rank, world):
-    """Machines that sum in another order may choose another of columns that are alike."""
+    """Machines that sum in another order may choose another one of two similar columns."""
     y, g = rows(8 * world, 6, 40)
     part = slice(8 * rank, 8 * rank + 8)
     chosen, vicreg_torch.largest_of = vicreg_torch.largest_of, lambda squares: torch.tensor(3 + rank)
@@ -179,7 +179,7 @@ def ranks_that_would_choose_otherwise_set_the_first_ranks_column_apart(rank, wor
 
 
 def one_row_in_all_is_finite_and_warns_where_it_is_known(rank, world):
-    """No rank knows the others' counts by columns. A gradient that is not finite would reach the others."""
+    """The route by columns does not exchange the counts. A gradient that is not finite would reach the other ranks."""
     for route, unbiased in itertools.product(("auto", "gram", "covariance"), (False, True)):
         y, g = rows(1 if rank == 1 else 0, 7)
         expected = [] if route == "covariance" else [True]

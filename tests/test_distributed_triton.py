@@ -1,6 +1,6 @@
 """VICReg's kernels over real processes against one process that holds all the rows.
 
-Collected in the interpreter, where gloo connects the processes, and where there are GPUs for NCCL.
+These tests are collected in the interpreter, with gloo, and where there are GPUs, with NCCL.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def drawn(shape, dtype=torch.float64, seed=0):
 
 
 def groups(world):
-    """Groups of two ranks up to all, and this rank's place in each; every rank has to make them."""
+    """Return groups of two ranks up to all, and this rank's place in each. Every rank has to make all of them."""
     made = [(size, dist.new_group(list(range(size)))) for size in range(2, world + 1)]
     return [(size, group) for size, group in made if dist.get_rank() < size]
 
@@ -56,7 +56,7 @@ def every_rank_has_the_full_batchs_loss_and_gradient(rank, world):
 
 
 class AcrossRanks(torch.autograd.Function):
-    """The whole batch, of whose gradient every rank has a part and gets all."""
+    """The whole batch: each rank computes a part of its gradient, and gets all of it."""
 
     @staticmethod
     def forward(ctx, x):
@@ -68,7 +68,7 @@ class AcrossRanks(torch.autograd.Function):
 
 
 class MeanOverRanks(torch.autograd.Function):
-    """What DDP makes of the gradients: their mean."""
+    """Return the mean of the gradients over the ranks, as DDP does."""
 
     @staticmethod
     def forward(ctx, loss):
@@ -100,7 +100,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def is_as_accurate_as_eager(rank, world):
-    """Windows of rows that begin within a tile; rows of 16 bits as they are, and as planes on one rank."""
+    """A rank's rows begin within a tile. Rows of 16 bits are multiplied as they are, and on one rank as planes."""
     cases = [(torch.float32, 75, "gram"), (torch.float32, 37, "covariance")]
     cases += [(dtype, *how) for dtype in HALF for how in ((96, "gram"), (80, "covariance"))]
     for dtype, width, route in cases:
@@ -159,7 +159,7 @@ def kernel_name(kernel):
 
 
 def the_kernels_of_one_process_run_while_ranks_communicate(rank, world):
-    """By columns one more sums the splits before the ranks do, and the host waits for nothing."""
+    """The route by columns has one more launch, which sums the splits before the ranks do. The host never waits."""
     y, g = (x.float().requires_grad_() for x in drawn((4, 16), seed=rank))
     expected = {
         "gram": "gather wait, gather statistics wait, statistics gather wait, planes product finish, reduce wait, bwd",
@@ -178,7 +178,7 @@ def the_kernels_of_one_process_run_while_ranks_communicate(rank, world):
 
 
 def ranks_that_would_choose_otherwise_leave_out_the_first_ranks_column(rank, world):
-    """Machines that sum in another order may choose another of columns that are alike."""
+    """Machines that sum in another order may choose another one of two similar columns."""
     y, g = drawn((8 * world, 40))
     part, launch = slice(8 * rank, 8 * rank + 8), vicreg_triton.launch_statistics
 

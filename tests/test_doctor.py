@@ -1,4 +1,4 @@
-"""The doctor finds what is broken, whatever broke it, and says nothing is where nothing is."""
+"""The doctor finds what is broken, whatever broke it, and reports nothing where nothing is broken."""
 
 import json
 import os

@@ -20,7 +20,7 @@ GLOBAL = frozenset({"global"})
 
 @torch.no_grad()
 def randomised(model: nn.Module) -> nn.Module:
-    """Every weight of an order that shows in the features, LayerScale and LayerNorm's affine, too."""
+    """Make every weight large enough to show in the features, those of LayerScale and LayerNorm included."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         centre = 1 if re.search(r"norm\w*\.weight|gamma", name) else 0
@@ -36,7 +36,7 @@ def official(**options) -> nn.Module:
 
 
 def official_giant(**options) -> nn.Module:
-    """As vitg14 is: SwiGLU, the blocks of nested tensors, and in chunks, as the training code has it."""
+    """The model has the parts of vitg14: SwiGLU, the blocks of nested tensors, and chunks as in the training code."""
     layers = pytest.importorskip("dinov2.layers")
     block = partial(layers.NestedTensorBlock, attn_class=layers.MemEffAttention)
     return official(ffn_layer="swiglufused", block_fn=block, block_chunks=2, **{"depth": 2} | options)
@@ -103,7 +103,7 @@ def test_features_and_their_gradients_are_the_published_ones(name):
 
 @torch.no_grad()
 def test_the_official_code_itself_gives_them():
-    """Called as its authors call it, on the grid of its training and on another."""
+    """The engine is compared with the authors' own call, on the grid of the training and on another."""
     for model in (official(), official_giant()):
         theirs = copy.deepcopy(model).double()
         for size in ((56, 56), (28, 42)):
@@ -115,7 +115,7 @@ def test_the_official_code_itself_gives_them():
 
 
 class Registers(nn.Module):
-    """prepare_tokens_with_masks of today's official code, which has registers, over that of the published copy."""
+    """The prepare_tokens_with_masks of today's official code, which has registers, in place of the published copy's."""
 
     def prepare_tokens_with_masks(self, x, masks=None):
         x = super().prepare_tokens_with_masks(x, masks)
@@ -124,7 +124,7 @@ class Registers(nn.Module):
 
 @torch.no_grad()
 def test_registers_of_todays_official_code_are_no_patches():
-    """It holds a number in place of attention's dropout."""
+    """Today's code has a number where attention had a dropout module."""
     model = official()
     kind, names = type(model), ("__module__", "__qualname__")
     kind = type(kind.__name__, (Registers, kind), {name: getattr(kind, name) for name in names})
@@ -264,7 +264,7 @@ def test_the_engine_launches_less_than_the_published_model():
 
 
 class Spy(DINOv2Backbone):
-    """Notes what it is asked for."""
+    """A teacher that records the needs of each call."""
 
     def forward(self, x, needs=None):
         self.asked = needs

@@ -56,7 +56,8 @@ def test_published_weights_are_no_part_of_the_module():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["CLIP", "official without biases", "DINOv3 with SwiGLU"])
 def test_no_folded_weight_is_the_published_memory(name):
-    """Without LayerScale a product is as it was published: a write in place would apply to it and to no other."""
+    """A product without LayerScale has the published values. Its memory must be its own, or a write in place would
+    change it."""
     ours = pair(MODELS[name]())[1]
     expected = ours(image(ours.img_size))
     for p in ours.model.parameters():
@@ -95,7 +96,7 @@ def test_the_state_is_the_published_weights_bit_for_bit(change):
 
 
 def test_a_wider_dtype_widens_what_is_published():
-    """What is loaded then loses no bits."""
+    """Values that are loaded then lose no bits."""
     ours = tiny().double()
     assert {p.dtype for p in ours.model.parameters()} == {torch.float64}
     assert same(ours.model.state_dict(), {k: x.double() for k, x in tiny().model.state_dict().items()})

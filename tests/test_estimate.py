@@ -52,9 +52,10 @@ def test_a_kernel_takes_the_longer_of_its_two_times() -> None:
 
 
 def test_a_vision_transformer_launches_what_its_blocks_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """A block has 2 norms, 4 products, attention, GELU and 2 sums; the last has the class token's query apart.
+    """A block has 2 norms, 4 products, attention, GELU and 2 sums. The last block computes the class token's query
+    apart.
 
-    The rest is the patches' convolution, the class token's and the positions' joining, and the last norm.
+    The rest is the convolution of the patches, joining the class token, adding the positions, and the last norm.
     """
     assert lines(capsys, *SMALL)["teacher"]["launches"] == 12 * 10 + 1 + 4
 
@@ -70,7 +71,7 @@ def test_every_gpu_has_its_roofs_and_a_source(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_benchmarks_count_the_same() -> None:
-    """Each row of the benchmarks, by the statement that `estimate` uses."""
+    """Each row of the benchmarks has the counts that `estimate` uses."""
     for name, bench in harness.benches().items():
         for row in bench.rows[:1]:
             moved, computed = bench.work(row, row.directions[-1])
@@ -96,7 +97,7 @@ def test_the_predictions_speak_of_gpus_of_the_table() -> None:
 
 
 def test_a_row_that_memory_limits_is_predicted_by_its_bytes_and_the_tables_speed() -> None:
-    """Each such row moves what the benchmarks count, at its target's share of what a copy reaches."""
+    """Each row that memory limits moves the bytes that the benchmarks count, at its share of the speed of a copy."""
     rows = {(bench.op, str(row)): (bench, row) for bench in harness.benches().values() for row in bench.rows}
     streamed = [p for p in judge.PREDICTIONS if p.us is not None and "memory" in p.limiter]
     assert len(streamed) == 8

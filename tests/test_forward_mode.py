@@ -140,7 +140,7 @@ def test_training_through_a_tangent(backend):
 
 @each_of_ours
 def test_tangents_inside_a_compiled_function(backend, fresh_compiler):
-    """Kernels in a graph have none: the call breaks the graph, and a whole graph is refused."""
+    """Kernels in a graph have no forward mode. So the call breaks the graph, and a whole graph is refused."""
     student, target = OPS[0].draw((6, 8))
 
     def tangent(x, backend):
@@ -172,7 +172,7 @@ def test_tangents_of_tokens_on_another_grid():
 
 
 def test_tangents_of_a_supervision(teacher, batch):
-    """Compare with differences: every part of a supervision is differentiable."""
+    """Compare tangents with finite differences through every part of a supervision."""
     options = {"use_patch": True, "latent_shape": (4, 4, 4), "token_dim": 8, "patch_target": "attention"}
     dino = make_supervision(teacher, **options).double()
     tokens, direction = torch.randn(6, 16, 8, dtype=torch.float64), torch.randn(6, 16, 8, dtype=torch.float64)

@@ -27,7 +27,7 @@ if torch.cuda.device_count() > 1:
 @each_op
 @each_backend
 def test_capture_in_a_cuda_graph(op, backend):
-    """A replay computes anew from what its inputs hold by then: the op neither reads a value on the host nor caches."""
+    """A replay computes anew from the current values of its inputs: the op reads and caches no value on the host."""
     inputs = op.draw(op.shape(*SHAPE))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -79,7 +79,7 @@ def test_nothing_waits_for_the_gpu(op):
 
 @torch.no_grad()
 def test_a_graph_of_a_teacher_has_positions_of_its_own():
-    """Kept positions of a size leave the memory that holds them; a graph that had captured them would read on."""
+    """Cached positions may leave their memory later. A graph that had captured them would go on reading it."""
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_small_patch14_dinov2", depth=1, img_size=56, num_classes=0)
     backbone = DINOv2Backbone(model=model, img_size=Scaled(7 / 8)).cuda()
@@ -132,7 +132,7 @@ def test_a_graph_of_an_engine_computes_with_the_weights_that_are_loaded_later():
 
 @torch.no_grad()
 def test_a_teacher_replays_cuda_graphs():
-    """Features of one call outlive the next, which overwrites what the graph has written."""
+    """The features of one call stay as they are when the next call overwrites the memory of the graph."""
     timm = pytest.importorskip("timm")
     torch._dynamo.reset()
     model = timm.create_model("vit_small_patch14_dinov2", depth=2, img_size=56, num_classes=0)

@@ -56,7 +56,7 @@ def test_each_end_of_a_stage(tmp_path):
 
 
 def limits(monkeypatch, tmp_path, planned, used, seconds):
-    """What each stage is given where they use so much of it."""
+    """Return the limit of each stage, if the stages use this much of theirs."""
     given, now = [], [0.0]
 
     def run_stage(stage, log, limit):
@@ -166,7 +166,7 @@ def test_without_a_gpu_it_says_so_in_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_every_command_of_the_page_is_understood(monkeypatch):
-    """They are written down before a GPU is paid for."""
+    """The commands are written down before a GPU is rented."""
     page = (ROOT / "docs/gpu.md").read_text()
     lines = [line.split()[2:] for line in map(str.strip, page.splitlines()) if line.startswith("python3 -m ")]
     runs = []
@@ -198,7 +198,7 @@ sys.exit(gpu.main([sys.argv[1], "--device", "cpu"]))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, number):
-    """In the background too, where a shell has it ignore Ctrl-C."""
+    """This holds in the background, too, where a shell makes the run ignore Ctrl-C."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(out)]
     ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
@@ -217,7 +217,7 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, number):
 
 
 def test_a_dry_run_goes_through_every_stage(tmp_path):
-    """On a CPU, as CI does: each stage leaves its files, and the summary tells of each."""
+    """Each stage leaves its files, and the summary names each. CI makes the same run on a CPU."""
     out = tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)

@@ -131,7 +131,7 @@ real = harness.benches  # before a test replaces it
 
 
 def test_a_gpus_row_has_its_times_and_its_kernels(monkeypatch):
-    """Each figure where it belongs; what takes them needs a GPU."""
+    """Each figure is in its place. Measuring them needs a GPU."""
     monkeypatch.setattr(harness.Case, "draw", lambda case, device: case.bench.inputs(case.row, torch.Generator()))
     monkeypatch.setattr(harness, "ours", lambda bench, row, backend, device: bench.ours(row, backend))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -163,7 +163,7 @@ SIZES = {"WIDTH", "EPS", "COLUMNS", "SEGMENT", "SCALE", "SHIFT", "BLOCK_N", "BLO
 
 
 def variants(launches):
-    """(kernel, argument, what of its value makes another kernel), but for sizes, which only scale one."""
+    """Return (kernel, argument, what of its value makes another kernel), without sizes, which only scale a kernel."""
     found = set()
     for launch in launches:
         kernel = launch["kernel"]
@@ -194,7 +194,7 @@ def exercised(aot, monkeypatch, cases):
 
 
 def test_every_variant_of_a_kernel_is_exercised(compilable, monkeypatch):
-    """As many as are compiled ahead of time for GPUs that are not here."""
+    """The exercise runs as many variants as are compiled ahead of time."""
     from aot_cases import CASES
 
     compiled = compilable.launches([case for cases in CASES for case in cases()], "sm_90")

@@ -22,7 +22,7 @@ def outcomes(**ends):
 
 
 def line(key=TOKENS, **changes):
-    """Of smoke.jsonl, as it is where all is well."""
+    """Return a line of smoke.jsonl for a row that is right."""
     op, row, precision, direction = key
     made = {"op": op, "row": row, "precision": precision, "direction": direction, "wrong": None, "repeats": True}
     times = {"cold_us": 100.0, "graph_us": 99.0, "host_us": 80.0, "eager_host_us": 90.0}
@@ -30,7 +30,7 @@ def line(key=TOKENS, **changes):
 
 
 def every_line(**changes):
-    """Of all rows that a GPU has."""
+    """Return a line for each row that a GPU has."""
     cases = smoke.order(smoke.chosen(harness.benches().values(), "cuda"))
     return [line((c.bench.op, str(c.row), c.row.precision, c.direction), **changes) for c in cases]
 

@@ -1,4 +1,4 @@
-"""The tests that a GPU's run takes: which are selected, and that each is told of at once."""
+"""The tests of a run on a GPU: which ones are selected, and that each is reported at once."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ def pytest_deselected(items):
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
-    """(selected, left out): the ids of the stage `tests`, as they are collected where there is a GPU."""
+    """The ids of tests (selected, left out) by the stage `tests`, as they are collected on a GPU."""
     folder = tmp_path_factory.mktemp("collected")
     (folder / "seems.py").write_text(SEEMS_TO_HAVE_A_GPU.replace("OUT", str(folder / "left_out")))
     command = device_tests.command("tests", folder / "report", 1)
@@ -75,7 +75,7 @@ class TestSelection:
         assert all((ROOT / "tests" / name).exists() for name in device_tests.ALONE)
 
     def test_no_file_needs_a_package_that_may_be_missing_where_a_gpu_is_rented(self):
-        """What is imported at the top of a file keeps all of its tests from running."""
+        """An import that fails at the top of a file keeps all of its tests from running."""
         there = {"fused_dino", "benchmarks", "torch", "functorch", "numpy", "einops", "pytest", "triton", "timm"}
         there |= {path.stem for path in (ROOT / "tests").iterdir()}
         for name in (*device_tests.ALONE, *device_tests.SHARED, "conftest.py", "proving.py", "interpreter.py"):

@@ -46,7 +46,7 @@ def test_is_torchs_own_in_value_and_gradient(how, grid, onto):
 @pytest.mark.parametrize("how", [average, bilinear])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_is_float32_inside_whatever_autocast_and_casts_say(how, dtype):
-    """One rounding at the end, also where the module itself was cast, and in a backward under autocast."""
+    """The result is rounded once, also if the module itself was cast, and in a backward under autocast."""
     x = tokens((7, 5), dtype, width=40).requires_grad_()
     regrid = Regrid(how, (7, 5), (3, 6)).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):

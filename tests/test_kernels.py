@@ -1,6 +1,6 @@
 """What only device code can get wrong: addresses out of bounds, offsets past 2**31, and what the dispatcher is told.
 
-Collected where a kernel runs: in the interpreter (TRITON_INTERPRET=1), or on a GPU.
+These tests are collected where a kernel runs: in the interpreter (TRITON_INTERPRET=1), or on a GPU.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ def test_the_kernel_is_what_runs():
 
 
 def results_between_pages(op, inputs, side, monkeypatch, **options):
-    """Run the op in a child process; all that it allocates, and grad_output, lies flush against guard pages too."""
+    """Run the op in a child process. All that it allocates, and grad_output, lies against guard pages, too."""
     new_empty = torch.Tensor.new_empty
 
     def guarded_empty(self, *size, **options):
@@ -62,7 +62,7 @@ def results_between_pages(op, inputs, side, monkeypatch, **options):
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("shape", [(3, 37), (1, 1), (2, 256), (2, 1025), (2, 4097)], ids=str)
 def test_nothing_out_of_bounds_is_touched(op, side, shape, monkeypatch):
-    """Inputs, saved tensors, gradients and results lie flush against pages that kill a process which touches them."""
+    """Inputs, saved tensors, gradients and results lie against guard pages, which kill a process that touches them."""
     inputs = tuple(guarded(x, side) for x in op.draw(op.shape(*shape)))
     assert survives(lambda: results_between_pages(op, inputs, side, monkeypatch))
 
@@ -219,7 +219,7 @@ def test_opcheck(op, first, second):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_opcheck_of_standardize_with_a_weight(normalize):
-    """No element is left as memory was found."""
+    """Every element is written."""
     (x,) = STANDARDIZE.draw((5, 6))
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], device=DEVICE)
     rows, how = (weight, standardize.count_rows(weight)), (normalize, 1e-5, 1e-12, x.dtype)
@@ -242,7 +242,7 @@ def test_a_weight_is_read_within_its_bounds(side, monkeypatch):
 @pytest.mark.parametrize("shape", [(0, 4), (3, 4), (4, 3), (3, 1)])
 @pytest.mark.parametrize("cov_weight", [0, 1])
 def test_opcheck_of_vicreg_where_little_is_computed(shape, cov_weight):
-    """A result that is not needed is empty or 0, and no element is left as memory was found."""
+    """Every element is written. A result that is not needed is empty or 0."""
     plan = make_plan(
         *shape, inv_weight=1, var_weight=1, cov_weight=cov_weight, gamma=1.0, eps=1e-4, cov_reduction="mean",
         unbiased=False, route="auto",

@@ -228,7 +228,7 @@ def term_of(name, **options):
 
 
 def layered(*layers):
-    """Features whose layers are each other than the last features."""
+    """Features in which each layer differs from the last one."""
     several = {n: {"global": randn(B, D, seed=90 + n), "patch": randn(B, 16, D, seed=70 + n)} for n in layers}
     return {**features(), "layers": several}
 
@@ -362,7 +362,7 @@ def test_a_teacher_without_the_layers_of_a_term_is_refused_when_built():
 
 
 class Own(TinyTeacher):
-    """A teacher of one's own, with layers of its own."""
+    """A user's teacher, which returns layers."""
 
     def forward(self, x):
         found = super().forward(x)

@@ -1,4 +1,4 @@
-"""A forward asks no parameters(): wrappers hide them, quantised layers have integers, users replace modules."""
+"""A forward does not call parameters(): wrappers hide them, quantised layers have integers, users replace modules."""
 
 import copy
 

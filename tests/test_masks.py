@@ -129,7 +129,7 @@ def test_blocks_and_runs_of_rows_of_which_none_is_left(loss, left):
 @each_loss
 @pytest.mark.parametrize("eps", [{"eps": 0.0}, {"norm_eps": 0.0}], ids=str)
 def test_no_smallest_norm_or_deviation(loss, eps):
-    """Nothing else keeps a division by 0 from a row that is not read."""
+    """A row that is not read would otherwise be divided by 0."""
     if loss is FD.cosine_loss and "norm_eps" in eps:
         eps = {"eps": 0.0}
     student, target = pair(6, 8)
@@ -141,7 +141,7 @@ def test_no_smallest_norm_or_deviation(loss, eps):
 
 @each_loss
 def test_a_gradient_that_is_not_finite_where_a_row_is_left_out(loss):
-    """The slope of sqrt(value) at 0 is infinite: a row that is left out passes it nowhere."""
+    """The slope of sqrt(value) at 0 is infinite, and reaches no input through a row that is left out."""
     student, target = pair(6, 8)
     mask = MASKS["mask"]
     student[~mask] = float("nan")
@@ -205,7 +205,7 @@ def test_statistics_count_each_row_once(loss):
 @pytest.mark.parametrize("mean", [0, 1e3, -1e5])
 @pytest.mark.parametrize("far", [0, 50])
 def test_a_mean_takes_no_digits_of_the_rows_left(mean, far, backend):
-    """In float32, whose own mean of large numbers is wrong by more: the reference is not held to it."""
+    """The reference is not tested: its float32 mean of large numbers has a larger error."""
     student, target = (x.float() + mean for x in pair(600, 4))
     mask = torch.arange(600, device=DEVICE) % 3 != 0
     student[1] += far  # the first row left

@@ -1,6 +1,6 @@
-"""The proving ground proves something: kernels broken on purpose are each caught, by the test that is there for it.
+"""The tests prove something: each kernel that is broken on purpose is caught by the test that is there for it.
 
-Each by the cases that `make test` runs in the interpreter, which the plugin covering chooses.
+The cases are those that `make test` runs in the interpreter, chosen by the plugin covering.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""`~` in the commands' paths, where no shell has read it."""
+"""A `~` in the paths of commands that no shell has expanded."""
 
 from pathlib import Path
 

@@ -15,8 +15,8 @@ from conftest import check_slope, grads, make_supervision
 from fused_dino import DINOv2Backbone, Preprocess, Scaled
 from fused_dino import functional as FD
 from fused_dino.teacher import pixels
+from fused_dino.teacher.caching import LIMIT
 from fused_dino.teacher.embedding import take_patches
-from fused_dino.teacher.kept import LIMIT
 from fused_dino.teacher.pixels import Raw, embed, folded, read_raw
 
 timm = pytest.importorskip("timm")
@@ -106,7 +106,7 @@ def test_any_range(input_range):
 )
 @pytest.mark.parametrize("sides", [(224, 224), (256, 256), (512, 512)])
 def test_errs_at_most_twice_as_much_as_preprocessing(dtype, stored, input_range, sides):
-    """Beside a floor of float32's rounding in sums of 3,072 products."""
+    """The floor is float32's rounding in sums of 3,072 products."""
     conv, size = projection(14, dtype), (224, 224)
     x = pictures(sides, input_range, stored)
     expected = oracle(conv, x, size, input_range)
@@ -226,7 +226,7 @@ def test_a_rule_folds_the_sizes_that_fit(resized):
 
 @pytest.mark.parametrize("bytes_", [False, True])
 def test_a_supervision_says_the_same(bytes_):
-    """In float32, whose resize errs by some 1e-5 of a pixel; the convolution does not."""
+    """The tolerance is that of float32's resize, which errs by some 1e-5 of a pixel. The convolution does not."""
     teacher, z = backbone(), torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     x = pictures((64, 64), (0, 255) if bytes_ else (-1, 1), torch.uint8 if bytes_ else torch.float32, 4)
     found = []
@@ -308,7 +308,7 @@ def test_images_that_are_resized(sides, reason, resized):
 
 
 class Twice(nn.Module):
-    """A model that reads its images outside of its patch embedding, too."""
+    """A model that reads its images outside of its patch embedding as well."""
 
     embed_dim, patch_size = 24, 14
 
@@ -400,7 +400,7 @@ def test_weights_that_change_are_folded_anew(change):
     conv, fresh = projection(14, torch.float32), projection(14, torch.float32)
     x, raw = pictures((64, 64), (-1, 1), torch.float32), Raw((SIZE, SIZE), (-1.0, 1.0), *STATISTICS)
     before = tokens_of(conv, x, raw)
-    assert len(conv.kept.results) == 1
+    assert len(conv.cache.results) == 1
     change(conv)
     change(fresh)
     after = tokens_of(conv, x, raw)
@@ -417,9 +417,9 @@ def test_a_fold_is_kept_for_the_sizes_used_last_and_in_no_checkpoint(monkeypatch
         for _ in range(2):
             tokens_of(conv, torch.zeros(1, 3, 14, 14 + columns), Raw((14, 14), (-1.0, 1.0), *STATISTICS))
     assert folds == [(14, 14 + columns) for columns in range(1, LIMIT + 5)]
-    assert len(conv.kept.results) == LIMIT
+    assert len(conv.cache.results) == LIMIT
     assert set(conv.state_dict()) == {"weight", "bias"}
-    assert copy.deepcopy(conv).kept.results == {}
+    assert copy.deepcopy(conv).cache.results == {}
 
 
 def test_copies_that_share_a_teacher_fold_their_own_weights():
@@ -441,7 +441,7 @@ def test_copies_that_share_a_teacher_fold_their_own_weights():
 
 @torch.no_grad()
 def test_the_published_weights_are_folded_again():
-    """By loading, and by refold after a write in place."""
+    """Loading folds them again, and so does refold after a write in place."""
     module, x = encoder(backbone()), pictures((64, 64), (-1, 1), torch.float32)
     found = [module.encode(x)["patch"]]
     state = module.teacher.model.state_dict()

@@ -1,4 +1,4 @@
-"""The plain route: what takes it, and that its launches are those of the general one. No GPU: the driver is a stub."""
+"""The plain route: which calls take it, and that its launches are those of the general one. The driver is a stub."""
 
 from contextlib import nullcontext
 
@@ -44,7 +44,8 @@ def looked_up(monkeypatch):
 
 
 def launches(driver, call, route=nullcontext):
-    """What is launched: the compilation, the grid, and the arguments; of tensors what decides about the code."""
+    """Return what is launched: the compilation, the grid and the arguments, with what decides the code of each
+    tensor."""
     driver.launches = []
     with route():
         call()

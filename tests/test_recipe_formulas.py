@@ -88,7 +88,7 @@ def test_irepa(kernel):
 
 @pytest.mark.parametrize(("share", "value"), [(1.0, -0.207830233), (0.6, -0.202448808), (0.8, -0.199874850)])
 def test_irepas_own_values(share, value):
-    """The numbers that iREPA's code gave, with a convolution that changes nothing."""
+    """iREPA's code gave these numbers, with a convolution that changes nothing."""
     module = recipes.irepa(2, teacher=Lone(), standardize=share, alpha=1.0).double()
     conv = module.terms["token"].projector
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_raev2_asks_a_named_teacher_for_its_layers(monkeypatch):
         asked.append(arguments)
         return Lone()
 
-    monkeypatch.setattr(sys.modules["fused_dino.recipes.raev2"], "make_teacher", make_teacher)
+    monkeypatch.setattr(sys.modules["fused_dino.recipes.prx"], "make_teacher", make_teacher)
     recipes.raev2(5)
     ((name, rule, pretrained, dtype, layers),) = asked
     assert (name, rule(256, 256, 16), pretrained, dtype) == ("vit_large_patch16_dinov3", (256, 256), True, None)
@@ -348,7 +348,7 @@ def test_layersync_has_repas_value_without_a_projector():
 
 
 def vicreg_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hinge of the deviations, and the squares of the covariances off the diagonal over D."""
+    """Return the hinge of the deviations, and the squared covariances off the diagonal over D."""
     centred = x - x.mean(0)
     covariance = centred.T @ centred / (len(x) - 1)
     off = covariance - torch.diag(covariance.diagonal())
@@ -386,3 +386,8 @@ def test_vicregs_own_values():
         if preset != "seed":
             loss.backward()
             assert student.grad[0].tolist() == pytest.approx([5.42592593, -5.07407407, 4.51851852], abs=1e-7)
+
+
+def test_sra_names_the_losses_that_it_takes():
+    with pytest.raises(ValueError, match="^loss is 'l2'; use one of smooth_l1, cosine, mse, vicreg"):
+        recipes.sra(5, loss="l2")

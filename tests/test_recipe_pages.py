@@ -1,4 +1,4 @@
-"""docs/recipes/: what is rendered of each page is what the code says now, and its Python runs."""
+"""docs/recipes/: each rendered part is what the code renders now, and the Python runs."""
 
 import re
 

@@ -77,7 +77,7 @@ def test_repa(backbone):
 
 
 def test_repas_own_value():
-    """The number that REPA's code gave, on two images of the second the first reversed."""
+    """REPA's code gave this number for two images, of which the second is the first reversed."""
     s = torch.tensor([[1, 0], [1, 1], [0, 2], [-1, 1]], dtype=torch.float64)
     t = torch.tensor([[2, 1], [0, 1], [1, 1], [1, -1]], dtype=torch.float64)
     term = recipes.repa(12, teacher=Lone()).terms["token"]
@@ -129,7 +129,7 @@ def test_a_named_teacher_gets_repas_size_and_positions(monkeypatch):
 
 
 def test_repas_checkpoints_load(backbone):
-    """In the supervision's own prefix or its parent's, announced, and refused where they do not fit."""
+    """They load at the supervision's prefix or its parent's, with a warning. Keys that do not fit are refused."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -157,3 +157,17 @@ def test_repas_checkpoints_load(backbone):
 def test_a_recipe_has_at_most_forty_lines(name):
     """Its formula, constants and source among them."""
     assert len(inspect.getsource(getattr(recipes, name)).splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", recipes.__all__)
+def test_a_width_that_is_none_is_refused_by_its_name_before_a_teacher_is_loaded(name, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("loads a teacher")
+
+    for part in ("repa", "prx"):
+        monkeypatch.setattr(sys.modules[f"fused_dino.recipes.{part}"], "make_teacher", load)
+    monkeypatch.setattr(sys.modules["fused_dino.recipes.repa"], "DINOv2Backbone", load)
+    width = "in_dim" if name in ("seed", "vicreg") else "token_dim"
+    for wrong in (0, 1.5, True, None):
+        with pytest.raises(ValueError, match=f"^{width} must be a positive int, got {wrong}"):
+            getattr(recipes, name)(wrong)

@@ -114,6 +114,16 @@ def test_the_cost_is_of_what_the_recipe_makes(capsys):
         ("haste attention", "a term of attention maps"),
         ("dino_perceptual", "a perceptual term"),
         ("crepa", "neighbouring frames"),
+        ("LightningDiT", "'LightningDiT' is no recipe yet: LightningDiT's VF loss"),
+        ("VF loss", "'VF loss' is no recipe yet: LightningDiT's VF loss"),
+        ("dino_loss", "PercHead's dino_loss needs a perceptual term"),
+        ("patch_kernel_alignment", "lightly's PatchKernelAlignmentLoss needs a term of the similarities"),
+        ("distillationv2", "targets of several blocks, joined"),
+        ("hypersphere", "a term of the distances between images"),
+        ("PHI-S", "whitened by stored statistics"),
+        ("repaa", "'repaa' is no recipe; near are repa"),
+        ("vicreg_loss", "'vicreg_loss' is no recipe; near are vicreg"),
+        ("loss", "'loss' is no recipe"),
     ],
 )
 def test_a_name_that_is_none_says_what_is_near_or_missing(name, says, capsys):

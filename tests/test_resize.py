@@ -110,7 +110,7 @@ def test_a_pixel_that_is_not_finite_reaches_the_same_outputs_as_in_eager(
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
 @pytest.mark.parametrize("size", [(4, 6), (9, 9), (6, 17), (9, 17), (20, 30)])
 def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialias, size):
-    """Taps of weight 0 spread them too: no weight here is decided by rounding."""
+    """Taps of weight 0 spread them, too. Rounding decides no weight here."""
     x = pixels(1, 3, 9, 17, dtype=torch.float32)
     x[0, 0, 0, 0], x[0, 1, 4, 6], x[0, 2, 8, 16] = float("nan"), float("inf"), -float("inf")
     options = {"interpolation": interpolation, "antialias": antialias}
@@ -123,7 +123,7 @@ def test_nan_and_infinity_spread_as_in_eager(preprocess, interpolation, antialia
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)
 @pytest.mark.parametrize("size", [(4, 6), (9, 9), (9, 17), (20, 30)])
 def test_a_gradient_that_is_not_finite_spreads_no_further_than_in_eager(preprocess, interpolation, antialias, size):
-    """It reaches every pixel that has a weight, and none that eager's does not reach."""
+    """The gradient reaches every pixel that has a weight, and no pixel that eager's does not reach."""
     x = pixels(1, 3, 9, 17, dtype=torch.float32).requires_grad_()
     options = {"interpolation": interpolation, "antialias": antialias}
     outputs = [run(x, size, **options) for run in (preprocess, partial(FD.preprocess, backend="reference"))]

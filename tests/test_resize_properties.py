@@ -31,8 +31,8 @@ def some_bytes(*shape):
 def tolerance(dtype, steepest):
     """Bound the error of a normalised pixel whose image is within -1..1 and whose neighbours differ by `steepest`.
 
-    A source coordinate below 64 is rounded twice, by up to 32 eps each time, and moves a pixel along its slope, which a
-    bicubic curve exceeds by half. Sixteen weighted terms and the normalisation round the rest.
+    A source coordinate below 64 is rounded twice, by up to 32 eps each time. That moves a pixel along its slope, which
+    a bicubic curve exceeds by half. Sixteen weighted terms and the normalisation round the rest.
     """
     return torch.finfo(dtype).eps * (2 * 32 * 1.5 * steepest / 2 + 16 + 4) / min(FD.IMAGENET_STD)
 
@@ -121,7 +121,7 @@ def test_a_vmap_over_nothing(preprocess):
 def check_value(preprocess, x, size, **options):
     """Hold the value to the rule of `proving.check_accuracy`, in units of float32's or float64's arithmetic.
 
-    The oracle is told what black and white are, for it sees bytes as floats; the op under test has to know.
+    The oracle gets bytes as floats, and is given their range. The op under test has to know it.
     """
     ours = preprocess(x, size, **options)
     options["input_range"] = (-1, 1) if x.is_floating_point() else (0, 255)

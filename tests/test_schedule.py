@@ -58,6 +58,7 @@ def test_stops_with_an_exact_zero_that_reaches_every_parameter(teacher, batch):
     assert last.keys() == {"loss_dino"}
     assert last["loss_dino"] == 0
     assert last["loss_dino"].dtype == torch.float32
+    assert copy.deepcopy(module).double().loss_dict(*batch)["loss_dino"].dtype == torch.float64, "as before the stop"
     last["loss_dino"].backward()
     for name, p in module.named_parameters():
         assert p.grad is not None, name
@@ -91,7 +92,7 @@ def test_the_host_asks_the_device_once(teacher, batch, monkeypatch):
 @pytest.mark.parametrize("stop", [None, AtStep(9)])
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, [1, 1, 2, 2, 3]), (2, [1, 1, 1, 1, 2])])
 def test_tokens_that_fit_no_grid_count_no_step(teacher, batch, accumulate, steps, stop):
-    """The teacher's features alone say that they do not."""
+    """Only the teacher's features show that the tokens fit no grid."""
     module = make(teacher, in_dim=None, token_dim=10)
     module.schedule = Schedule(1.0, 4, stop=stop, accumulate=accumulate)
     for count, step in zip((16, 15, 16, 15, 16), steps, strict=True):

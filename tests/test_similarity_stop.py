@@ -49,7 +49,7 @@ def test_the_threshold_itself_stops():
 
 
 def test_it_decides_every_so_many_steps():
-    """Those of the counter, and the teacher runs in between only while the loss counts."""
+    """The steps are those of the counter. Between decisions the teacher runs only while the loss counts."""
     for mode, calls, weights in (
         ("permanent", 3, [0.5, 0.5, 0, 0, 0, 0, 0, 0, 0]),
         ("recoverable", 5, [0.5, 0.5, 0, 0, 0, 0, 0, 0, 0.5]),
@@ -160,7 +160,7 @@ def test_a_step_that_is_given_decides():
 
 
 def test_a_stop_comes_with_the_first_micro_batch():
-    """No optimizer step has the loss of some of its micro-batches alone."""
+    """An optimizer step has the loss of all of its micro-batches, or of none."""
     model = Model(BySimilarity(0.6, decay=0.5, every=2, mode="recoverable"), accumulate=3)
     assert model.run(*[0.9] * 9) == pytest.approx([0.5] * 3 + [0] * 6, abs=1e-9)
     assert model.run(*[0.1] * 4) == pytest.approx([0.5] * 4, abs=1e-9)

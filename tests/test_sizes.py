@@ -65,7 +65,7 @@ def test_a_fixed_size_stays():
 
 
 def test_rules_are_values():
-    """They stand in configurations and pickles, and are compared."""
+    """Rules are used in configurations and pickles, and can be compared."""
     for rule in (Scaled(Fraction(7, 8)), Area(224 * 224)):
         assert pickle.loads(pickle.dumps(rule)) == eval(repr(rule)) == rule
         assert len({rule, eval(repr(rule))}) == 1

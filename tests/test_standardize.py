@@ -45,7 +45,7 @@ def test_rows_about_the_smallest_norm(backend):
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
 @pytest.mark.parametrize("value", [0.0, 1.0, 2.0**100])
 def test_a_constant_column_is_as_in_eager(value, eps, backend):
-    """torch's deviation has a gradient of 0 there; and 0 / 0 is NaN."""
+    """torch's deviation has a gradient of 0 there, and a closed form would divide 0 by 0."""
     x = pair(5, 4)[0]
     x[:, 1] = value
     actual, expected = (results(STANDARDIZE, (x,), name, eps=eps, **AS_THEY_ARE) for name in (backend, "reference"))
@@ -103,7 +103,7 @@ def test_the_whitened_loss_of_mixed_dtypes(first, second, backend):
 
 
 def test_no_formula_of_eager_runs_in_the_whitened_loss(backend, monkeypatch):
-    """A backend computes the whole loss itself, and no gradient of the target, which nobody needs."""
+    """A backend computes the whole loss itself, without a gradient of the target, which is not needed."""
     ran, std = [], torch.Tensor.std
     monkeypatch.setattr(torch.Tensor, "std", lambda *x, **options: ran.append(x) or std(*x, **options))
     student, target = pair(6, 20)

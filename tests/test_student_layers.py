@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from conftest import check_slope
 from fused_dino import GlobalTerm, Schedule, Supervision, TokenTerm, VICRegLoss
+from fused_dino.terms.token_grids import TokenGrids
 from fused_dino.terms.token_projectors import TokenConv
 from proving import DEVICE
 from test_terms import B, C, D, N, Rows, features, randn
@@ -48,6 +49,27 @@ def test_the_loss_is_the_mean_over_layers_of_one_projector_each(projector, optio
     scaled, its = term(tuple(several), features(), scale=torch.tensor(0.3, device=DEVICE, dtype=torch.float64))
     assert_close(scaled, 0.3 * loss, rtol=1e-12, atol=1e-14)
     assert_close(its, logs, rtol=1e-12, atol=1e-14)
+
+
+def test_layers_share_the_targets_of_a_grid(monkeypatch):
+    brought, bring = [], TokenGrids.teacher
+    term, its = make(WIDTHS, standardize=True), {**features(), "grid": (4, 4)}
+    maps = [randn(B, C, 2, 4, seed=1), randn(B, 5, 8, 4, seed=2), randn(B, C, 2, 4, seed=3)]
+    losses = []
+    for width, x, projector in zip(WIDTHS, maps, term.projector, strict=True):
+        one = make(width, standardize=True)
+        one.projector = projector
+        losses.append(one(x, its)[0])
+
+    def count(self, tokens, onto, teacher_grid):
+        brought.append(onto)
+        return bring(self, tokens, onto, teacher_grid)
+
+    monkeypatch.setattr(TokenGrids, "teacher", count)
+    assert_close(term(maps, its)[0], torch.stack(losses).mean(), rtol=1e-12, atol=1e-14)
+    assert brought == [(4, 4), (8, 4)]
+    term(layers(4), its, index=torch.arange(4, device=DEVICE).expand(B, 4))
+    assert brought[2:] == [(4, 4)]
 
 
 def test_parameters_are_named_by_the_layer():
@@ -120,7 +142,7 @@ def test_bad_layers_are_named():
 
 @pytest.mark.parametrize("standardize", [False, 0.6])
 def test_a_class_token_is_one_more_token_in_the_mean(standardize):
-    """As REG's code: the cosine of the concatenation [class, patches], averaged over 1 + N tokens."""
+    """REG's code averages the cosine of the concatenation [class, patches] over 1 + N tokens."""
     term, student, found = make(class_token=True, standardize=standardize), randn(B, 1 + N, C), features()
     assert term.needs == {"global", "patch"}
     projected = term.projector(student)

@@ -51,7 +51,7 @@ def test_is_the_recipe_in_value_logs_and_gradient(teacher, batch, loss_type, pat
 
 @pytest.mark.parametrize("loss_type", ["cosine", "mse", "vicreg"])
 def test_two_hundred_steps_side_by_side(teacher, loss_type):
-    """One seed, one batch stream, AdamW: the curves lie on each other to the rounding of float64."""
+    """The two curves have one random state, batches and AdamW in common, and differ by float64's rounding alone."""
     theirs, ours = twins(teacher, loss_type, True)
     curves = []
     for module in (theirs, ours):

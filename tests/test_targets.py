@@ -82,7 +82,7 @@ def test_it_learns_as_with_a_teacher_and_reaches_no_target():
 
 
 def test_an_emas_hidden_states_are_a_target():
-    """As a self-distillation writes it: the student's earlier layer against the EMA's later one."""
+    """A self-distillation compares an earlier layer of the student with a later layer of the EMA."""
     torch.manual_seed(0)
     student = nn.Sequential(nn.Linear(3, C), nn.Tanh(), nn.Linear(C, D)).to(DEVICE, torch.float64)
     ema, x = copy.deepcopy(student), randn(B, N, 3)
@@ -152,13 +152,26 @@ def test_a_convolution_needs_the_grid():
     term = TokenTerm(C, projector="conv", out_dim=D).to(DEVICE, torch.float64)
     module, hidden, target = Supervision(None, {"token": term}), randn(B, 8, C), randn(B, 8, D, seed=9)
     with pytest.raises(
-        ValueError, match=r"^the target must say its grid, as a map .* it has 8 tokens, and no token_grid"
+        ValueError, match=r"^targets\['token'\] must say its grid, as a map .* it has 8 tokens, and no token_grid"
     ):
         module(students={"token": hidden}, targets={"token": target})
     expected = cosine(term.projector(hidden, (2, 4)), target).mean()
     maps = rearrange(target, "b (h w) d -> b d h w", h=2)
     assert_close(module(students={"token": hidden}, targets={"token": maps})[0], expected)
     assert_close(module(students={"token": hidden}, targets={"token": target}, token_grid=(2, 4))[0], expected)
+
+
+@pytest.mark.parametrize("pooled", ["region", "mean", "nearest", "attention"])
+def test_regions_need_the_grid_only_where_each_pools_its_own_tokens(pooled):
+    term = RegionTerm((2, 4, 4), target=pooled, hidden_dim=7, out_dim=D).to(DEVICE, torch.float64)
+    module, its, target = Supervision(None, {"region": term}), {"region": randn(B, 32)}, randn(B, N, D, seed=9)
+    on_grid = module(students=its, targets={"region": {"patch": target, "grid": (4, 4)}})[0]
+    if pooled == "region":
+        with pytest.raises(ValueError, match=r"^targets\['region'\] must say its grid"):
+            module.loss_dict(students=its, targets={"region": target})
+        assert module.schedule.step == 0
+    else:
+        assert_close(module(students=its, targets={"region": target})[0], on_grid, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -248,17 +261,19 @@ ones = torch.ones
          {"token": {"patch": ones(B, N, D), "x": ones(1)}}),
         (r"targets\['token'\] has 16 tokens on a grid", {"token": {"patch": ones(B, N, D), "grid": (3, 4)}}),
         (r"the grid of targets\['token'\] must be", {"token": {"patch": ones(B, N, D), "grid": "4"}}),
-        ("the target must say its grid, .* it has 9 tokens, and no", {"token": ones(B, 9, D)}),
+        (r"targets\['token'\] must say its grid, .* it has 9 tokens, and no", {"token": ones(B, 9, D)}),
+        ("token_grid must be given, .* 16 tokens have no grid", {"token": ones(B, D, 2, 8)[..., :6]}),
     ],
 )  # fmt: skip
 def test_bad_targets_are_named_and_count_no_step(message, targets):
     module = make("token").float().cpu()
-    call = {"students": {"token": torch.ones(B, N, C)}, "targets": targets}
+    call, ran = {"students": {"token": torch.ones(B, N, C)}, "targets": targets}, []
+    module.terms["token"].projector.register_forward_pre_hook(lambda *_: ran.append(1))
     for run in (module, module.loss_dict):
         with pytest.raises((ValueError, TypeError), match=f"^{message}"):
             run(**call)
-    if "say its grid" not in message:
-        assert module.schedule.step == 0
+    assert module.schedule.step == 0
+    assert not ran, "nothing is computed"
 
 
 def test_calls_that_do_not_fit_are_named(mixed, batch):
@@ -277,6 +292,8 @@ def test_calls_that_do_not_fit_are_named(mixed, batch):
     hidden = torch.randn(6, 16, C)
     with pytest.raises(ValueError, match=r"^targets\['own'\] must be of 6 images, as the others are, got 2"):
         mixed(batch[1], {"token": hidden, "own": hidden}, targets={"own": torch.randn(2, 16, 7)})
-    layered = Supervision(None, {"token": TokenTerm(C, out_dim=D, layer=-1)})
+    layer = TokenTerm(C, out_dim=D, layer=-1)
+    with pytest.raises(ValueError, match=r"^terms\['token'\] must name its teacher, whose layers \(-1,\) it reads"):
+        Supervision(None, {"token": layer})
     with pytest.raises(ValueError, match=r"^targets\['token'\] must be left out: the term's target is \(-1,\) of"):
-        layered(students={"token": torch.ones(B, N, C)}, targets={"token": torch.ones(B, N, D)})
+        layer.read_target("targets['token']", torch.ones(B, N, D), D)

@@ -1,4 +1,4 @@
-"""DINOv2Backbone(compile=...): how often it compiles, what it gives, and what becomes of it in copies."""
+"""DINOv2Backbone(compile=...): how often it compiles, what it returns, and what its copies do."""
 
 import copy
 import functools
@@ -186,7 +186,7 @@ def test_results_of_cuda_graphs_are_copied(monkeypatch, mode):
 
 
 def test_nothing_in_it_asks_for_a_value():
-    """Tensors without memory have none: a graph of kernels needs the host for nothing."""
+    """Tensors without memory have no values: a graph of kernels never needs the host."""
     module = backbone(Scaled(7 / 8)).to("meta")
     assert module(torch.empty(2, 3, 28, 42, device="meta"))["patch"].shape == (2, 6, 24)
     assert supervision(module).encode(torch.empty(2, 3, 32, 48, device="meta"))["patch"].shape == (2, 6, 24)

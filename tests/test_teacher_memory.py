@@ -1,4 +1,4 @@
-"""What autograd keeps of a term and of the teacher, byte by byte against the least that is written beside it."""
+"""The bytes that autograd keeps of a term and of the teacher, against the least possible."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_what_encode_returns_is_what_is_asked_for():
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any op returns, beside what it is asked to leave out."""
+    """Records the largest tensor that any op returns, apart from those that it is told to leave out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def test_checkpointed_blocks_keep_their_inputs_alone(options):
         module = Supervision(teacher, {"token": TokenTerm(C, **LINEAR)}, stopgrad_image=False)
         with torch.no_grad():
             assert module._teach(images)["patch"].shape == (B, N, D)
-        weights = [x for _, pair in teacher.projection.kept.results.values() for x in pair]  # of the raw images
+        weights = [x for _, pair in teacher.projection.cache.results.values() for x in pair]  # of the raw images
         held = [images, *weights, *teacher.parameters()]
         out, kept = kept_by(lambda module=module: module._teach(images), held)
         slopes.append(torch.autograd.grad(out["patch"].square().sum(), images)[0])

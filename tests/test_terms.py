@@ -1,4 +1,4 @@
-"""Every term alone: the same properties of each, held to its formula in float64. A new term is one row of TERMS."""
+"""The same tests for every term, with its formula in float64. A new term is one row of TERMS."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ B, N, D, C = 5, 16, 6, 8
 
 
 class Row(NamedTuple):
-    """A term with its projector built, a student's shape without B, and of an Alignment the shape of its rows."""
+    """A term with its projector built, its student's shape without B, and for an Alignment the shape of its rows."""
 
     make: Callable[..., Term]
     student: tuple[int, ...]
@@ -199,7 +199,7 @@ def test_any_module_may_be_a_projector():
 
 
 def test_a_projector_that_starts_at_zero_learns_with_a_larger_eps():
-    """A norm of 1e-12 divides the first gradient by as much, and Adam's second moments remember it for ever."""
+    """A norm of 1e-12 divides the first gradient, and Adam's second moments remember so large a gradient for ever."""
     x, target = randn(64, C), F.normalize(randn(64, D, seed=1), dim=1)
     target[:, :3] += x[:, :3]
 

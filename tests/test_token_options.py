@@ -1,4 +1,5 @@
-"""Options of tokens: subsets of positions, where grids meet, and standardised teachers, by the vectors of iREPA."""
+"""Options of tokens: subsets of positions, the grid of the comparison, and standardised teachers, with iREPA's
+numbers."""
 
 import pytest
 import torch

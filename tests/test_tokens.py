@@ -164,7 +164,7 @@ def test_a_teacher_without_patches_lends_its_global_token(batch):
 
 
 def test_a_teacher_without_patches_compiles_as_one_graph(fresh_compiler, batch):
-    """It compiles from the first call on, which would warn."""
+    """The first call is compiled, too, and would warn."""
     module = make(TinyTeacher(patches=False))
     compiled = torch.compile(lambda z, x, tokens: module(z, x, tokens=tokens), fullgraph=True, backend="aot_eager")
     loss, logs = compiled(*batch, hidden())

@@ -54,7 +54,7 @@ def test_gradients_of_both_inputs(shape, options):
 @pytest.mark.parametrize("shape", [(8, 40), (8, 48), (48, 16), (16, 16)])
 @pytest.mark.parametrize("name", ["a large mean", "constant columns", "exact collapse"])
 def test_numbers_hold_where_little_is_left(name, shape, dtype, backend):
-    """Without the invariance, behind whose size an error could hide; the unit of errors knows deviations alone."""
+    """The invariance, which could hide an error by its size, is left out. The unit of errors is the deviations."""
     y, g = pair(*shape)
     y = {
         "a large mean": y + 1000,
@@ -236,7 +236,7 @@ def test_a_weight_that_changes_with_the_step_is_not_compiled_anew(fresh_compiler
 
 
 def test_the_backward_has_the_forwards_weights(backend):
-    """One that was changed in between is not looked at again; in eager torch refuses it."""
+    """A weight that was changed between forward and backward is not read again. Eager torch refuses it."""
     y, g = pair(9, 5)
     weight = torch.tensor(2.0, device=DEVICE, dtype=y.dtype)
     expected = torch.autograd.grad(FD.vicreg_loss(y.requires_grad_(), g, cov_weight=2.0).loss, y)
@@ -259,7 +259,7 @@ def test_autocast_changes_nothing():
 
 
 def test_no_value_is_read_on_the_host():
-    """Meta tensors have none: a read would raise."""
+    """Meta tensors have no values, so that reading one would raise."""
     y = torch.empty(6, 4, device="meta", requires_grad=True)
     FD.vicreg_loss(y, y.detach()).loss.backward()
     assert y.grad.shape == (6, 4)
@@ -279,7 +279,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("differentiate", GRADIENTS.values(), ids=GRADIENTS)
 @pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
 def test_nothing_is_larger_than_the_student(shape, differentiate, backend, monkeypatch):
-    """Nothing [D, D] is allocated by rows, neither in the forward nor in the backward; kernels have whole tiles."""
+    """The route by rows allocates nothing of size [D, D], in the forward or the backward. Kernels have whole tiles."""
     sizes = []
 
     class Watch(TorchDispatchMode):
@@ -305,7 +305,8 @@ def test_nothing_is_larger_than_the_student(shape, differentiate, backend, monke
 
 @pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
 def test_no_copy_of_the_student_waits_for_the_backward(shape, backend):
-    """Of float64 the inputs, the product, a few numbers a column, the largest column and the weights are saved.
+    """The tensors saved in float64 are the inputs, the product, some numbers a column, the largest column and the
+    weights.
 
     The kernels save the product and the centred student in whole tiles, as they do of float32.
     """
@@ -336,7 +337,7 @@ def test_vmap_and_compile():
 @pytest.mark.parametrize("zero", ["inv_weight", "var_weight", "cov_weight"])
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_a_weight_of_zero_leaves_its_term_out(zero, shape):
-    """A NaN that only this term would meet does not come through. The value of a tensor is not read."""
+    """A NaN that only this term would read does not reach the loss. The value of a tensor weight is not read."""
     y, g = pair(*shape)
     terms = dict(zip(("inv_weight", "var_weight", "cov_weight"), ("invariance", "variance", "covariance"), strict=True))
     full, out = FD.vicreg_loss(y, g)._asdict(), FD.vicreg_loss(y, g, **{zero: 0})._asdict()

@@ -1,6 +1,5 @@
-"""What VICReg's accuracy depends on, as the README tells it: dominating columns, and torch's setting of TF32.
-
-And what its product allocates.
+"""VICReg's accuracy with dominating columns and under torch's setting of TF32, as docs/guide.md has it; and what its
+product allocates.
 """
 
 import itertools
@@ -47,7 +46,7 @@ def test_a_dominating_column_costs_no_more_than_in_eager(shape, factor, dtype, r
 @pytest.mark.parametrize("factor", [100, 10_000, 1_000_000])
 @pytest.mark.parametrize("shape", [*SHAPES, (15, 16), (100, 2)])
 def test_by_rows_the_covariance_alone_keeps_its_digits(shape, factor, backend):
-    """No other term hides it. Of few rows, whose columns have much in common by chance, and of few columns, too."""
+    """No other term hides the error. Few rows, whose columns are similar by chance, and few columns are tested."""
     for seed in range(5):
         assert error_of_covariance(*dominated(shape, factor, torch.float32, seed)) <= 2e-5
 
@@ -55,7 +54,7 @@ def test_by_rows_the_covariance_alone_keeps_its_digits(shape, factor, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 4096), (4096, 64)])
 def test_a_sum_of_4096_products_is_not_biased(shape, dtype, backend, monkeypatch):
-    """One split adds all, as where tiles are many. A matrix unit that cut each sum of the chain would lose 2e-5."""
+    """A single split adds everything. A matrix unit that cut each sum of the chain would lose 2e-5."""
     monkeypatch.setattr(vicreg_tiles, "PROGRAMS", 1)
     y, g = dominated(shape, 1, dtype)
     covariance = FD.vicreg_loss(y, g).covariance.double()
@@ -92,7 +91,7 @@ def test_the_variance_is_no_product(route, coarse_products):
 
 
 def test_by_rows_several_columns_may_dominate(backend):
-    """The largest is set apart, and what the others' own squares take off is N times what they share by chance."""
+    """The largest column is left out. The squares of the others are N times what their products give by chance."""
     for seed in range(5):
         y, g = dominated((64, 256), 10_000, torch.float32, seed)
         for column, factor in ((7, 10_000), (20, 3_000), (21, 100)):
@@ -103,10 +102,10 @@ def test_by_rows_several_columns_may_dominate(backend):
 @pytest.mark.parametrize(
     ("factor", "least", "most"), [(100, 0, 1e-3), (1_000, 5e-4, 0.02), (10_000, 0.05, float("inf"))]
 )
-def test_by_rows_two_that_dominate_and_have_nothing_in_common_cost_digits_as_the_readme_says(
+def test_by_rows_two_that_dominate_and_have_nothing_in_common_cost_digits_as_the_guide_says(
     factor, least, most, backend
 ):
-    """The largest error of five draws; the reference knows no rows."""
+    """Return the largest error of five draws. The reference has no route by rows."""
     signs = torch.tensor([1.0, -1.0], device=DEVICE)
     errors = []
     for seed in range(5):

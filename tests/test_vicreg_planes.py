@@ -1,6 +1,6 @@
-"""One plane of VICReg's product in place of two, where what it leaves out drowns in the gradient's own rounding.
+"""One plane of VICReg's product in place of two, where the second is below the rounding of the gradient.
 
-Collected in the interpreter and where there is a GPU.
+These tests are collected in the interpreter and where there is a GPU.
 """
 
 import pytest
@@ -52,7 +52,7 @@ def test_the_second_plane_is_read_only_where_it_counts(shape, dtype):
 
 
 def test_one_plane_would_not_do_for_a_difference():
-    """The gradient of orthogonal rows is little beside the sums whose difference it is."""
+    """The gradient of orthogonal rows is a small difference of large sums."""
     square = torch.linalg.qr(pair(64, 64)[0])[0]
     y = (8 * square[:48]).bfloat16()
     check_accuracy(VICREG, (y, y), "triton", inv_weight=0.0, var_weight=0.0)

@@ -1,4 +1,4 @@
-"""The weight of a schedule by the step: the published schedules, and the logs of what is in effect."""
+"""The weight of a schedule at each step: the published schedules, and the logs of the weight in effect."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def test_it_is_simpletuners(options, expected, atol):
 
 
 def test_it_is_dinov3s_gram_schedule():
-    """Start 0, peak 1, end 0.2, warm-up 4, 10 steps in all, 4 of a cosine that has both of its ends."""
+    """Start 0, peak 1, end 0.2, 4 steps of warm-up, 10 steps in all, 4 of them of a cosine with both of its ends."""
     weight = Weight(1.0, 4, decay="cosine", end_step=4 + 4 - 1, end=0.2)
     expected = [0, 0.25, 0.5, 0.75, 1, 0.8, 0.4, 0.2, 0.2, 0.2]
     assert [weight(s) for s in range(10)] == pytest.approx(expected, abs=1e-12)
@@ -36,14 +36,28 @@ def test_it_is_dinov3s_gram_schedule():
     assert [anchor(s) for s in (0, 999_999, 1_000_500, 1_001_000, 2_000_000)] == pytest.approx([0, 0, 1, 2, 2])
 
 
+def test_it_is_sras_weight_from_epoch_150_on():
+    """The code's 2 * 0.1 ** ((epoch - 149) / 1000 + 1), here of steps, of which an epoch has 5."""
+    weight = Weight(0.2, decay="exponential", start_step=149 * 5, end_step=1149 * 5, end=0.02)
+    for epoch in (0, 149, 150, 400, 799):
+        expected = 2 * 0.1 ** ((epoch - 149) / 1000 + 1 if epoch > 149 else 1)
+        assert weight(5 * epoch) == pytest.approx(expected, abs=1e-12)
+        assert float(weight(torch.tensor(5 * epoch))) == pytest.approx(expected, abs=1e-12)
+    assert weight(10**6) == 0.02
+    rising = Weight(0.5, 2, decay="exponential", end_step=4, end=2.0)
+    assert [rising(s) for s in range(6)] == pytest.approx([0, 0.25, 0.5, 1, 2, 2], abs=1e-12)
+
+
+@pytest.mark.parametrize("start", [None, 3, 5])
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "polynomial"])
-def test_the_host_and_the_device_agree_with_the_formula(decay, warmup):
-    options = {} if decay == "constant" else {"end_step": 11, "end": -0.3}
+def test_the_host_and_the_device_agree_with_the_formula(decay, warmup, start):
+    options = {} if decay == "constant" else {"end_step": 11, "end": -0.3, "start_step": start}
     options |= {"power": 1.7} if decay == "polynomial" else {}
     weight = Weight(0.7, warmup, decay=decay, **options)
+    begin = warmup if start is None else start
     for step in range(14):
-        x = min(1, max(0, (step - warmup) / (11 - warmup)))
+        x = min(1, max(0, (step - begin) / (11 - begin)))
         shape = {
             "constant": 1,
             "linear": 1 - x,
@@ -145,8 +159,16 @@ def test_a_meta_schedule_is_loaded_whole(teacher, batch):
         ("end_step must be an int above warmup_steps=4, got None", lambda: Weight(1.0, 4, decay="cosine")),
         ("end_step must be an int above warmup_steps=4, got 4", lambda: Weight(1.0, 4, decay="cosine", end_step=4)),
         ("end_step must be a positive int", lambda: Weight(1.0, decay="cosine", end_step=2.5)),
-        ("end_step and end must be left out of a constant", lambda: Weight(1.0, end_step=4)),
-        ("end_step and end must be left out of a constant", lambda: Weight(1.0, end=0.5)),
+        ("start_step, end_step and end must be left out of a constant", lambda: Weight(1.0, end_step=4)),
+        ("start_step, end_step and end must be left out of a constant", lambda: Weight(1.0, end=0.5)),
+        ("start_step, end_step and end must be left out of a constant", lambda: Weight(1.0, start_step=0)),
+        ("start_step must be an int of at least 4, got 3",
+         lambda: Weight(1.0, 4, decay="linear", start_step=3, end_step=9)),
+        ("end_step must be an int above start_step=6, got 6",
+         lambda: Weight(1.0, 4, decay="linear", start_step=6, end_step=6)),
+        ("alpha and end must be above 0 to decay exp.*, got 1.0, 0.0",
+         lambda: Weight(1.0, decay="exponential", end_step=9)),
+        ("alpha and end must be above 0", lambda: Weight(-1.0, decay="exponential", end_step=9, end=1.0)),
         ("end must be a finite number", lambda: Weight(1.0, decay="linear", end_step=4, end="x")),
         ("power must be above 0, and left out", lambda: Weight(1.0, decay="linear", end_step=4, power=2.0)),
         ("power must be above 0", lambda: Weight(1.0, decay="polynomial", end_step=4, power=0)),
@@ -159,7 +181,7 @@ def test_a_meta_schedule_is_loaded_whole(teacher, batch):
         ("weight must be None or a Weight, got float", lambda: Schedule(weight=0.5)),
         ("stop must be None, AtStep or BySimilarity, got int", lambda: Schedule(stop=5)),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(message, make):
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         make()

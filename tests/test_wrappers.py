@@ -137,7 +137,7 @@ def test_as_dict_takes_the_schedules_weight_alone(batch):
 
 
 def test_features_come_to_the_students_device(batch):
-    """A device without memory stands for another one: nothing computes across devices."""
+    """The meta device stands for a second device: no op takes tensors of both."""
     dino = supervision(use_patch=True, latent_shape=(4, 4, 4), token_dim=8)
     images = batch[1]
     for features in (None, dino.encode(images)):

@@ -1,4 +1,4 @@
-"""The `fused-dino` command: demo, bench and doctor."""
+"""The `fused-dino` command, with a file for each of its commands."""
 
 from .main import main
 

@@ -60,7 +60,7 @@ def examine(online: bool) -> Iterator[Finding]:
 
 
 def package(name: str) -> Finding:
-    """Import a package, since one that is installed may still be broken by another."""
+    """Import a package: one that is installed may still be broken by another."""
     try:
         number = version(name)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What the user of a command can correct."""
+"""Errors that the user of a command can correct."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class CommandError(Exception):
 
 
 def broken_link() -> str | None:
-    """Say where a checkout was unpacked without symbolic links, so that a folder is a file with a path in it."""
+    """Return an error if a link to a folder was unpacked as a file with a path in it, else None."""
     package = Path(__file__).parent.parent
     files = [name for name in ("kernels", "benchmarks") if not (package / name).is_dir()]
     if not files:

@@ -1,4 +1,4 @@
-"""`fused-dino estimate`: say what a supervised step costs on a GPU that need not be here."""
+"""`fused-dino estimate`: say what a supervised step costs on a GPU that you need not have."""
 
 from __future__ import annotations
 

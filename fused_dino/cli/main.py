@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say(line: str) -> None:
-    """Print one line on stderr, and let neither stream fail once more, as Python flushes them at its exit."""
+    """Print one line on stderr. Keep both streams from failing again when Python flushes them at its exit."""
     for stream, text in ((sys.stderr, f"{printable(line)}\n"), (sys.stdout, "")):
         try:
             stream.write(text)
@@ -69,7 +69,7 @@ def say(line: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what a stream could not write, and whatever comes, to nowhere."""
+    """Discard what a stream could not write, and all later output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -1,6 +1,6 @@
-"""Render what docs/recipes/ says of each recipe by its docstring and its cost: `make recipes`.
+"""Render the pages in docs/recipes/ from each recipe's docstring and cost: `make recipes`.
 
-The pages' other words, on pitfalls and on the lines that a recipe replaces, are written by hand.
+Pitfalls, and the lines that a recipe replaces, are written by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def pages() -> dict[Path, str]:
-    """Return what is rendered of each page."""
+    """Return the rendered part of each page."""
     return {FOLDER / "README.md": index(), **{FOLDER / f"{name}.md": page(name) for name in RECIPES}}
 
 
@@ -49,7 +49,7 @@ def page(name: str) -> str:
 
 
 def costs(name: str) -> str:
-    """Return the cost of each part, without what another teacher's code may change: its kernels' bytes and time."""
+    """Return the cost of each part, without the teacher's bytes and time, which depend on the release of timm."""
     lines = [
         [
             x.part,
@@ -67,7 +67,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def insert(text: str, rendered: str, name: str) -> str:
-    """Replace what stands between the marks of a page."""
+    """Replace the text between the marks of a page."""
     if BEGIN not in text or END not in text:
         raise ValueError(f"{name} must have a place for what is rendered: {BEGIN} and {END}")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)

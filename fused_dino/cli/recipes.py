@@ -1,4 +1,4 @@
-"""`fused-dino recipes`: list the published definitions, and show one so that a reader could write it."""
+"""`fused-dino recipes`: list the published definitions, or show all of one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(names: Sequence[str] = (), json_: bool = False) -> int:
 
 
 def find(name: str) -> str:
-    """Return a recipe's name, or raise CommandError with what it needs or with names that are near."""
+    """Return a recipe's name, or raise CommandError with what it needs, or with similar names."""
     if name in RECIPES:
         return name
     if why := find_missing(name):
@@ -81,7 +81,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def setting(name: str) -> str:
-    """Say for which run the cost is told."""
+    """Return a sentence on the run whose cost is calculated."""
     recipe = RECIPES[name]
     students = " and ".join(" x ".join(map(str, (BATCH, *shape))) for shape in recipe.students.values())
     start = f"Cost at the roofs of {GPU.name} in {DTYPE}: {BATCH} images of {SIDE} x {SIDE}, a student of {students}"
@@ -92,7 +92,7 @@ def setting(name: str) -> str:
 
 @cache
 def cost(name: str) -> list[Line]:
-    """Return the cost of a step under a recipe, counted on what it makes."""
+    """Return the cost of a step under a recipe, counted on the supervision that the recipe returns."""
     recipe = RECIPES[name]
     (width,) = {shape[-1] for shape in recipe.students.values()}
     options: dict[str, Any] = {}

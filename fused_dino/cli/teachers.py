@@ -121,7 +121,7 @@ def listed(family: Family) -> list[str]:
 
 
 def matching(patterns: Sequence[str]) -> list[str]:
-    """Return the names that fit any pattern, or raise CommandError with the names near to one that none fits."""
+    """Return the names that fit any pattern. Raise CommandError with similar names for a pattern that none fits."""
     found: dict[str, None] = {}
     for pattern in patterns:
         fits = [name for name in known() if fnmatchcase(name, pattern) or name.partition(".")[0] == pattern]

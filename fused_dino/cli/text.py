@@ -11,5 +11,5 @@ def printable(text: str) -> str:
 
 
 def shows(character: str) -> bool:
-    """Also true of the spaces of other scripts and the marks that join letters and emoji."""
+    """Return whether a character can be shown. Spaces of other scripts and marks that join letters and emoji can."""
     return character.isprintable() or unicodedata.category(character) in ("Zs", "Cf")

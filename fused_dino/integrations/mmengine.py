@@ -87,7 +87,7 @@ def dtype_of_name(argument: str, name: str) -> torch.dtype:
 
 
 def history_method(owner: Any, name: str) -> Any:
-    """Stand for getattr in checkpoints, where a history of mmengine's names its own statistics by it."""
+    """Replace getattr in checkpoints: a history of mmengine names its own statistics by it."""
     if owner is not HistoryBuffer or name.startswith("_"):
         raise ValueError(f"{name!r} of {owner!r} is no statistic of a history")
     return getattr(owner, name)

@@ -13,7 +13,7 @@ CPU_ROWS = 256  # of some thousand columns: the result of one step is still in a
 
 
 def blocks(x: Tensor, size: int = CPU_ROWS) -> Iterator[slice]:
-    """Yield even blocks of about `size` rows of x on a CPU, elsewhere and in compiled code all rows at once.
+    """Yield even blocks of about `size` rows of x on a CPU. On a GPU and in compiled code yield all rows at once.
 
     A compiler fuses the steps, and on a GPU a launch costs more than memory.
     """

@@ -24,7 +24,7 @@ class Runs(NamedTuple):
 
     @property
     def most(self) -> int:
-        """The number, rounded up to a power of two, as tiles have them."""
+        """The number of runs, rounded up to a power of two, as tiles need."""
         return 1 << (self.number - 1).bit_length()
 
 
@@ -35,9 +35,9 @@ def runs_of(rows: int, width: int) -> Runs:
 
 
 def launch_statistics(x: Tensor, factors: Tensor | None, shift: Tensor, squares: Tensor) -> None:
-    """Fills shift and squares, [D] each: the means are the first row, times its factor, plus shift.
+    """Fill shift and squares, [D] each. The means are the first row, times its factor, plus shift.
 
-    shift may be float64 to hold more of them.
+    shift may be float64, for more digits of the means.
     """
     from ..kernels.columns import column_statistics_kernel
 

@@ -48,8 +48,8 @@ class Op:
     Its overload is named after the sources of all ops. torch's caches of compiled graphs know an op by its name alone
     (https://github.com/pytorch/pytorch/issues/160472), so after an update they would call it with the old results.
 
-    It has no gradient of its own: the op's autograd.Function has, and differentiating the op itself is refused, where
-    torch 2.11 would return zeros. The CPU key serves the interpreter alone; the choice of a backend sees to that.
+    It has no gradient of its own: that is in the op's autograd.Function. Differentiating the dispatcher's op raises,
+    where torch 2.11 would return zeros. The CPU key serves the interpreter alone, as the choice of a backend ensures.
     """
 
     def __init__(self, name: str, empty: Callable[..., Any], run: Callable[..., Any]) -> None:

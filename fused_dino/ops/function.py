@@ -37,7 +37,7 @@ def make_function(
     linear: Callable[[Any], bool] | None = None,
     vmap: Callable[..., tuple] | None = batch_by_batch,
 ) -> Callable[..., Any]:
-    """The apply(*tensors, options, backend) of an op's autograd.Function, whose options are a NamedTuple.
+    """Return the apply(*tensors, options, backend) of an op's autograd.Function, whose options are a NamedTuple.
 
     Args:
         forward: (*tensors, options, backend) -> the results.
@@ -47,10 +47,10 @@ def make_function(
             mode, and where the gradient itself is differentiated or batched.
         inputs: How many of the tensors get a gradient, from the first one on.
         outputs: How many of the results have one. The others are for the op itself.
-        saved: The first result that the backward needs. It gets all tensors as well.
+        saved: Index of the first result that the backward needs. It gets all tensors, too.
         twice: Whether the backward itself can be differentiated.
-        linear: (options) -> whether the gradient does not depend on the inputs' values, which are then not saved.
-        vmap: torch's rule, with the Function's apply before its arguments. None refuses.
+        linear: (options) -> whether the gradient is independent of the inputs' values, which are then not saved.
+        vmap: torch's rule, whose first argument is the Function's apply. None refuses vmap.
     """
 
     def setup_context(ctx: Any, arguments: tuple, out: Any) -> None:
@@ -127,7 +127,7 @@ def make_function(
 
 
 def gradient_of(formula: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple:
-    """The gradients of the inputs, of one result or several."""
+    """Return the gradients of the inputs, for one result or several."""
     out, vjp = torch.func.vjp(formula, *inputs)[:2]
     if isinstance(out, Tensor):
         return vjp(grads[0])
@@ -135,7 +135,7 @@ def gradient_of(formula: Callable[..., Any], inputs: tuple[Tensor, ...], grads: 
 
 
 def tangents_of(formula: Callable[..., Any], inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Any:
-    """Derive the gradient by what it multiplies: the transpose of a transpose, where forward mode does not nest."""
+    """Return tangents as the transpose of the gradient's transpose, since forward mode does not nest."""
     moving = [i for i, x in enumerate(tangents) if x is not None]
 
     def of_moving(*values: Tensor) -> Any:
@@ -159,8 +159,8 @@ def batched_rows(batch_size: int, in_dims: tuple, *tensors: Tensor | None) -> tu
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether x is under one of torch's two vmaps, of which the older serves is_grads_batched; a torch.func.grad around
-    it, which has no storage to show either, is looked through."""
+    """Return whether x is under one of torch's two vmaps; the older one serves is_grads_batched. Wrappers of
+    torch.func.grad, which have no storage either, are looked through."""
     if not torch.compiler.is_compiling():  # Dynamo traces neither of the two
         while torch._C._functorch.is_gradtrackingtensor(x):
             x = torch._C._functorch.get_unwrapped(x)

@@ -1,4 +1,4 @@
-"""The plain route: what a call of plain tensors leaves out where no compiler, transform or mode watches it.
+"""The plain route: a shorter path for calls of plain tensors outside of compilers, transforms and modes.
 
 It takes an autograd.Function whose arguments torch does not bind, runs an op without torch's dispatcher, and launches
 kernels that were compiled before without Triton's own look-up. Every other call takes the general route. Both make the
@@ -58,16 +58,16 @@ def is_plain(args: tuple) -> bool:
 
 @cache
 def is_free(kind: Any) -> bool:
-    """Whether a value of this type is a parameter, or no tensor and no NamedTuple that has one."""
+    """Whether a value of this type is a parameter, or neither a tensor nor a NamedTuple that holds one."""
     if issubclass(kind, Tensor):
         return kind is Parameter
     return not any("Tensor" in str(field) for field in getattr(kind, "__annotations__", {}).values())
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants), without Triton's own look-up where the kernel was compiled before.
+    """Run kernel[grid](*args, **constants), without Triton's own look-up if the kernel was compiled before.
 
-    args: tensors, numbers and None; constants: what is compiled in, by name, and the compiler's options.
+    args: tensors, numbers and None; constants: compile-time constants by name, and the compiler's options.
     """
     active = None if watched() else driver_of(kernel)
     if active is None:
@@ -87,7 +87,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def driver_of(kernel: Any) -> Any:
-    """Triton's driver; None where Triton has to see the launch: for a hook, or a global that was changed.
+    """Return Triton's driver, or None if Triton itself must launch: for a hook, or a global that was changed.
 
     There is none before the first launch, nor in the interpreter.
     """
@@ -109,7 +109,7 @@ def driver_of(kernel: Any) -> Any:
 
 
 def key_of(kernel: Any, active: Any, device: int, args: tuple, constants: dict[str, Any]) -> tuple:
-    """All that decides which code a launch runs; of constants that are equal, as 1 and 1.0, Triton makes one code."""
+    """Return a key of all that decides a launch's code. Triton makes one code for equal constants, as 1 and 1.0."""
     parts = triton()
     key = [id(kernel), id(active), device, parts.runtime.debug, parts.compilation.instrumentation_mode]
     for x in args:
@@ -125,7 +125,7 @@ def key_of(kernel: Any, active: Any, device: int, args: tuple, constants: dict[s
 
 @lru_cache(4096)
 def class_of(x: int) -> int:
-    """Return what of an integer decides which code is made: 1, a multiple of 16, and its width."""
+    """Return the class of an integer that decides the code: whether it is 1 or a multiple of 16, and its width."""
     return -1 if x == 1 else (x & 15 == 0) + (0 if -(2**31) <= x < 2**31 else 2 if x < 2**63 else 4)
 
 
@@ -147,7 +147,7 @@ def cache_launch(key: tuple, kernel: Any, arguments: int, constants: dict[str, A
 
 @cache
 def triton() -> SimpleNamespace:
-    """The parts of Triton that a launch looks at; it is imported by the first."""
+    """The parts of Triton that a launch reads. The first launch imports it."""
     from triton import knobs
     from triton.compiler import CompiledKernel
     from triton.runtime.driver import driver

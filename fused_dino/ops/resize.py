@@ -154,7 +154,7 @@ def backward_block(grad: Tensor, images: Tensor, *, options: Options) -> tuple[T
 
 
 def adjoint(grad: Tensor, shape: Sequence[int], options: Options) -> Tensor:
-    """Return Wy^T grad Wx. Computed by matrices, NaN and infinity spread over their row and column."""
+    """Return Wy^T grad Wx. As a product of matrices it spreads NaN and infinity over their row and column."""
     if uses_aten(grad):
         return aten_op(options, "_backward")(grad, options.size, list(shape), False)
     (h, w), (H, W) = options.size, shape[2:]
@@ -191,7 +191,7 @@ def resize_bwd_empty(grad: Tensor, images: Tensor, options: Options) -> Tensor:
 def launch_forward(
     images: Tensor, out: Tensor | None, inside: Tensor | None, sums: Tensor | None, options: Options
 ) -> None:
-    """Fill `out` with the result, or `inside` with whether each pixel is not clipped."""
+    """Fill `out` with the result, or `inside` with whether each pixel is inside the range."""
     from ..kernels.resize import resize_fwd_kernel
 
     arguments, constants, grid = launch_options(images, *options.geometry, False)

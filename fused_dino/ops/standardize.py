@@ -13,8 +13,8 @@ without its second term where a column is constant, as in torch. The gradient of
 (u - <z, u> z) / |x|, or u / norm_eps where the norm is clamped.
 
 With a weight the statistics, and N, are those of the rows whose weight is not 0, each counted once. The other rows are
-left out, whatever they hold: their result and their gradient are 0. So has to be the gradient that comes for them, and
-the loss, which has the same weight, leaves it so.
+left out, whatever they hold: their result and their gradient are 0. The gradient of their result must be 0 as well, as
+it is in a loss of the same weight.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class Axis(NamedTuple):
 def tiles(axis: Axis, backward: bool) -> dict[str, int]:
     """Return the tile of a program.
 
-    COLUMNS: the columns of the target that it owns; BLOCK: a power of two that holds them; SEGMENT: a power of two that
-    holds the columns of the source that it reads at a time; WHOLE: whether one segment holds all that it reads.
+    COLUMNS: the columns of the target that it owns; BLOCK: a power of two that holds them. SEGMENT: a power of two that
+    holds the columns of the source that it reads at a time. WHOLE: whether one segment holds all that it reads.
     """
     source, target = (axis.size_out, axis.size_in) if backward else (axis.size_in, axis.size_out)
 
@@ -70,8 +70,8 @@ def tiles(axis: Axis, backward: bool) -> dict[str, int]:
 def active_lanes(axis: Axis, tile: dict[str, int]) -> int:
     """Return how many lanes of a warp own a column.
 
-    They are fewer than 32 where the tile has more lanes than columns, and where fewer of the words that they read then
-    share one of the 32 banks of shared memory.
+    They are fewer than 32 if the tile has more lanes than columns, or if fewer lanes have fewer conflicts in the 32
+    banks of shared memory.
     """
 
     def words_per_bank(lanes: int) -> int:

@@ -12,8 +12,8 @@ _slots: defaultdict[torch.device, deque[Tensor]] = defaultdict(deque)
 def ticket(x: Tensor) -> Tensor:
     """Return a zero [] int32 on the device of `x`, for a launch that leaves it zero again.
 
-    Zeroing one for each launch would be another launch. Slots are taken in turn, so that launches on different streams
-    do not share one. A slot that a CUDA graph captures is not used again outside the graph.
+    Setting a counter to zero would be another launch. Slots are taken in turn, so that launches on different streams do
+    not share one. A slot that a CUDA graph captures is not used again outside of the graph.
     """
     if not x.is_cuda:
         return x.new_zeros((), dtype=torch.int32)

@@ -1,4 +1,5 @@
-"""VICReg: the autograd.Function over its closed form and its kernels, their formulas, and who computes what.
+"""VICReg: the autograd.Function over its closed form and its kernels, the formulas, and the file that computes each
+part.
 
 With xc = y - mean, s_j = sum_i xc_ij^2, sigma_j = sqrt(s_j / m + eps), m = N or N - 1, n = max(N - 1, 1), and
 D = d^2 or d, the covariance comes from whichever product is smaller:
@@ -12,23 +13,25 @@ and with g_i, g_v, g_c the gradients of the three terms, the gradient of the stu
 
     (4 g_c / (D n)) Z - g_v [sigma_j < gamma] xc / (d m sigma_j) + (2 g_i / (N d)) (y - g)
 
-The gradient of the centring vanishes, since the columns of xc sum to 0. By rows the columns' own squares are taken off
-the product's, which would cancel where a single column dominates. So the one that deviates most is left out: what the
-second largest takes off is then little beside the covariance of the two, unless they have nothing in common. No sum
-serves in its place. Of [64, 256] with a column a million times the others, leaving it out is off by 5e-8. Taking it off
-a float32 product in float64 is off by 2e-4, a product in float64 by 7e-5; a difference of float32's has no digit left.
+The gradient of the centring vanishes, since the columns of xc sum to 0. The Gram route subtracts the columns' squares
+from those of the product. The two would cancel where a single column dominates, so the column that deviates most is
+left out. What is subtracted for the second largest is then small beside the covariance of the two, unless they are
+uncorrelated. A better sum does not help. For [64, 256] with a column a million times the others, leaving it out has an
+error of 5e-8. Subtracting it has an error of 2e-4 from a float32 product in float64, and of 7e-5 from a float64
+product; a float32 difference has no right digit.
 
-Where students of 16 bits are multiplied as they are, y y^T and y^T y lose what their means have brought in afterwards:
+If students of 16 bits are multiplied as they are, the part of the means is subtracted from y y^T and y^T y afterwards:
 
     gram, none left out:    n P = y y^T - r 1^T - 1 r^T + |mean|^2,    r = the mean of each row of y y^T
     covariance:             n P = y^T y - N mean mean^T,               xc P = y P - 1 (mean^T P)
 
-P waits for the backward as planes: sums of numbers of 16 bits. It has two where rows are multiplied as they are. The
-gradient multiplies the first alone if what that leaves out drowns in the gradient's own rounding, whatever the student
-is (is_first_plane_enough). With the weights 25, 10 and 0.5 it does while the errors are not small. Of the covariance
-alone norms cannot prove it, although random rows lose half a rounding; [256, 258] orthogonal rows would lose six.
+P is saved for the backward as planes, which are 16-bit numbers that sum to it: two planes if rows are multiplied as
+they are. The gradient multiplies the first plane alone if the second is below the rounding of the gradient, whatever
+the student is (is_first_plane_enough). With the weights 25, 10 and 0.5 this holds while the errors are not small. For
+the covariance alone norms cannot prove it: random rows would lose half a rounding, but [256, 258] orthogonal rows would
+lose six.
 
-Each route, in one process and over the ranks of a group, which have N_r rows each:
+Each route in one process, and over the ranks of a group, where rank r has N_r rows:
 
                   one process                          the ranks of a group (vicreg_ranks.py)
     gram          half of P, and its mirror image      all rows are gathered; own rows of P; sums of squares are added
@@ -59,7 +62,7 @@ from .vicreg_plan import BackwardOptions, Plan, make_call, weights_of
 
 
 def loss_by_formula(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
-    """weights: of the three terms, [3]; None: the plan's numbers."""
+    """Return the loss and its terms by eager formulas. weights: those of the terms, [3]; None: the plan's numbers."""
     inv_weight, var_weight, cov_weight = weights_of(plan, weights)
     return formula(
         student, target, gamma=plan.gamma, eps=plan.eps, unbiased=plan.unbiased,
@@ -71,7 +74,7 @@ def loss_by_formula(student: Tensor, target: Tensor, weights: Tensor | None, pla
 def gradient_by_formula(
     student: Tensor, target: Tensor, grad: Tensor, weights: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    """others: what the forward saved, and the options, of which the plan alone is needed."""
+    """Return the gradients by eager formulas. others: what the forward saved, and the options."""
     loss = partial(loss_by_formula, weights=weights, plan=others[-1].plan)
     return torch.func.vjp(loss, student, target)[1](grad)
 
@@ -79,7 +82,7 @@ def gradient_by_formula(
 def gradient(
     student: Tensor, target: Tensor, grad: Tensor, weights: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of student and target, empty where not wanted; others: what the forward saved, options, backend."""
+    """Return both gradients, empty if not needed. others: what the forward saved, options, backend."""
     *saved, options, backend = others
     if backend == "triton":
         return vicreg_triton.vicreg_bwd(student, target, grad, weights, vicreg_triton.Saved(*saved), options)
@@ -91,7 +94,7 @@ gradient_function = make_function("VICRegGradient", gradient, None, gradient_by_
 
 
 def forward(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan, backend: str) -> tuple[Tensor, ...]:
-    """The loss and its terms [], then what it saves."""
+    """Return the loss and its terms [], then what the backward needs."""
     return (vicreg_triton.vicreg_fwd if backend == "triton" else vicreg_torch.vicreg_fwd_torch)(
         student, target, weights, plan
     )
@@ -116,6 +119,6 @@ def vicreg_loss(
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """The loss and its three terms."""
+    """Return the loss and its three terms."""
     weights, plan = make_call(student, target, backend == "triton", **options)
     return vicreg_function(student, target, weights, plan, backend)[:4]

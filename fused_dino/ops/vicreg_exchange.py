@@ -1,4 +1,4 @@
-"""What the ranks of a group exchange, each with rows of its own, to compute one VICReg."""
+"""The exchanges of a group whose ranks compute one VICReg, each with rows of its own."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
 
 
 class Ranks(NamedTuple):
-    """The ranks of a group, and how many rows each has, where that is known on the host: by rows."""
+    """The ranks of a group, and by rows the number of rows of each, which is known on the host."""
 
     group: ProcessGroup
     counts: list[int]
 
     @property
     def own(self) -> slice:
-        """This rank's rows among the gathered."""
+        """The place of this rank's rows among the gathered rows."""
         rank = self.group.rank()
         first = sum(self.counts[:rank])
         return slice(first, first + self.counts[rank])
 
     def start_gather(self, rows: Tensor) -> Callable[[], Tensor]:
-        """Begin to gather all rows, and return what waits for them."""
+        """Begin to gather all rows, and return a function that waits for them."""
         return distributed.start_gather_rows(rows, self.counts, self.group)
 
     def sum(self, x: Tensor) -> Tensor:
         return distributed.all_reduce(x, self.group)
 
     def first(self, x: Tensor) -> Tensor:
-        """Return the first rank's x []: of columns that are alike another machine's sums might choose another."""
+        """Return the first rank's x []: another machine might choose another one of two similar columns."""
         return distributed.all_gather(x.long().view(1), self.group)[0]
 
     def start_moments(self, mean: Tensor, rows: int, error: Tensor) -> Callable[[], Moments]:
-        """Begin to sum the columns, the errors and the rows of all ranks, and return what waits for them.
+        """Begin to sum the columns, the errors and the rows of all ranks, and return a function that waits for them.
 
         mean: of this rank's columns, float64 [D], or [0] where no columns are needed.
         """
@@ -68,7 +68,7 @@ class Moments(NamedTuple):
 
     @property
     def away(self) -> Tensor:
-        """What is to be added to this rank's means to get those of all."""
+        """The difference from this rank's means to the means of all."""
         return self.mean - self.own_mean
 
     def squares(self, squares: Tensor) -> Tensor:

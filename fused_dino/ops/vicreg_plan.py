@@ -1,5 +1,5 @@
-"""What every way of computing VICReg shares: which terms and which product, from shapes and options, and never from
-values; and the terms, from sums over the rows."""
+"""The parts that every way of computing VICReg shares. A plan of terms and product is made from shapes and options, and
+never from values. The terms are made from sums over the rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_plan(
     rows: int, width: int, /, *, inv_weight: float, var_weight: float, cov_weight: float, gamma: float, eps: float,
     cov_reduction: str, unbiased: bool, route: str,
 ) -> Plan:  # fmt: skip
-    """One column has nothing off the diagonal: its covariance is 0 without a product."""
+    """Return the plan of a call. One column has nothing off the diagonal: its covariance is 0 without a product."""
     return Plan(
         gamma,
         eps,
@@ -59,7 +59,7 @@ def make_plan(
 
 
 def flags(weights: dict[str, Any]) -> dict[str, Any]:
-    """Replaces weights whose numbers are elsewhere by 1 or 0. A compiler makes no float of a comparison."""
+    """Return 1 or 0 for each weight, if a tensor has their numbers. A compiler makes no float of a comparison."""
     return {name: 1.0 if is_computed(weight) else 0.0 for name, weight in weights.items()}
 
 
@@ -85,7 +85,7 @@ def make_call(
 
 
 def weights_of(plan: Plan, weights: Tensor | None) -> tuple[float | Tensor, ...]:
-    """The plan's numbers, or the tensor's; 0 where the term is not computed, so that nothing of it comes through."""
+    """Return the weights of the plan or of the tensor. A term that is not computed has 0, so that it adds nothing."""
     if weights is None:
         return plan.weights
     return tuple(x if computed else computed for computed, x in zip(plan.weights, weights.unbind(), strict=True))
@@ -109,18 +109,18 @@ def empty_terms(student: Tensor, dtype: torch.dtype) -> Terms:
 
 
 def empty_grads(student: Tensor, target: Tensor, options: BackwardOptions, dtype: torch.dtype | None = None) -> Grads:
-    """Allocate the gradients of student and target, contiguous, or empty where not wanted. dtype: None for theirs."""
+    """Allocate contiguous gradients of student and target, empty if not needed. dtype: None for that of the inputs."""
     for_student = student.new_empty(student.shape if options.for_student else 0, dtype=dtype)
     return for_student, target.new_empty(target.shape if options.for_target else 0, dtype=dtype)
 
 
 def dof_of(rows: Any) -> Any:
-    """N - 1, and at least 1, of a number or of a tensor []."""
+    """Return N - 1, and at least 1, for a number or a tensor []."""
     return (rows - 1).clamp(min=1) if isinstance(rows, Tensor) else max(rows - 1, 1)
 
 
 def deviation(squares: Tensor, rows: Any, plan: Plan) -> Tensor:
-    """Return sigma [D], NaN of no rows."""
+    """Return sigma [D], which is NaN without rows."""
     over = rows
     if plan.unbiased:
         over = torch.where(rows == 0, rows, dof_of(rows)) if isinstance(rows, Tensor) else rows and dof_of(rows)

@@ -1,15 +1,16 @@
-"""VICReg over the rows of all ranks, each rank a part; ops/vicreg.py tells what each route computes.
+"""VICReg over the rows of all ranks, of which each computes a part. See ops/vicreg.py for each route's formulas.
 
-With W ranks, N rows in all and N_r here a rank computes 4 N_r N d multiply-adds by rows, and 4 N_r d^2 by columns, less
-by symmetry. The cheaper journey is chosen: the padded rows in the student's dtype, received once, or the sums, which
-pass twice. It has to be the same on every rank, and a rank knows no other's batch: so "auto" and the route by rows
-exchange the ranks' counts first, W integers on the host (see all_counts). `route="covariance"` exchanges nothing: all
-its shapes are known, and counts stay on the device, so that the host never waits and a CUDA graph can hold it. Without
-a covariance no product is needed, nor a choice: 3 d numbers are summed for the variance, and none for the invariance.
+With W ranks, N rows in all and N_r here, a rank computes 4 N_r N d multiply-adds by rows, and 4 N_r d^2 by columns,
+less by symmetry. "auto" takes the route that moves fewer bytes: the padded rows in the student's dtype are received
+once, and the sums pass twice. All ranks must take the same route, and a rank does not know the others' batches. So
+"auto" and the route by rows first exchange the ranks' counts, W integers on the host (see all_counts).
+`route="covariance"` exchanges no counts: all its shapes are known, so the host never waits, and a CUDA graph can hold
+it. If there is no covariance, neither a product nor a choice is needed: 3 d numbers are summed for the variance, and
+none for the invariance.
 
 All this is one dispatcher op, since the shapes between its collectives depend on the other ranks. Its backward scales
 the gradient, and communicates nothing. Every rank must bring the same gradient of the loss, as data-parallel training
-does; a rank's gradient is then W times its part of the full batch's, and the mean that DDP or FSDP takes is the full
+does. A rank's gradient is then W times its part of the full batch's, so the mean that DDP or FSDP takes is the full
 batch's gradient (see SumOverRanks).
 """
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def rows_travel_lighter(counts: list[int], width: int, itemsize: int, sum_itemsize: int) -> bool:
-    """Compares the bytes that a rank receives: the padded rows of the others, or a ring's two passes of the sums."""
+    """Whether a rank receives fewer bytes by rows: the others' padded rows, or two passes of the sums in a ring."""
     others = len(counts) - 1
     return others * max(counts) * width * itemsize < 2 * others * width * width * sum_itemsize / len(counts)
 
@@ -75,7 +76,7 @@ def run_vicreg_ranks(student: Tensor, target: Tensor, weights: Tensor | None, op
 
 
 def counts_by_rows(student: Tensor, target: Tensor, route: str, group: ProcessGroup) -> list[int]:
-    """Return every rank's number of rows where rows are gathered, and nothing by columns."""
+    """Return every rank's number of rows if rows are gathered, and nothing by columns."""
     if route == "covariance":
         return []
     counts = all_counts(student.shape[0], student.device, group)
@@ -91,7 +92,7 @@ vicreg_ranks = Op("vicreg_ranks", vicreg_ranks_empty, run_vicreg_ranks)
 def forward(
     student: Tensor, target: Tensor, weights: Tensor | None, options: RanksOptions, backend: str
 ) -> tuple[Tensor, ...]:
-    """The loss and its terms, then what it saves."""
+    """Return the loss and its terms, then what the backward needs."""
     return vicreg_ranks(student, target, weights, options)
 
 
@@ -118,7 +119,7 @@ def vicreg_loss_over_ranks(
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """The loss and its three terms."""
+    """Return the loss and its three terms."""
     weights, plan = make_call(student, target, True, **options)
     for_student, for_target = (torch.is_grad_enabled() and x.requires_grad for x in (student, target))
     ranks = RanksOptions(group.group_name, options["route"], backend, BackwardOptions(for_student, for_target, plan))

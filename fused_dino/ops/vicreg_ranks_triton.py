@@ -1,4 +1,4 @@
-"""VICReg over the rows of all ranks, by the kernels of one process. The collectives stand between their launches."""
+"""VICReg over the rows of all ranks, by the kernels of one process, with collectives between the launches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def own_statistics(student: Tensor, target: Tensor, dtype: torch.dtype, plan: Pl
 def by_rows(
     student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan, ranks: Ranks
 ) -> tuple[Sums, Tensor, Saved]:
-    """The errors are summed while rows are gathered. Own rows are multiplied with all rows."""
+    """Multiply own rows with all rows. The errors are summed while rows are gathered."""
     own, gathered = ranks.own, ranks.start_gather(student)
     error = own_statistics(student, target, dtype, plan._replace(cov_weight=0.0)).facts[0] * student.numel()
     student = gathered()
@@ -71,7 +71,7 @@ def by_rows(
 def by_columns(
     student: Tensor, target: Tensor, dtype: torch.dtype, plan: Plan, ranks: Ranks
 ) -> tuple[Sums, Tensor, Saved]:
-    """Own rows are multiplied about their own means while the means of all ranks are summed."""
+    """Multiply own rows about their own means, while the means of all ranks are summed."""
     n, d = student.shape
     saved = own_statistics(student, target, dtype, plan)
     first = student[0].double() if n else torch.zeros_like(saved.shift, dtype=torch.float64)
@@ -110,7 +110,7 @@ def about_all(parts: Tensor, saved: Saved, student: Tensor, moments: Moments) ->
 
 
 def finish_options(saved: Saved, student: Tensor, moments: Moments) -> tuple[Saved, Tensor | None]:
-    """Returns what to save, and what the rows that are multiplied lie about, less than which they count."""
+    """Returns what to save, and the means that vicreg_finish_kernel subtracts, or None without rows."""
     dtype = saved.shift.dtype
     if not student.shape[0]:
         return saved._replace(dots=saved.dots[:0]), None

@@ -20,7 +20,7 @@ GROUP = 8  # tiles of the gradient that run together
 
 
 class Limits(NamedTuple):
-    """Says what fits a GPU. Elsewhere than on Hopper larger tiles would not leave enough registers."""
+    """The tiles that fit a GPU. On all but Hopper larger tiles would not leave enough registers."""
 
     tile: int  # the largest side
     memory: int  # bytes of shared memory for the steps of a product
@@ -42,14 +42,14 @@ def limits_of(device: torch.device) -> Limits:
 
 
 def registers_on(device: torch.device, dtype: torch.dtype, most: int) -> dict[str, Any]:
-    """Returns the option of a launch that has the compiler use so many registers of a thread before it spills any."""
+    """Return the option of a launch that lets the compiler use this many registers of a thread before it spills any."""
     return {"maxnreg": most} if dtype in limits_of(device).spills else {}
 
 
 def planes_of_products(dtype: torch.dtype) -> int:
-    """Planes of products: one of float64; three of float32, or two where torch allows TF32, which has fewer digits.
+    """Return the planes of products: one for float64, three for float32, or two if torch allows TF32, which is coarser.
 
-    AMD multiplies float32. fp32_precision follows every way of setting it; reading allow_tf32 raises once that was set.
+    AMD has float32 products. fp32_precision follows every way to set TF32; reading allow_tf32 raises once it is set.
     """
     if dtype == torch.float64:
         return 1
@@ -67,24 +67,24 @@ def padded(size: int) -> int:
 
 
 def planes_in(x: Tensor, width: int) -> int:
-    """Counts the planes of a [N, width] that lie in x: none where it is empty."""
+    """Return how many planes of [N, width] x has: none if it is empty."""
     return x.numel() and x.shape[1] // padded(width)
 
 
 def depth_of(tile: int, tiles: int, memory: int) -> int:
-    """How deep a step is: two steps of so many tiles of 16 bits must fit."""
+    """Return the depth of a step: two steps of so many tiles of 16 bits must fit."""
     return next((depth for depth in (128, 64, 32) if 4 * tiles * tile * depth <= memory), 16)
 
 
 def is_whole(student: Tensor, steps: dict[str, Any]) -> bool:
-    """Whether no tile of the student has an end in it."""
+    """Whether every tile of the student is full."""
     return not any(size % part for size in student.shape for part in (steps["TILE"], steps["BLOCK_K"]))
 
 
 @cache
 def operands(student: torch.dtype, dtype: torch.dtype, raw: bool) -> dict[str, Any]:
-    """enable_fp_fusion explicitly: it rounds once less, and Triton 3.10 changes the default. The interpreter has no
-    product of 16 bits."""
+    """Return the options of a product. enable_fp_fusion is set explicitly: it rounds once less, and Triton 3.10 changes
+    the default. The interpreter has no product of 16 bits."""
     import triton
     import triton.language as tl
 
@@ -110,7 +110,7 @@ def split(size: int, depth: int, tiles: int, step: int) -> tuple[int, int]:
 
 @cache
 def steps_of(limits: Limits, many: bool, raw: int, planes: int) -> dict[str, Any]:
-    """Chooses the side of tiles, the larger where there are many of them, and how deep a step is.
+    """Choose the side of tiles, which is larger if there are many of them, and the depth of a step.
 
     A step has so many tiles of rows as they are, or so many of planes.
     """

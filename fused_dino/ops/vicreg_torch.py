@@ -1,7 +1,7 @@
 """VICReg's closed form in plain torch: the CPU fallback. The formulas stand in ops/vicreg.py.
 
-Rows or columns are centred block by block along the inner axis of the product, anew for the gradient: none waits for
-the backward. Autocast leaves products in place, and into `out`, as they are.
+Rows or columns are centred block by block along the inner axis of the product, and again for the gradient, so no
+centred copy is saved. Autocast does not change products in place, or into `out`.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ def inner_blocks(x: Tensor, gram: bool) -> Iterator[Block]:
 
 
 def panels(m: int, like: Tensor) -> list[slice]:
-    """Splits the rows of a symmetric [m, m]; not at all where halving it saves less than it costs."""
+    """Split the rows of a symmetric [m, m], unless halving it saves less than it costs."""
     if torch.compiler.is_compiling() or like.device.type != "cpu" or m < 2 * CPU_PANEL:
         return [slice(0, m)]
     return [slice(start, start + CPU_PANEL) for start in range(0, m, CPU_PANEL)]
 
 
 def add_square_(out: Tensor, x: Tensor, beta: float, alpha: float = 1.0) -> None:
-    """out = beta out + alpha x x^T, of which only the panels from the diagonal on are computed; see mirror_."""
+    """Compute out = beta out + alpha x x^T, but only the panels from the diagonal on; see mirror_."""
     for panel in panels(x.shape[0], x):
         upper = out[panel, panel.start :]
         torch.addmm(upper, x[panel], x[panel.start :].T, beta=beta, alpha=alpha, out=upper)
 
 
 def mirror_(out: Tensor) -> Tensor:
-    """Fills what is below the diagonal's panels from what is above them."""
+    """Fill the part below the diagonal's panels with the part above them."""
     for panel in panels(out.shape[0], out)[:-1]:
         out[panel.stop :, panel] = out[panel, panel.stop :].T
     return out
 
 
 def vicreg_fwd_torch(student: Tensor, target: Tensor, weights: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-    """loss, invariance, variance, covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and by rows
-    largest [], cross [D]; empty where unwanted."""
+    """Return loss, invariance, variance and covariance, then shift [2, D], squares [D], product [N, N] or [D, D], and
+    by rows largest [], cross [D]. Results that are not needed are empty."""
     sums = sums_by_rows if plan.gram else sums_by_columns
     error, rows, total, *saved = sums(student, target, plan)
     return *terms_of(error, rows, saved[1], total, student.shape[1], weights, plan), *saved
 
 
 def sums_by_rows(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | None = None) -> tuple[Any, ...]:
-    """The sum of squared errors [], the number of rows and the sum of squared covariances [], then what
+    """Return the sum of squared errors [], the number of rows and the sum of squared covariances [], then what
     vicreg_fwd_torch returns from shift on.
 
-    ranks: whose gathered rows the student is; the target and the product are this rank's alone.
+    ranks: the ranks whose gathered rows are the student. Target and product are those of this rank alone.
     """
     (n, d), dtype = student.shape, acc_dtype(student, target)
     own = slice(None) if ranks is None else ranks.own
@@ -113,9 +113,9 @@ def sums_by_rows(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | Non
 
 
 def sums_by_columns(student: Tensor, target: Tensor, plan: Plan, ranks: Ranks | None = None) -> tuple[Any, ...]:
-    """Returns the same by columns. The product has their squares too, but in the precision of products.
+    """Return the same by columns. Their squares are on the product's diagonal, too, but in the precision of products.
 
-    ranks: of whose rows these are some; the sums and the product are those of all.
+    ranks: the ranks of which this one has some rows. The sums and the product are those of all.
     """
     (n, d), dtype = student.shape, acc_dtype(student, target)
     columns = plan.variance or plan.covariance
@@ -166,7 +166,7 @@ def vicreg_ranks_torch(
 
 
 def largest_of(squares: Tensor) -> Tensor:
-    """The column that deviates most, []; there need be none where no rows are."""
+    """Return the column that deviates most, []; any column if there are no rows."""
     return squares.argmax() if squares.shape[0] else squares.new_zeros((), dtype=torch.int64)
 
 
@@ -208,7 +208,7 @@ def fill_gradients(
     grads: Grads, student: Tensor, target: Tensor, grad_output: Tensor, weights: Tensor | None, saved: Saved,
     options: BackwardOptions, own: slice = slice(None), rows: int | Tensor | None = None,
 ) -> None:  # fmt: skip
-    """own: the rows of the student that have gradients; rows: their number and that of all other ranks' rows."""
+    """Fill the gradients. own: the rows of the student that have one; rows: how many rows all ranks have."""
     for_student, for_target, plan = options
     (for_s, for_t), (shift, squares, product, largest, cross) = grads, saved
     inv_weight, var_weight, cov_weight = weights_of(plan, weights)

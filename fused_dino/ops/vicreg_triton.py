@@ -1,11 +1,12 @@
 """VICReg's launchers and dispatcher ops: four launches forward, one backward.
 
 float32 students are multiplied as planes: sums of bfloat16 numbers, three for float32's accuracy or two where torch
-allows TF32. Students of 16 bits are multiplied as they are, or as planes where their means are large or a column
-dominates; float64 in its own instructions. The product, [N, N] or [D, D], waits for the backward as planes, and so do
-the student's. Splits of a product together hold no more numbers than the student.
+allows TF32. Students of 16 bits are multiplied as they are, or as planes if their means are large or a column
+dominates. float64 has instructions of its own. The product, [N, N] or [D, D], and the student are saved for the
+backward as planes. All splits of a product hold at most as many numbers as the student.
 
-Each launch serves a group's ranks too: by rows the student is all ranks' rows, of which `own` are this rank's.
+Each launch serves the ranks of a group, too. By rows the student is then the rows of all ranks, of which `own` are this
+rank's.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def launch_statistics(
     terms: Terms | None,
     plan: Plan,
 ) -> None:
-    """target: None where no errors are summed."""
+    """Launch the column statistics. target: None if no errors are summed."""
     from ..kernels.vicreg import vicreg_statistics_kernel
 
     (n, d), dtype = student.shape, saved.shift.dtype

@@ -1,4 +1,4 @@
-"""What is known of each recipe: facts that its docstring says, and the size at which its authors ran it."""
+"""A card for each recipe: the facts of its docstring, and the size at which its authors ran it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from .vicreg import vicreg
 
 
 class Recipe(NamedTuple):
-    """A recipe, what it aligns by which loss, and the run of its authors that a cost is told for.
+    """A recipe: what it aligns, by which loss, and the run of its authors whose cost is calculated.
 
     students: The shape of each term's tensor without the batch. size: Side of the teacher's input for images of 256.
-    layers: Of the teacher, which gives them beside the last. Without a teacher the target is the model's own.
+    layers: The teacher's layers that it reads, beside the last. A recipe without a teacher has a target of the model's
+        own.
     """
 
     make: Callable[..., Supervision]
@@ -69,24 +70,33 @@ MISSING = {
     "gram": ("DINOv3's Gram anchoring, arXiv 2508.10104", RELATIONS),
     "urepa": ("U-REPA's manifold loss, arXiv 2503.18414", RELATIONS),
     "paka": ("lightly's PatchKernelAlignmentLoss", RELATIONS),
-    "lightlyv3": ("lightly-train's distillationv3", RELATIONS),
+    "lightlyv3": ("lightly-train's distillationv3", f"{RELATIONS}, and one of the similarities with a queue of images"),
     "lightlyv2": ("lightly-train's distillationv2", "targets of several blocks, joined along the channels"),
     "hasteattention": ("HASTE's attention maps, arXiv 2505.16792", "a term of attention maps"),
     "vicregl": ("VICRegL's local loss, arXiv 2210.01571", "a term that matches tokens with their nearest"),
+    "hypersphere": ("lightly's HypersphereLoss, of alignment and uniformity", "a term of the distances between images"),
+    "phis": ("RADIO's PHI-S, arXiv 2410.01680", "targets that are whitened by stored statistics of the teacher"),
     "crepa": ("CREPA, arXiv 2506.09229", "a term that compares with neighbouring frames"),
     "dinoperceptual": ("dino_perceptual", PIXELS),
     "perchead": ("PercHead's dino_loss", PIXELS),
 }  # name without marks: what it is, and what it needs
 
 
+def plain(name: str) -> str:
+    """Return the letters and digits of a name, in lower case, without "loss" and "'s"."""
+    return re.sub(r"'s$|[\W_]", "", name).lower().removesuffix("loss")
+
+
 def find_missing(name: str) -> str | None:
-    """Say why a published loss is no recipe yet, or return None for a name that is not known."""
-    found = MISSING.get(re.sub(r"[\W_]", "", name).lower())
+    """Say why a published loss is no recipe yet, by its name or a word of what it is; None for what is not known."""
+    key = plain(name)
+    words = {word: x for x in reversed(MISSING.values()) for word in map(plain, x[0].partition(",")[0].split())}
+    found = MISSING.get(key) or (words.get(key) if key else None)
     return None if found is None else f"{name!r} is no recipe yet: {found[0]} needs {found[1]}"
 
 
 class Argument(NamedTuple):
-    """An argument: its default as the signature has it, what the docstring says of that, and of the argument."""
+    """An argument: its default in the signature, and what the docstring says of the default and of the argument."""
 
     name: str
     default: Any

@@ -1,4 +1,4 @@
-"""DinoSupervision: it aligns projected latents and tokens with a frozen teacher's features of images."""
+"""DinoSupervision: the seed's constructor, names and logs over the terms of this package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..sizes import SizeRule, check_img_size
 from ..supervised import Call, Supervised
-from ..teacher.given import make_preprocess, make_teacher
+from ..teacher.factories import make_preprocess, make_teacher
 from ..terms.base import Parts
 from ..terms.projector import Projector
 from ..terms.regions import PATCH_TARGETS, Patches, RegionTerm, check_latent_shape
@@ -49,36 +49,37 @@ class DinoSupervision(Supervised):
         + w_{token} \operatorname{mean}(1 - \cos(P_t(h_n), g_n))
 
     with the projectors P, the latent z and its regions, hidden tokens h, and the teacher's global token and patch
-    tokens g. ``loss_dict`` weighs it: ``loss_dino = alpha * min(1, step / warmup_steps) * loss``.
+    tokens g. ``loss_dict`` multiplies it: ``loss_dino = alpha * min(1, step / warmup_steps) * loss``.
 
     The teacher is frozen, in eval mode, and in no ``modules()``, ``parameters()`` or ``state_dict()``: no optimizer,
-    EMA, DDP or checkpoint sees it. ``.to()``, deepcopy and pickle carry it along. A deep copy, such as an EMA's, shares
-    its memory until one of the two is moved, cast or loaded. A weight that is written in place is written in both.
+    EMA, DDP or checkpoint has it. ``.to()``, deepcopy and pickle take it along. A deep copy, such as an EMA's, shares
+    its memory until one of the two is moved, cast or loaded. Writing a weight in place changes both.
 
     Args:
         in_dim (int, optional): Width of ``z_text``. None aligns tokens alone. Default: 8192.
-        teacher (str or nn.Module): A DINOv2 variant (see DINOv2Backbone), another model of timm's by name,
-            or a module with ``embed_dim`` that returns {'global': [B, D], 'patch': [B, N, D] or None}. Its ``mean``,
-            ``std`` and ``patch_size`` are read where it has them, else ImageNet's and 14. Default: ``"vitl14"``.
-        img_size (int, sequence of two ints or callable): The teacher's input, multiples of its patch size, or a rule
-            (h, w, patch) -> (h, w) such as ``Scaled(7 / 8)`` for batches of any size. Default: 224.
+        teacher (str or nn.Module): A DINOv2 variant (see DINOv2Backbone), another model in timm by name, or a module. A
+            module has ``embed_dim`` and returns {'global': [B, D], 'patch': [B, N, D] or None}. Its ``mean``, ``std``
+            and ``patch_size`` are used if it has them, else ImageNet's and 14. Default: ``"vitl14"``.
+        img_size (int, sequence of two ints or callable): Height and width of the teacher's input, multiples of its
+            patch size. For batches of any size a rule (h, w, patch) -> (h, w), such as ``Scaled(7 / 8)``. Default: 224.
         loss_type (str or nn.Module): Loss of the global term: ``"cosine"``, ``"mse"`` (normalised), ``"vicreg"``, or a
             module (student [B, D], target [B, D]) -> scalar. Default: ``"cosine"``.
         alpha (float): Weight of the loss in ``loss_dict``. Default: 0.2.
         warmup_steps (int): Steps over which that weight rises linearly. Default: 5000.
-        stop_step (int, optional): Step from which ``loss_dict`` gives an exact zero that still reaches every parameter,
-            and the teacher does not run. Default: never.
+        stop_step (int, optional): Step from which the loss is an exact zero and the teacher does not run. Every
+            parameter then gets a zero gradient. Default: never.
         w_global (float): Weight of the global term. Default: 1.
-        use_patch (bool): Aligns regions too: ``z_text``, read as a map, pooled to ``patch_grid``. Default: ``False``.
-        w_patch (float): Weight of the regions' term. Default: 0.2.
+        use_patch (bool): Aligns regions, too: ``z_text`` is read as a map, and pooled to ``patch_grid``. Default:
+            ``False``.
+        w_patch (float): Weight of the term of regions. Default: 0.2.
         patch_grid (sequence of two ints): Rows and columns of regions. Default: (2, 2).
         latent_shape (sequence of three ints): Channels, rows and columns of ``z_text`` as a map. Default: (4, 32, 32).
-        patch_target (str): Target of a region: ``"region"`` pools the teacher's tokens in it, ``"mean"`` all tokens,
-            ``"nearest"`` takes the most similar token, ``"attention"`` a mean by learnt queries, which may collapse
-            onto tokens that are easy to match. Default: ``"region"``.
-        token_dim (int, optional): Width of hidden tokens [B, N, token_dim], to be aligned with the teacher's patch
-            tokens. Default: there are none.
-        w_token (float): Weight of the tokens' term. Default: 0.5.
+        patch_target (str): Target of a region: ``"region"`` is the mean of the teacher's tokens in the region,
+            ``"mean"`` that of all tokens, and ``"nearest"`` the most similar token. ``"attention"`` is a mean by learnt
+            queries, which may collapse onto tokens that are easy to match. Default: ``"region"``.
+        token_dim (int, optional): Width of hidden tokens [B, N, token_dim], which are aligned with the teacher's patch
+            tokens. Default: no tokens.
+        w_token (float): Weight of the term of tokens. Default: 0.5.
         token_projector (str or nn.Module): ``"mlp"`` (REPA's, arXiv 2410.06940), ``"conv"`` (a 3 x 3 convolution over
             the grid), or a module [B, N, token_dim] -> [B, N, D]. Default: ``"mlp"``.
         token_grid (sequence of two ints, optional): Rows and columns of the tokens. Default: the grid of the images'
@@ -90,22 +91,22 @@ class DinoSupervision(Supervised):
             Default: ``True``.
         hidden_dim (int): Hidden width of the projector. The local projector's is 256, the tokens' 2048. Default: 4096.
         pretrained (bool): Weights of a teacher given by name; False gives random ones. Default: ``True``.
-        teacher_dtype (torch.dtype, optional): Dtype to cast the teacher to. Default: the one of its weights.
+        teacher_dtype (torch.dtype, optional): Dtype to cast the teacher to. Default: the dtype of its weights.
         group (ProcessGroup or str, optional): Ranks over whose rows VICReg's statistics are taken: ``"auto"`` (all
-            processes once torch.distributed is initialised), None (this process) or a group. A ``loss_type`` that is a
-            module has its own. Default: ``"auto"``.
+            processes once torch.distributed is initialised), None (this process) or a group. A module as ``loss_type``
+            has its own group. Default: ``"auto"``.
         preprocess (str or nn.Module): ``"bilinear"``, ``"bicubic"``, or a module (images) -> the teacher's input, such
             as ``Preprocess(224, antialias=True)``. Default: ``"bilinear"``.
-        input_range (sequence of two floats, optional): Values that mean black and white in the images; a preprocess
-            module has its own. ``check(images)`` says whether a batch lies in it. Default: ``(-1, 1)`` for floats,
-            ``(0, 255)`` for uint8.
-        backend (str, optional): Backend of every op but those of given modules: ``"auto"``, ``"reference"``,
+        input_range (sequence of two floats, optional): Values that mean black and white in the images; a module as
+            ``preprocess`` has its own. ``check(images)`` says whether a batch lies in it. Default: ``(-1, 1)`` for
+            floats, ``(0, 255)`` for uint8.
+        backend (str, optional): Backend of every op, but for modules that are given: ``"auto"``, ``"reference"``,
             ``"torch"`` or ``"triton"``. Default: see ``use_backend``.
 
     Shape:
         - z_text: :math:`(B, in\_dim)`; x_img: :math:`(B, 3, H, W)` of any size; tokens: :math:`(B, N, token\_dim)`, or
           as TokenTerm takes them
-        - Output: a scalar in float32, float64 where an input or the projector is, and a dict of detached scalars
+        - Output: a scalar, and a dict of detached scalars, in float32, or float64 if an input or the projector is
 
     Raises:
         ValueError: If an argument is out of range. The message names it, what came and what would do.
@@ -217,8 +218,8 @@ class DinoSupervision(Supervised):
         Wrappers such as DistributedDataParallel reach this method alone: ``DDP(dino)(z_text, x_img, as_dict=True)``.
 
         Args:
-            z_text (Tensor, optional): Latents [B, in_dim], cast to the projector's dtype. None with ``tokens``: the
-                loss is the tokens' alone, and all other parameters get an exact zero gradient.
+            z_text (Tensor, optional): Latents [B, in_dim], cast to the projector's dtype. None with ``tokens`` leaves
+                the loss of the tokens alone. All other parameters then get an exact zero gradient.
             x_img (Tensor, optional): Images, as for ``encode``.
             features (dict, optional): What ``encode`` returned, in place of ``x_img``.
             tokens (Tensor, optional): Hidden tokens [B, N, token_dim], cast to the token projector's dtype; or a map,
@@ -233,8 +234,8 @@ class DinoSupervision(Supervised):
 
         Returns:
             tuple or dict: The loss, and detached logs: dino_global; dino_patch with ``use_patch``; dino_token with
-            ``token_dim``; dino_vic_inv, dino_vic_var, dino_vic_cov with VICReg; dino_patch_is_global and
-            dino_token_is_global, 1 each, where the teacher gives no patch tokens and its global token stands for them.
+            ``token_dim``; dino_vic_inv, dino_vic_var, dino_vic_cov with VICReg. If the teacher gives no patch tokens,
+            the global token is used in their place, and dino_patch_is_global and dino_token_is_global are 1.
 
         Raises:
             ValueError: If an input does not fit. The message names it.
@@ -266,8 +267,8 @@ class DinoSupervision(Supervised):
         Args:
             z_text (Tensor, optional): As in ``forward``.
             x_img (Tensor, optional): As in ``forward``.
-            step (int, optional): The training step. Default: counts the calls of this method in training mode with
-                gradients enabled, the first being 1, in the buffer ``step``. A call that is refused does not count.
+            step (int, optional): The training step. Default: the buffer ``step``, which counts the calls of this method
+                in training mode with gradients enabled. The first is 1. A call that raises does not count.
             features (dict, optional): As in ``forward``, and so are the arguments that follow.
             tokens (Tensor, optional): Hidden tokens.
             weight (Tensor or dict, optional): Weights of rows.
@@ -276,7 +277,7 @@ class DinoSupervision(Supervised):
 
         Returns:
             dict: ``loss_dino``, which carries the gradient, and ``forward``'s logs, whose names do not contain "loss".
-            From ``stop_step`` on ``loss_dino`` alone, an exact zero.
+            A step from ``stop_step`` on gives ``loss_dino`` alone, an exact zero.
 
         Raises:
             ValueError: If an input does not fit. The message names it.
@@ -292,7 +293,7 @@ class DinoSupervision(Supervised):
     def _calls(
         self, z_text: Any, x_img: Any, features: Any, tokens: Any, weight: Any, index: Any, token_grid: Any
     ) -> dict[str, Call]:
-        """Check a call, and return those of its terms."""
+        """Check a call, and return the calls of its terms."""
         check_tokens(tokens, self.token_dim)
         if z_text is not None or tokens is None:
             check_z_text(z_text, self.in_dim)
@@ -311,7 +312,7 @@ class DinoSupervision(Supervised):
         return calls
 
     def _parts(self, name: str) -> tuple[float, Parts]:
-        """Return a term's factor, and what it computes with: the modules that are registered here now."""
+        """Return a term's factor, and its parts: the modules that are registered here now."""
         if name == "global":
             return self.w_global, Parts(self.projector, self.loss)
         if name == "patch":
@@ -326,6 +327,6 @@ class DinoSupervision(Supervised):
 
 
 def take_projector(term: Any) -> Any:
-    """Take a term's projector out of it: another module registers it, and may be given another one by a wrapper."""
+    """Take the projector out of a term: another module registers it, where a wrapper may replace it."""
     projector, term.projector = term.projector, None
     return projector

@@ -17,15 +17,15 @@ def haste(
     Formula::
 
         loss = -alpha * mean[b, n] cos(P(h[b, n]), g[b, n]) while step < stop_step, else 0
-        P    = REPA's projector
+        P    = Linear(C, 2048), SiLU, Linear(2048, 2048), SiLU, Linear(2048, D), Xavier-uniform with zero biases
         h    = hidden tokens [B, N, C] after block 8; g = patch tokens [B, N, D]
 
     HASTE adds 0.5 times a cross-entropy of attention maps until the same step. That needs a term of attention maps,
-    which is missing. The code counts optimizer steps. From the stop on the teacher does not run here.
+    which is missing. The code counts optimizer steps. After the stop the teacher does not run.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
-        teacher (str or nn.Module): As in repa. Default: ``"vitb14"``.
+        teacher (str or nn.Module): A module or a name, which gets REPA's size. Default: ``"vitb14"``.
         alpha (float): Weight of the loss up to the stop, the code's proj-coeff. Default: 0.5.
         stop_step (int): First step without the loss: 250,000 on ImageNet, 150,000 on COCO. Default: 250000.
         **options: Of repa, such as ``resolution``.

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..schedule import Schedule
 from ..supervision import Supervision
+from ..validation import check_int
 from .repa import cosine_term
 
 
@@ -38,5 +39,6 @@ def layersync(token_dim: int = 1152, *, alpha: float = 0.2) -> Supervision:
 
     Source: Haghighi et al., arXiv 2510.12581; github.com/vita-epfl/LayerSync, transport/transport.py.
     """
+    check_int("token_dim", token_dim)
     term = cosine_term(token_dim, nn.Identity(), out_dim=token_dim)
     return Supervision(None, {"token": term}, Schedule(alpha, 0))

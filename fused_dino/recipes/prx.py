@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..schedule import Schedule
 from ..supervision import Supervision
-from ..teacher.given import make_teacher
+from ..teacher.factories import make_teacher
 from ..terms.token_projectors import TokenMLP
 from ..terms.tokens import TokenTerm
 from ..validation import check_int
@@ -22,6 +23,12 @@ class AsTokens:
 
     def __call__(self, h: int, w: int, patch: int) -> tuple[float, float]:
         return h * patch / self.pixels, w * patch / self.pixels
+
+
+def teacher_of_tokens(token_dim: int, teacher: Teacher, downsampling: int, layers: Sequence[int] = ()) -> Any:
+    """Return a teacher with a patch for each token. A width that is none is refused before a teacher is loaded."""
+    check_int("token_dim", token_dim)
+    return make_teacher(teacher, AsTokens(check_int("downsampling", downsampling)), True, None, layers)
 
 
 def prx(
@@ -58,8 +65,7 @@ def prx(
 
     Source: Photoroom, github.com/Photoroom/PRX, prx/algorithm/repa.py and configs/yamls; REPA, arXiv 2410.06940.
     """
-    rule: Any = AsTokens(check_int("downsampling", downsampling))
-    model: Any = make_teacher(teacher, rule, True, None)
+    model = teacher_of_tokens(token_dim, teacher, downsampling)
     projector = TokenMLP(token_dim, model.embed_dim, model.embed_dim)
     term = TokenTerm(token_dim, projector=projector, loss=NegativeCosine(eps=1e-8, detach_teacher=False))
     return Supervision(model, {"token": term}, Schedule(alpha, 0), **options)

@@ -10,10 +10,9 @@ from torch import nn
 from ..losses import MSELoss
 from ..schedule import Schedule
 from ..supervision import Supervision
-from ..teacher.given import make_teacher
 from ..terms.source import check_layer
 from ..terms.tokens import TokenTerm
-from .prx import AsTokens
+from .prx import teacher_of_tokens
 from .repa import Teacher
 
 LAST_SEVEN = tuple(range(-7, 0))
@@ -55,7 +54,7 @@ def raev2(
 
     Source: Singh et al., arXiv 2605.18324; github.com/nanovisionx/RAEv2, src/stage2/transport/transport.py.
     """
-    model: Any = make_teacher(teacher, AsTokens(16), True, None, check_layer(layers))
+    model = teacher_of_tokens(token_dim, teacher, 16, check_layer(layers))
     loss = MSELoss(normalize=False, detach_teacher=False)
     term = TokenTerm(token_dim, projector=nn.Linear(token_dim, model.embed_dim), layer=layers, loss=loss)
     return Supervision(model, {"token": term}, Schedule(alpha, 0), **options)

@@ -18,18 +18,18 @@ def reg(
 
     Formula::
 
-        loss = -alpha * mean[b, n] cos(P(h[b, n]), g[b, n]) over 1 + N tokens
+        loss = -alpha * mean[b, n] cos(P(h[b, n]), g[b, n]) over 1 + N tokens, norms clamped at 1e-12
         P    = Linear(C, 2048), SiLU, Linear(2048, 2048), SiLU, Linear(2048, D), Xavier-uniform with zero biases
         h    = hidden tokens [B, 1 + N, C] after block 8 of SiT-XL and SiT-L, 4 of SiT-B, the class token first
         g    = the teacher's class token and patch tokens [B, 1 + N, D]
 
     REG also denoises the class token: 0.03 times its squared error is the model's loss, and no part of this. Images of
-    R x R are resized to 224 * (R // 256), bicubic without antialias; positions are resampled as timm does. Checkpoints
-    with ``projectors.0.*`` load.
+    R x R, normalised for the teacher, are resized to 224 * (R // 256), bicubic without antialias; positions are
+    resampled as timm does. Checkpoints with ``projectors.0.*`` load.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
-        teacher (str or nn.Module): As in repa. Default: ``"vitb14"``.
+        teacher (str or nn.Module): A module or a name, which gets this size. Default: ``"vitb14"``.
         resolution (int): Side R of the images, at least 256. Default: 256.
         alpha (float): Weight of the loss, proj-coeff of the code. Default: 0.5.
         **options: Of Supervision, such as ``input_range``.
@@ -46,7 +46,7 @@ def reg(
 
     Source: Wu et al., arXiv 2507.01467; github.com/Martinser/REG, loss.py and train.py.
     """
-    model, size = repas_teacher(teacher, resolution)
+    model, size = repas_teacher(token_dim, teacher, resolution)
     term = cosine_term(token_dim, "mlp", out_dim=model.embed_dim, class_token=True)
     term.projector.apply(initialise)
     return of_repas_images(term, model, size, alpha, LEGACY, **options)

@@ -11,7 +11,7 @@ from ..losses import CosineLoss
 from ..schedule import Schedule
 from ..supervision import Supervision
 from ..teacher import DINOv2Backbone
-from ..teacher.given import make_teacher
+from ..teacher.factories import make_teacher
 from ..terms.base import Term
 from ..terms.tokens import TokenTerm
 from ..validation import check_int
@@ -42,8 +42,12 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def repas_teacher(teacher: Teacher, resolution: int) -> tuple[Any, int]:
-    """Return a teacher, one given by name with REPA's size and positions, and the side of its input."""
+def repas_teacher(token_dim: int, teacher: Teacher, resolution: int) -> tuple[Any, int]:
+    """Return a teacher, one given by name with REPA's size and positions, and the side of its input.
+
+    A width that is none is refused before a teacher is loaded.
+    """
+    check_int("token_dim", token_dim)
     if check_int("resolution", resolution) < 256:
         raise ValueError(f"resolution must be at least 256, from which REPA's teacher has an input, got {resolution}")
     size = 224 * (resolution // 256)
@@ -72,12 +76,13 @@ def repa(
 
     Formula::
 
-        loss = -alpha * mean[b, n] cos(P(h[b, n]), g[b, n])
+        loss = -alpha * mean[b, n] cos(P(h[b, n]), g[b, n]), norms clamped at 1e-12
         P    = Linear(C, 2048), SiLU, Linear(2048, 2048), SiLU, Linear(2048, D)
         h    = hidden tokens [B, N, C] after block 8 of SiT-XL and SiT-L, 4 of SiT-B; g = patch tokens [B, N, D]
 
-    P begins Xavier-uniform with zero biases. Images of R x R pixels are resized to 224 * (R // 256), bicubic without
-    antialias; positions are resampled as timm does. Checkpoints with ``projectors.0.*`` load.
+    P begins Xavier-uniform with zero biases. Images of R x R, normalised for the teacher, are resized to
+    224 * (R // 256), bicubic without antialias; positions are resampled as timm does; g has the teacher's last norm.
+    Checkpoints with ``projectors.0.*`` load.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
@@ -98,7 +103,7 @@ def repa(
 
     Source: Yu et al., arXiv 2410.06940; github.com/sihyun-yu/REPA, loss.py and train.py.
     """
-    model, size = repas_teacher(teacher, resolution)
+    model, size = repas_teacher(token_dim, teacher, resolution)
     term = cosine_term(token_dim, "mlp", out_dim=model.embed_dim)
     term.projector.apply(initialise)
     return of_repas_images(term, model, size, alpha, Legacy("REPA", {"projectors.0": PROJECTOR}), **options)

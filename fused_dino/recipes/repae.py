@@ -15,7 +15,7 @@ def repae(token_dim: int = 1152, *, teacher: Teacher = "vitb14", alpha: float = 
 
         denoiser:    loss = -alpha * mean[b, n] cos(P(h[b, n]), g[b, n])
         autoencoder: loss = -1.5 * mean[b, n] cos(P(h'[b, n]), g[b, n]), with P and the denoiser frozen
-        P    = REPA's projector
+        P    = Linear(C, 2048), SiLU, Linear(2048, 2048), SiLU, Linear(2048, D), Xavier-uniform with zero biases
         h    = hidden tokens [B, N, C] after block 8 of detached latents, h' of latents with a gradient
         g    = patch tokens [B, N, D]
 
@@ -24,7 +24,7 @@ def repae(token_dim: int = 1152, *, teacher: Teacher = "vitb14", alpha: float = 
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
-        teacher (str or nn.Module): As in repa. Default: ``"vitb14"``.
+        teacher (str or nn.Module): A module or a name, which gets REPA's size. Default: ``"vitb14"``.
         alpha (float): Weight of the denoiser's loss. Default: 0.5.
         **options: Of repa, such as ``resolution``.
 

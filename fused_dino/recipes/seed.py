@@ -1,4 +1,4 @@
-"""The seed's supervision, by the constants of the code that DinoSupervision replaces."""
+"""The recipe `seed`: the supervision of the code that DinoSupervision replaces."""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from ..schedule import Schedule
 from ..supervision import Supervision
+from ..terms.comparison import LOSSES
 from ..terms.tokens import TokenTerm
+from ..validation import check_choice, check_int
 from .repa import initialise
 
 
@@ -27,6 +29,7 @@ class SmoothL1(nn.Module):
 
 def self_projector(width: int) -> nn.Sequential:
     """Return the head of SRA's code and of Self-Flow's, which keeps a token's width."""
+    check_int("token_dim", width)
     return nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)).apply(initialise)
 
 
@@ -42,7 +45,8 @@ def sra(token_dim: int = 1152, *, loss: str | nn.Module = "smooth_l1", alpha: fl
         e    = those of an EMA (decay 0.9999) after block 20, without P, at noise max(0, t - 0.2 u), u uniform in 0..1
 
     Both passes share noise and labels. Blocks are 8 and 16 for DiT-XL, 4 and 8 by default. From epoch 150 on at 256
-    pixels the code multiplies alpha by 0.1 ** ((epoch - 149) / 1000), for which a call takes ``alpha``.
+    pixels the code multiplies alpha by 0.1 ** ((epoch - 149) / 1000). That is a schedule whose weight has
+    ``decay="exponential"``; here the weight is constant.
 
     Args:
         token_dim (int): Width C of a hidden token. Default: 1152, of SiT-XL.
@@ -62,6 +66,8 @@ def sra(token_dim: int = 1152, *, loss: str | nn.Module = "smooth_l1", alpha: fl
 
     Source: Jiang et al., arXiv 2505.02831; github.com/vvvvvjdy/SRA, SiT-SRA/loss.py and train.py.
     """
+    if isinstance(loss, str):
+        check_choice("loss", loss, ("smooth_l1", *LOSSES))
     made = SmoothL1(0.05) if loss == "smooth_l1" else loss
     term = TokenTerm(token_dim, projector=self_projector(token_dim), out_dim=token_dim, loss=made)
     return Supervision(None, {"token": term}, Schedule(alpha, 0))

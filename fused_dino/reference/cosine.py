@@ -23,7 +23,7 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
 
 
 def leave_out(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Replace rows of weight 0 by ones. Whatever they held, their loss and its gradient, times 0, are then 0."""
+    """Replace rows of weight 0 by ones. Their loss and its gradient, times 0, are then 0, whatever they held."""
     return x if weight is None else x.masked_fill((weight == 0).unsqueeze(-1), 1)
 
 
@@ -80,7 +80,7 @@ def prepare(
 ) -> Tensor:
     """Divide rows by their norm with `normalize`, then standardise columns with `whiten_eps`, unless it is None.
 
-    Rows of weight 0 are left out: what they held reaches no result.
+    Rows of weight 0 are left out, and their values reach no result.
     """
     x = leave_out(x, weight)
     if normalize:

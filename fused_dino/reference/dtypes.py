@@ -22,6 +22,6 @@ def scaled(value: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> torch.autocast | nullcontext:
-    """Turn autocast off on the device of `x`: under it float32 matrices have a bfloat16 product."""
+    """Turn autocast off on the device of `x`, since it makes products of float32 matrices bfloat16."""
     # meta tensors have no autocast
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

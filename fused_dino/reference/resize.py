@@ -11,9 +11,8 @@ from .dtypes import upcast
 
 
 def interpolate(pixels: Tensor, size: Sequence[int], mode: str, antialias: bool) -> Tensor:
-    """Resize as F.interpolate does, and correctly also where an antialiased result is one column wide.
-
-    There torch on a CPU resizes no rows. So the transposed image is resized to one row.
+    """Resize as F.interpolate does, and correctly if an antialiased result is one column wide. torch on a CPU does not
+    resize the rows then. So the transposed image is resized to one row.
     """
     h, w = size
     if antialias and w == 1:
@@ -37,8 +36,8 @@ def preprocess(
 ) -> Tensor:
     """Return ((resize(images) - low) / (high - low) - mean) / std, per channel.
 
-    The weights of a resize sum to one, so that normalising first, as most trainers do, is the same function. Only a
-    clamp does not commute: it acts on the resized pixels.
+    The weights of a resize sum to one, so normalising first, as most trainers do, is the same function. A clamp alone
+    does not commute: it acts on the resized pixels.
     """
     low, high = input_range
     (pixels,) = upcast(images)

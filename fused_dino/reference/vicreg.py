@@ -1,4 +1,4 @@
-"""VICReg's invariance, and the variance and covariance of the student alone, since the target is frozen."""
+"""VICReg of a frozen target: the invariance, and the variance and covariance of the student."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def vicreg_loss(
     unbiased: bool,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss and its three terms, over the rows of every process that `total` sums over.
+    """Return the loss and its three terms, over the rows of all processes that `total` sums over.
 
     invariance = mean((y - g)^2)
     variance   = mean_j relu(gamma - sqrt(var_j + eps)),  var_j over N rows, or over N - 1 if unbiased
@@ -54,7 +54,7 @@ def vicreg_loss(
 
 
 def is_computed(weight: float | Tensor) -> bool:
-    """Whether a term is computed. It is for any tensor: reading the value would wait for its device."""
+    """Whether a term is computed. A tensor counts as yes, since reading its value would wait for the device."""
     return isinstance(weight, Tensor) or weight != 0
 
 

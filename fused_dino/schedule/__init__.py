@@ -1,4 +1,4 @@
-"""When a supervision counts, and how much: the weight of its loss by the step, and what stops it."""
+"""The schedule of a supervision: the weight of its loss at each step, and what stops it."""
 
 from .schedule import Schedule
 from .stop import AtStep, BySimilarity

@@ -1,4 +1,4 @@
-"""The counting of steps, as ops: what a compiler has traced once runs in recomputations, too."""
+"""The counting of steps, as ops, since a recomputation runs again whatever a compiler has traced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def is_recomputation() -> bool:
     """Whether a checkpoint of torch.utils runs its forward again, in a backward.
 
-    A reentrant one is the training step itself: its first run has no gradients, as an evaluation has none.
+    A reentrant checkpoint counts in the backward: its first run has no gradients, like an evaluation.
     """
     node = torch._C._current_autograd_node()
     return node is not None and "CheckpointFunction" not in node.name()
@@ -34,7 +34,7 @@ def _(step: Tensor, micro: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("fused_dino::count_step", mutates_args=("step", "micro"))
 def count_step(step: Tensor, micro: Tensor | None, accumulate: int) -> None:
-    """Count a training call: one step at the first of `accumulate` micro-batches. micro: how many of them were."""
+    """Count a training call: a step at the first of `accumulate` micro-batches. micro: the micro-batches so far."""
     if is_recomputation():
         return
     if micro is None:

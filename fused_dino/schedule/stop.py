@@ -22,7 +22,7 @@ MODES = ("permanent", "recoverable")
 
 @dataclass(frozen=True)
 class AtStep:
-    """Stop of a supervision's loss: from a step on it is an exact zero, and the teacher does not run.
+    """Stops a supervision's loss at a step: from there on it is an exact zero, and the teacher does not run.
 
     Args:
         step (int): First step without the loss. HASTE stops at 250,000 of 400,000 steps.
@@ -45,17 +45,17 @@ class AtStep:
 
 @dataclass(frozen=True)
 class BySimilarity:
-    r"""Stop of a supervision's loss: an exact zero once the student's average similarity has reached a threshold.
+    r"""Stops a supervision's loss, to an exact zero, once the student's average similarity has reached a threshold.
 
     .. math:: a_1 = c_1, \quad a_i = d \, a_{i-1} + (1 - d) \, c_i
 
-    c is the mean cosine similarity that the loss of a training call says, without its weights, and d the decay. Every
-    ``every`` steps the average of all ranks is taken, and the loss stops if it is at least ``threshold``: from that
-    very call on. No host waits for its device in between. A similarity that is NaN is left out.
+    c is the mean cosine similarity in a training call, which follows from the loss without its weight, and d is the
+    decay. Every ``every`` steps the average of all ranks is compared with ``threshold``. If it is not below, the loss
+    stops in that very call. No host waits for its device in between. A similarity that is NaN is left out.
 
-    A permanent stop stays, and the teacher no longer runs. A recoverable one looks again every ``every`` steps, at the
-    price of a teacher's forward: the loss counts again from the call that brings the average below the threshold.
-    Compiled code does not know of it when it is compiled: there the teacher always runs, and the zero is exact.
+    A permanent stop stays, and the teacher no longer runs. A recoverable stop runs the teacher every ``every`` steps to
+    look again. The loss counts again from the call that brings the average below the threshold. Compiled code is made
+    before a stop is known: there the teacher always runs, and the zero is exact.
 
     Args:
         threshold (float): Average similarity that stops the loss.
@@ -100,7 +100,7 @@ class BySimilarity:
             object.__setattr__(self, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BySimilarity:
-        """Return itself, which does not change: a process group cannot be copied."""
+        """Return itself, which is immutable: a process group cannot be copied."""
         return self
 
 
@@ -122,7 +122,7 @@ class Watch(nn.Module):
         self._known: tuple[tuple[int, int], bool] | None = None
 
     def is_stopped(self) -> bool:
-        """Whether the loss has stopped. It waits for the device only where that was decided, or written, since."""
+        """Whether the loss has stopped. It waits for the device only after a decision, or a write of other code."""
         if self._known is None or self._known[0] != self._stamp():
             self._known = (self._stamp(), bool(self.stopped))
         return self._known[1]
@@ -130,8 +130,8 @@ class Watch(nn.Module):
     def follow(self, similarity: Tensor, due: bool | Tensor) -> None:
         """Take in the similarity of a training call, and decide where that is due.
 
-        due: a bool where the host knows it, else on the device. In between, the averages of the ranks drift apart, and
-        their mean is the average of the means. DDP's broadcasts of buffers would replace them by that of one rank.
+        due: a bool if the host knows it, else a tensor. Between decisions the averages of the ranks differ; their mean
+        is the average of the means. DDP's broadcasts of buffers would replace them by that of one rank.
         """
         stop, known = self.stop, self._known if self._known and self._known[0] == self._stamp() else None
         group = default_group() if stop.group == "auto" else stop.group
@@ -163,7 +163,7 @@ def follow_similarity(
     permanent: bool,
     group: str | None,
 ) -> None:
-    """Take a similarity into the average, and decide where due. Nothing is read on the host, or done twice."""
+    """Take a similarity into the average, and decide if that is due. Nothing is read on the host, or done twice."""
     if is_recomputation():
         return
     mean, value = average.view(torch.float64), similarity.double()

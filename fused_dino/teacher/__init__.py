@@ -1,4 +1,4 @@
-"""The wing of the teacher: images become features."""
+"""The teacher, which makes features of images."""
 
 from .backbone import DINOv2Backbone
 

@@ -34,24 +34,24 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class DINOv2Backbone(Rewritten):
     """A frozen DINOv2, or any other vision model in its place, as a source of features.
 
-    The weights stay frozen and in eval mode, whatever a parent does with ``train()``. They are out of ``state_dict()``:
-    ``backbone.model.state_dict()`` has them. A parent's checkpoint without them leaves them as they are; one with
-    them under ``model.`` loads them.
+    The model stays frozen and in eval mode, whatever a parent does with ``train()``. Its weights are in
+    ``backbone.model.state_dict()``, not in ``state_dict()``. A parent's checkpoint without them leaves them as they
+    are; a checkpoint with them under ``model.`` loads them.
 
     Args:
-        variant (str): vits14, vitb14, vitl14 or vitg14, each also with four registers as ``*_reg``, in any case, or by
-            the names of hub (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m), transformers
-            (facebook/dinov2-small, facebook/dinov2-with-registers-small) and REPA (dinov2-vit-s, dinov2reg-vit-s).
+        variant (str): vits14, vitb14, vitl14 or vitg14; with four registers ``*_reg``. The names of hub
+            (dinov2_vits14), timm (vit_small_patch14_dinov2.lvd142m), transformers (facebook/dinov2-small,
+            facebook/dinov2-with-registers-small) and REPA (dinov2-vit-s, dinov2reg-vit-s) are known, too, in any case.
             Default: ``"vitl14"``.
-        img_size (int, sequence of two ints or callable): Height and width in pixels, multiples of the patch size. A
-            rule ``(h, w, patch) -> (h, w)``, as ``Scaled(7 / 8)`` and ``Area(224 * 224)`` are, lets every call have its
-            own, and a supervision ask the rule by its images' size. Default: 224.
+        img_size (int, sequence of two ints or callable): Height and width in pixels, multiples of the patch size. With
+            a rule ``(h, w, patch) -> (h, w)``, such as ``Scaled(7 / 8)`` or ``Area(224 * 224)``, every call may have
+            its own size, and a supervision applies the rule to the size of its images. Default: 224.
         use_timm_fallback (bool): Whether ``"auto"`` tries timm where hub fails. Default: ``True``.
-        source (str): ``"hub"``, the official model from torch hub, which RUNS THE CODE of
-            github.com/facebookresearch/dinov2 at a pinned revision in this process; ``"timm"``, timm's model with the
-            weights that it publishes; ``"local"``, timm's model with the weights of ``weights``. These never fall back.
-            ``"auto"`` is ``"local"`` where ``weights`` is given, else hub and then timm, the one in the cache first. A
-            full cache is read without network. Of several processes one downloads. Default: ``"auto"``.
+        source (str): ``"hub"`` is the official model from torch hub, which RUNS THE CODE of
+            github.com/facebookresearch/dinov2 at a pinned revision in this process. ``"timm"`` is timm's model with the
+            weights that timm publishes, ``"local"`` the same with those of ``weights``. These never fall back.
+            ``"auto"`` is ``"local"`` if ``weights`` is given, else hub and then timm; the one in the cache comes first.
+            A full cache is read without network. One of several processes downloads. Default: ``"auto"``.
         weights (path, optional): A .safetensors file, a checkpoint of torch.save (read with ``weights_only=True``), or
             a folder or index of shards as transformers' ``save_pretrained`` writes them. The parameter names are the
             official ones, timm's or transformers', the training resolution any square one. ``mean`` and ``std`` come
@@ -59,38 +59,37 @@ class DINOv2Backbone(Rewritten):
         pretrained (bool): False gives random weights without network, through timm unless ``source="hub"``. Default:
             ``True``.
         dtype (torch.dtype, optional): Dtype of the weights. Default: the one in which they are stored.
-        pos_embed (str): How position embeddings reach an input's size: ``"official"`` as the official code resamples
-            them, ``"timm"`` as timm does, antialiased, which moves patch features by some percent at 224;
-            ``"transformers"`` as transformers does. The last two need ``source`` not to be hub. Default:
-            ``"official"``.
-        layers (sequence of ints, optional): Blocks whose features are given too, as ``features["layers"][n]``, by the
-            last norm, as the official ``get_intermediate_layers`` does: counted from 0, or from the end where negative.
+        pos_embed (str): Code whose resampling of position embeddings is used: ``"official"``, ``"timm"`` or
+            ``"transformers"``. timm's is antialiased, and moves patch features by some percent at 224. The last two
+            need a ``source`` other than hub. Default: ``"official"``.
+        layers (sequence of ints, optional): Blocks whose features are returned, too, as ``features["layers"][n]``.
+            Blocks count from 0, and negative numbers from the end. The last norm is applied, as in the official
+            ``get_intermediate_layers``.
             Default: none.
-        engine (bool): Whether an engine computes the model by exact rewrites: attention is one op, LayerNorm's affine
-            and LayerScale are folded into the weights, and no token is computed that nobody reads. ``explain()`` lists
-            which hold, ``check(images)`` compares features with the published model's. A model that the engine does not
-            know runs as it was published. Default: ``True``.
-        micro_batch (int, optional): Most images that are computed at a time; a batch is computed in slices, and
-            activations take the memory of one. Default: the whole batch.
-        grad_checkpointing (bool): Whether a backward, where a gradient reaches the image, computes each block again and
-            keeps its input alone. It needs the engine. Default: ``False``.
-        compile (bool or str): Whether torch.compile compiles the forward, at the first call of each size; or its mode:
-            ``"reduce-overhead"``, ``"max-autotune"``, ``"max-autotune-no-cudagraphs"``, ``"default"``. Features of a
-            mode that replays CUDA graphs are copies. Default: ``False``.
+        engine (bool): Whether an engine computes the model by exact rewrites. Attention is one op, LayerNorm's affine
+            and LayerScale are folded into the weights, and tokens that are not read are not computed. ``explain()``
+            lists the rewrites, and ``check(images)`` compares features with the published model's. A model that the
+            engine does not know runs as it was published. Default: ``True``.
+        micro_batch (int, optional): Most images that are computed at a time. A batch is computed in slices, and
+            activations take the memory of one slice. Default: the whole batch.
+        grad_checkpointing (bool): Whether each block keeps its input alone for a gradient of the image, and the
+            backward computes the block again. It needs the engine. Default: ``False``.
+        compile (bool or str): Whether torch.compile compiles the forward, at the first call of each size. A string is
+            its mode: ``"reduce-overhead"``, ``"max-autotune"``, ``"max-autotune-no-cudagraphs"`` or ``"default"``. If
+            the mode replays CUDA graphs, features are copies. Default: ``False``.
         model (nn.Module or str, optional): Another model in place of variant, source and weights: a timm model's name
-            or any module. ``forward_features`` is called where it has one. Its result is a dict of {'global',
-            'patch'}, of the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P its
-            num_prefix_tokens, else 1); a map [B, D, h, w] (or NHWC by its output_fmt); or pooled features [B, D], which
-            leave 'patch' None. Without a class token 'global' is what its head pools, else the mean of the patches.
-            transformers' Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel and SiglipVisionModel are taken as they
-            are, alone or in a module that returns their output or tokens: width, patch size, registers, mean and std
-            come from them.
+            or any module. ``forward_features`` is called if it has one. It returns a dict of {'global', 'patch'}, of
+            the official names or of {'cls_token', 'patch_tokens'}; tokens [B, P + N, D] (P is its num_prefix_tokens,
+            else 1); a map [B, D, h, w] (or NHWC by its output_fmt); or pooled features [B, D], with which 'patch' is
+            None. If it has no class token, 'global' is what its head pools, else the mean of the patches. transformers'
+            Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel and SiglipVisionModel work as they are, alone or in a
+            module that returns their output or tokens. Width, patch size, registers, mean and std are read from them.
 
     Attributes:
-        model (nn.Module): The frozen model, as it was published. With an engine its weights stay on the host in their
-            own dtype, and it is no submodule. ``model.load_state_dict`` folds them anew. After other writes into them,
-            such as one in place or a load into a part of the model, call ``refold()``.
-        engine (nn.Module or None): What computes the features in the model's place.
+        model (nn.Module): The frozen model, as it was published. With an engine it is no submodule, and its weights
+            stay on the host in their stored dtype. ``model.load_state_dict`` folds them anew. After a write in place,
+            or a load into a part of the model, call ``refold()``.
+        engine (nn.Module or None): The module that computes the features in place of the model.
         embed_dim (int): Width D of the features.
         patch_size (int): Side of a patch in pixels.
         mean (tuple of three floats): Mean of images in 0..1 that the model was trained with.
@@ -101,15 +100,15 @@ class DINOv2Backbone(Rewritten):
     Shape:
         - x: :math:`(B, 3, H, W)`, normalised with mean and std; or patches :math:`(B, N, 3 p^2)`, as
           ``preprocess(patch_size=p)`` writes them for a fixed ``img_size``
-        - Output: a dict of ``'global'`` :math:`(B, D)`, the normalised class token, ``'patch'`` :math:`(B, N, D)`, the
-          normalised patch tokens row by row, without class and register tokens, and ``'grid'``, rows and columns
-          of patches in x; with ``layers`` also ``'layers'``, a dict of ``'global'`` and ``'patch'`` by each int as it
-          was given. Without a class token the mean of a layer's patch tokens is its ``'global'``
+        - Output: a dict. ``'global'`` is :math:`(B, D)`, the normalised class token. ``'patch'`` is :math:`(B, N, D)`,
+          the normalised patch tokens row by row, without class and register tokens. ``'grid'`` has the rows and columns
+          of patches in x. With ``layers`` there is ``'layers'``, a dict with ``'global'`` and ``'patch'`` for each
+          given int. If a model has no class token, the mean of a layer's patch tokens is its ``'global'``
 
     Raises:
-        ValueError: If an argument is out of range, or ``img_size`` a rule and the model built for one size. The message
-            names it.
-        TypeError: If ``dtype`` or ``model`` is none.
+        ValueError: If an argument is out of range, or if ``img_size`` is a rule and the model was built for one size.
+            The message names it.
+        TypeError: If ``dtype`` is no floating dtype, or ``model`` no name or module.
         FileNotFoundError: If ``weights`` is missing.
         RuntimeError: If no source gives the weights. The message has each attempt with its cause.
 
@@ -202,7 +201,7 @@ class DINOv2Backbone(Rewritten):
 
     @property
     def projection(self) -> PatchProjection | None:
-        """The patch embedding that is computed with, where it is a convolution by patches."""
+        """The patch embedding in use, if it is a convolution by patches."""
         return take_patches(self.computing, self.patch_size)
 
     def input_size(self, size: Size) -> Size:
@@ -212,12 +211,12 @@ class DINOv2Backbone(Rewritten):
     def forward(self, x: Tensor, needs: frozenset[str] | None = None, raw: Raw | None = None) -> Features:
         """Return {'global': [B, D], 'patch': [B, N, D] or None, 'grid': (rows, columns)} of normalised floats x.
 
-        x: [B, 3, H, W], where img_size is a rule of any multiples of the patch size; or patches [B, N, 3 p p] of
-        img_size's grid, row by row, each in the order of a Conv2d's weight, for models whose patch embedding is a
-        convolution by patches, as a ViT's is: it becomes one matrix product.
-        needs: the features that are read, of 'global', 'patch' and 'layers'; None means all. Without 'patch' that is
-        None, and with 'layers' alone there is no 'global' either. The engine computes no more than that.
-        raw: what a supervision's preprocessing would do, where x are raw images and it is folded into that convolution.
+        x: [B, 3, H, W]; if img_size is a rule, of any multiples of the patch size. Or patches [B, N, 3 p p] of
+        img_size's grid, row by row, each in the order of a Conv2d's weight. They need a patch embedding that is a
+        convolution by patches, as in a ViT, and it becomes one matrix product.
+        needs: the features that are read, of 'global', 'patch' and 'layers'; None means all. A 'patch' that is not
+        needed is None, and if 'layers' alone is needed, there is no 'global' either. The engine computes no more.
+        raw: the preprocessing that is folded into that convolution, if x are raw images.
         It raises ValueError if x is anything else, or if the model's features do not fit embed_dim and the grid.
         """
         check_tensor("x", x)
@@ -232,7 +231,7 @@ class DINOv2Backbone(Rewritten):
     def compute(
         self, x: Tensor, needs: frozenset[str] | None, raw: Raw | None, weights: tuple[Tensor, Tensor] | None
     ) -> Features:
-        """Return the features of one slice. weights: those of the patch embedding that raw is folded into."""
+        """Return the features of one slice. weights: those of the patch embedding, with raw folded in."""
         h, w = self.size_of(x) if raw is None else raw.size
         p = self.patch_size
         grid = h // p, w // p

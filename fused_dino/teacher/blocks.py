@@ -1,4 +1,4 @@
-"""The blocks of published models that the engine can rewrite, and why it leaves others as they are.
+"""The blocks of published models that the engine can rewrite, and the reasons to leave others as they are.
 
 A model is known by the exact classes of all its parts, by their names: neither timm nor the hub's code is imported.
 """
@@ -83,8 +83,8 @@ class Block(NamedTuple):
 class Published(NamedTuple):
     """What the engine needs to know of a published model.
 
-    blocks: the modules, each of which read_block knows; prefix: how many tokens come before the patches; has_class:
-    whether the first of them is a class token; has_scale: whether any block has a LayerScale.
+    blocks: the modules, each of which read_block knows. prefix: how many tokens come before the patches. has_class:
+    whether the first of them is a class token. has_scale: whether any block has a LayerScale.
     """
 
     kind: str

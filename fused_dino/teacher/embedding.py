@@ -1,4 +1,4 @@
-"""Patch embedding outside of the model, for a teacher that is given patches or raw images in place of its input."""
+"""Patch embedding outside of the model, for patches or raw images in place of a teacher's usual input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..sizes import Size
-from .kept import Keeps, Kept
+from .caching import Cache, Caching
 from .pixels import Raw, embed, reads_all_pixels
 from .transformers_model import is_known
 
@@ -22,10 +22,10 @@ def caller() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-class PatchProjection(Keeps, nn.Conv2d):
+class PatchProjection(Caching, nn.Conv2d):
     """A Conv2d whose next output can be injected: it returns the result stored for this thread, else it convolves.
 
-    It keeps its folded weights. reads_all: whether the model reads its images here alone.
+    It caches its folded weights. reads_all: whether the model reads its images here alone.
     """
 
     results: dict[int, Tensor]
@@ -46,7 +46,7 @@ def take_patches(model: nn.Module, patch_size: int) -> PatchProjection | None:
     fits = all(getattr(conv, name, None) == value for name, value in by_patches.items())
     if type(conv) is nn.Conv2d and fits and conv.padding in ((0, 0), "valid"):
         conv.__class__ = PatchProjection  # in its place, so that parameters, their names and hooks stay
-        vars(conv).update(results={}, kept=Kept(), reads_all=reads_all_pixels(model))
+        vars(conv).update(results={}, cache=Cache(), reads_all=reads_all_pixels(model))
     return conv if isinstance(conv, PatchProjection) else None
 
 
@@ -57,7 +57,7 @@ def from_patches(
     img_size: Size,
     patch_size: int,
 ) -> Any:
-    """Return the model's features of patches: they are embedded here, and its own projection returns the result."""
+    """Return the model's features of patches. They are embedded here, and the model's projection returns the result."""
     projection = take_patches(model, patch_size)
     refused = f"x must be pixels [B, 3, H, W], got patches {list(patches.shape)}: model {type(model).__name__}"
     if projection is None:

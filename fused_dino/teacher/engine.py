@@ -1,7 +1,7 @@
 """The engine of a frozen teacher: exact rewrites of a published vision transformer.
 
-Attention is one op, LayerNorm's affine and LayerScale are part of the weights beside them, and the last block computes
-only the tokens that are wanted.
+Attention is one op, LayerNorm's affine and LayerScale are part of the adjacent weights, and the last block computes
+only the tokens that are read.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ class Engine(nn.Module):
     ) -> tuple[Tensor | None, dict[int, tuple[Tensor, Tensor]]]:
         """Return the last tokens of images x, and (global, patch) of chosen layers, all by the last norm.
 
-        layers: each as it was given -> its block. The last tokens are [B, P + N, D], or [B, 1, D] where the class token
-        alone is wanted, or None. No block runs after the last one that is wanted. Without a class token the mean of
-        the patch tokens stands for it. grad_checkpointing: whether a backward runs each block again from its input.
+        layers: each as it was given -> its block. The last tokens are [B, P + N, D], or [B, 1, D] if the class token
+        alone is read, or None. No block runs after the last one that is read. A model without a class token has the
+        mean of its patch tokens in place of it. grad_checkpointing: whether a backward runs each block again from its
+        input.
         """
         last = len(self.blocks) - 1
-        wanted = {*layers.values(), *([last] if wants_last else [])}
+        needed = {*layers.values(), *([last] if wants_last else [])}
         class_only = self.has_class and not wants_patch and last not in layers.values()
         tokens, ropes = self.embed(x)
         found: dict[int, Tensor] = {}
         runs_again = grad_checkpointing and torch.is_grad_enabled()
-        for number in range(max(wanted) + 1):
+        for number in range(max(needed) + 1):
             block: Any = self.blocks[number]
             if runs_again:
                 block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             tokens = block(tokens, ropes[number], class_only and number == last)
-            if number in wanted:
+            if number in needed:
                 found[number] = self.shell.norm(tokens)
         return found.get(last), {n: self.take(found[block]) for n, block in layers.items()}
 
@@ -86,7 +87,7 @@ class Engine(nn.Module):
         """Return a line for each rewrite. model: the published one."""
         weight = next(self.parameters())
         scaled = "folded into the product before it" if self.has_scale else "there is none"
-        last = "of the class token alone where no patch token is wanted"
+        last = "of the class token alone where no patch token is needed"
         if not self.has_class:
             last = "of every token, since the global feature is pooled from the patches"
         folded, published = (sum(p.nbytes for p in part.parameters()) / 1e6 for part in (self, model))
@@ -169,8 +170,8 @@ def fold_norm(linear: Linear, norm: Any, dtype: torch.dtype) -> nn.Linear:
         shift = weight.double() @ norm.bias.double()
         bias = shift if bias is None else bias.double() + shift
     if norm.weight is not None:
-        wide = widest(weight.dtype, dtype)
-        weight = weight.to(wide) * norm.weight.to(wide)
+        acc_dtype = widest(weight.dtype, dtype)
+        weight = weight.to(acc_dtype) * norm.weight.to(acc_dtype)
     return make_linear(weight, bias, dtype)
 
 
@@ -193,10 +194,10 @@ def make_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.L
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    wide = torch.float32
+    acc_dtype = torch.float32
     for dtype in dtypes:
-        wide = torch.promote_types(wide, dtype)
-    return wide
+        acc_dtype = torch.promote_types(acc_dtype, dtype)
+    return acc_dtype
 
 
 def copy_shell(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A module with a frozen teacher that its trainer never sees, and that teacher's features of images."""
+"""A module with a frozen teacher, which no trainer sees, and the teacher's features of images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from ..preprocess import Preprocess
 from ..sizes import check_img_size, resolve
 from ..validation import check_images, check_size, check_tensor, check_values
 from .backbone import DINOv2Backbone
-from .given import make_preprocess, make_teacher
+from .factories import make_preprocess, make_teacher
 from .pixels import Raw, read_raw
 from .reading import read_patch_size
 
 
 class Taught(nn.Module):
-    """Holds `teacher` outside of its submodules: parameters(), modules() and state_dict() lack it, and .to() moves it.
+    """Holds `teacher` outside of its submodules: it is in no parameters(), modules() or state_dict(), but .to() moves
+    it.
 
     img_size, preprocess and stopgrad_image are those of a supervision; teacher_grid: (rows, columns) of its tokens, or
     None where img_size is a rule.
@@ -46,7 +47,7 @@ class Taught(nn.Module):
     def hold(
         self, teacher: Any, layers: Collection[int], backend: Any, *, img_size: Any, preprocess: Any, input_range: Any
     ) -> None:
-        """Take a teacher, with its preprocessing. layers: that it must give."""
+        """Take a teacher, with its preprocessing. layers: those that it must return."""
         if img_size is None:
             img_size = getattr(teacher, "img_size", None) or 224
         self.img_size = check_img_size(img_size)
@@ -100,7 +101,7 @@ class Taught(nn.Module):
         return check_values("x_img", x_img, self.preprocess.range_of(x_img.dtype))
 
     def _teach(self, x_img: Tensor, needs: frozenset[str] | None = None) -> Features:
-        """Return the teacher's features. needs: those that are read, by default all; it is told if it takes them."""
+        """Return the teacher's features. needs: those that are read, by default all, for a teacher that takes it."""
         check_tensor("x_img", x_img)
         check_loaded(self.teacher, x_img)
         if self.teacher.training:  # another module that holds it as a submodule may have set that
@@ -134,7 +135,7 @@ class Taught(nn.Module):
         return {**features, "grid": found.get("grid") or grid, "image_size": (h, w)}
 
     def _check_images(self, x_img: Any, features: Any, name: str = "x_img") -> int:
-        """Check that one of the two is given, and return its batch size. name: of the images' argument, for errors."""
+        """Check that one of the two is given, and return its batch size. name: the images' argument, for errors."""
         if features is not None and x_img is not None:
             raise ValueError(f"give {name} or features, not both: features are what encode({name}) returned")
         if features is not None:
@@ -157,7 +158,7 @@ class Taught(nn.Module):
     def _features(
         self, x_img: Any, features: Mapping[str, Any] | None, device: torch.device, needs: frozenset[str]
     ) -> Features:
-        """Return the features that are given, or else those of the images, on the student's device with their grid.
+        """Return the given features, or else those of the images, on the student's device and with their grid.
 
         They are detached with stopgrad_image. needs: which of them are read.
         """

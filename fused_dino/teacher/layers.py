@@ -1,4 +1,4 @@
-"""Features of chosen blocks of a model, all of one forward, as the official `get_intermediate_layers` gives them."""
+"""Features of chosen blocks of a model from one forward, as the official `get_intermediate_layers` returns them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Layers(NamedTuple):
 
 
 class Tap:
-    """A forward hook that keeps the output of a block while its caller waits for it.
+    """A forward hook that keeps the output of a block until its caller takes it.
 
-    transformers' own hooks for `output_hidden_states` cannot be pickled, and are made in the first forward, where no
-    compiler takes them.
+    transformers' own hooks for `output_hidden_states` cannot be pickled. They are made in the first forward, which no
+    compiler can trace.
     """
 
     def __init__(self, block: int, waiting: dict[int, dict[int, Tensor]]) -> None:
@@ -79,7 +79,7 @@ def wants(name: str, needs: frozenset[str] | None) -> bool:
 
 
 def wants_last(needs: frozenset[str] | None, layers: Layers | None) -> bool:
-    """Whether features of the last block are read, which nobody names where the chosen layers' are read alone."""
+    """Whether features of the last block are read: not if the chosen layers are read alone."""
     return layers is None or wants("global", needs) or wants("patch", needs) or not wants("layers", needs)
 
 

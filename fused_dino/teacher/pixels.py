@@ -47,7 +47,7 @@ class Raw(NamedTuple):
 
 
 def read_raw(teacher: DINOv2Backbone, preprocess: Any, images: Tensor, size: Size | None) -> Raw | str:
-    """Return what the convolution of raw images folds, or the reason why these images are preprocessed.
+    """Return the preprocessing to fold into the convolution, or the reason why these images are preprocessed first.
 
     size: of the teacher's input. Default: that of preprocess.
     """
@@ -72,7 +72,7 @@ def read_raw(teacher: DINOv2Backbone, preprocess: Any, images: Tensor, size: Siz
 
 
 def find_option(preprocess: Any, patch_size: int) -> str | None:
-    """Return what a preprocessing does that no convolution does, or None."""
+    """Return the option of a preprocessing that no convolution can do, or None."""
     if type(preprocess) is not Preprocess or preprocess._forward_hooks or preprocess._forward_pre_hooks:
         return "preprocess is no plain Preprocess"
     options = preprocess.options
@@ -122,12 +122,12 @@ def embed(images: Tensor, raw: Raw, kernel: Tensor, constant: Tensor) -> Tensor:
 
 
 def folded(projection: PatchProjection, images: Tensor, raw: Raw) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias for images of a size, which the projection keeps. read_raw has accepted raw."""
+    """Return the weight and the bias for images of a size, which the projection caches. read_raw has accepted raw."""
     weight, bias = projection.weight, projection.bias
     p = weight.shape[2]
     window = images.shape[2] * p // raw.size[0], images.shape[3] * p // raw.size[1]
     sources = (weight,) if bias is None else (weight, bias)
-    return projection.keep((window, raw[1:]), sources, lambda: fold(weight, bias, window, raw))
+    return projection.cached((window, raw[1:]), sources, lambda: fold(weight, bias, window, raw))
 
 
 def fold(weight: Tensor, bias: Tensor | None, window: Size, raw: Raw) -> tuple[Tensor, Tensor]:
@@ -170,6 +170,6 @@ def centred(images: Tensor, raw: Raw, dtype: torch.dtype) -> Tensor:
     if images.is_floating_point():
         images = images.to(torch.promote_types(images.dtype, dtype))
     if (shift, factor) != (0, 1):
-        wide = images.dtype if images.is_floating_point() else dtype
-        images = torch.add(torch.full((), shift, dtype=wide, device=images.device), images, alpha=factor)
+        acc_dtype = images.dtype if images.is_floating_point() else dtype
+        images = torch.add(torch.full((), shift, dtype=acc_dtype, device=images.device), images, alpha=factor)
     return images.to(dtype)

@@ -1,4 +1,4 @@
-"""Position embeddings for images of any size: resampled as the official code does, and kept for the sizes used last."""
+"""Position embeddings for images of any size: resampled as in the official code, and cached for the sizes used last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..features import Grid
-from .kept import Keeps, Kept
+from .caching import Cache, Caching
 
 SOURCES = {  # the position embeddings of classes that have a method interpolate_pos_encoding
     "DinoVisionTransformer": "pos_embed",
@@ -48,9 +48,9 @@ def square_side(positions: Tensor) -> int:
 def resize_pos_embed(positions: Tensor, grid: Grid, to: Grid, *, antialias: bool, offset: float) -> Tensor:
     """Resample positions [1, P + h*w, D], P of them for prefix tokens, of a grid h x w to another, bicubic in float32.
 
-    DINOv2 without registers gives the scale (h + offset) / g, with an offset of 0.1, and so samples at slightly
-    different points than one that gives the size h, as transformers does. DINOv2 with registers, and timm, give the
-    size and antialias. A grid of the same size stays as it is.
+    DINOv2 without registers passes the scale (h + offset) / g to interpolate, with an offset of 0.1. It so samples at
+    slightly different points than transformers, which passes the size h. DINOv2 with registers, and timm, pass the size
+    and antialias. A grid of the same size stays as it is.
 
     Source: `interpolate_pos_encoding` in facebookresearch/dinov2, dinov2/models/vision_transformer.py, and in
     transformers, models/dinov2/modeling_dinov2.py.
@@ -83,8 +83,8 @@ def _(positions: Tensor, h: int, w: int, rows: int, columns: int, antialias: boo
     return positions.new_empty(1, positions.shape[1] - h * w + rows * columns, positions.shape[2])
 
 
-class Positions(Keeps):
-    """Keeps a module's resampled position embeddings, out of its state_dict, until it is moved, cast or loaded.
+class Positions(Caching):
+    """Caches a module's resampled position embeddings, outside of its state_dict, until it is moved, cast or loaded.
 
     Its subclasses are mixed into the class of a module that exists, so that parameters, their names and hooks stay.
     """
@@ -100,7 +100,7 @@ class Interpolated(Positions):
     def interpolate_pos_encoding(self, x: Tensor, *size: int) -> Tensor:
         interpolate = super().interpolate_pos_encoding  # type: ignore[misc]
         source = attrgetter(SOURCES[type(self).__name__])(self)
-        return self.keep((x.shape[1], x.dtype, size), (source,), lambda: interpolate(x, *size))
+        return self.cached((x.shape[1], x.dtype, size), (source,), lambda: interpolate(x, *size))
 
 
 class Resampled(Positions):
@@ -111,7 +111,7 @@ class Resampled(Positions):
     def resample(self: Any, grid: Grid, to: Grid) -> Tensor:
         """Return positions [1, P + N, D] for a grid of N patches."""
         source, options = self.pos_embed, self.resampling._asdict()
-        return self.keep(to, (source,), lambda: resize_pos_embed(source, grid, to, **options))
+        return self.cached(to, (source,), lambda: resize_pos_embed(source, grid, to, **options))
 
 
 class HubPositions(Resampled):
@@ -147,7 +147,7 @@ def rebuild(mixin: Any, base: Any) -> Any:
 def mix(module: Any, mixin: Any, **attributes: Any) -> None:
     base: Any = type(module)
     module.__class__ = mixed(mixin, base)
-    vars(module).update(attributes, kept=Kept())
+    vars(module).update(attributes, cache=Cache())
 
 
 def take_any_size(model: Any, rule: Any, resampling: Resampling) -> None:

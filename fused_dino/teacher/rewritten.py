@@ -1,6 +1,6 @@
-"""A backbone whose published model an engine computes, where the engine knows it exactly.
+"""A backbone whose published model an engine computes, if the engine knows the model exactly.
 
-The published weights stay on the host, in the dtype in which they are stored, and out of the module: a wrapper such as
+The published weights stay on the host, in their stored dtype, and out of the module: a wrapper such as
 DistributedDataParallel refuses a module with parameters on two kinds of devices.
 """
 
@@ -33,11 +33,11 @@ class Rewritten(nn.Module):
     takes_raw: bool  # whether resize and normalisation may be folded into the patch embedding
 
     @torch.no_grad()
-    def rewrite(self, wanted: bool, dtype: torch.dtype | None) -> None:
-        """Build the engine of the model, in dtype, if it is wanted and known exactly; else cast the model to dtype."""
+    def rewrite(self, enabled: bool, dtype: torch.dtype | None) -> None:
+        """Build the engine in dtype, if it is enabled and the model is known exactly; else cast the model to dtype."""
         self.engine, self.refused = None, ""
         try:
-            if not wanted:
+            if not enabled:
                 raise UnlikeError("engine=False")
             published = read_model(self.model)
         except UnlikeError as error:
@@ -69,7 +69,7 @@ class Rewritten(nn.Module):
 
     @torch.no_grad()
     def refold(self) -> None:
-        """Let the engine take weights of `model` that were written in place. Loading and casting do it themselves.
+        """Fold weights of `model` anew after they were written in place. Loading and casting do so themselves.
 
         Raises:
             ValueError: If the model is no longer one that the engine knows exactly.
@@ -119,14 +119,14 @@ class Rewritten(nn.Module):
     ) -> None:
         _, missing, unexpected, errors = args
         its = f"{prefix}model."
-        given = {key: x for key, x in state_dict.items() if key.startswith(its)}
+        weights = {key: x for key, x in state_dict.items() if key.startswith(its)}
         if self.engine is None:
-            if not given and FRESH not in self.__dict__:
+            if not weights and FRESH not in self.__dict__:
                 # A checkpoint as state_dict() leaves it: strict loading finds what is loaded already.
                 state_dict.update(self.model.state_dict(prefix=its, keep_vars=True))
         else:
-            if given or FRESH in self.__dict__:
-                own_names = {key.removeprefix(its): state_dict.pop(key) for key in given}
+            if weights or FRESH in self.__dict__:
+                own_names = {key.removeprefix(its): state_dict.pop(key) for key in weights}
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 try:
                     found = self.model.load_state_dict(own_names, strict=False, assign=assign)

@@ -33,7 +33,7 @@ class Teachers(Taught):
     def hold_all(self, teacher: Any, layers: Mapping[Name, Collection[int]], backend: Any, **options: Any) -> None:
         """Take a teacher, a dict of them by name, or None.
 
-        layers: that each must give; options: those of DEFAULTS, each one value for all or a dict by name.
+        layers: those that each must return; options: those of DEFAULTS, each one value for all, or a dict by name.
         """
         several = isinstance(teacher, Mapping)
         names = check_names(teacher) if several else []
@@ -45,8 +45,8 @@ class Teachers(Taught):
             self.hold(teacher, layers.get(None, ()), backend, **options)
             return
         if teacher is None and options != DEFAULTS:
-            given = next(key for key, value in options.items() if value != DEFAULTS[key])
-            raise ValueError(f"{given} must be left out with teacher=None, which has no input")
+            name = next(key for key, value in options.items() if value != DEFAULTS[key])
+            raise ValueError(f"{name} must be left out with teacher=None, which has no input")
         self.teachers = nn.ModuleDict()
         for name in names:
             own = {k: x.get(name, DEFAULTS[k]) if isinstance(x, Mapping) else x for k, x in options.items()}
@@ -56,7 +56,7 @@ class Teachers(Taught):
 
     @torch.no_grad()
     def encode(self, x_img: Tensor) -> Any:
-        """Returns the teacher's features of images, detached: to cache, or to compute ahead.
+        """Returns the teacher's features of images, detached: cache them, or compute them ahead.
 
         Args:
             x_img (Tensor): Images [B, 3, H, W] of any size, or frames [B, T, 3, H, W], which count as B T images. They
@@ -65,8 +65,8 @@ class Teachers(Taught):
 
         Returns:
             dict: ``'global'`` [B, D] and ``'patch'`` [B, N, D] or None, in the teacher's dtype; ``'grid'``, the rows
-            and columns of the patch tokens; ``'image_size'``, the height and width of the images; ``'layers'``, where
-            the teacher gives them. Of several teachers a dict of such dicts by name.
+            and columns of the patch tokens; ``'image_size'``, the height and width of the images; ``'layers'``, if the
+            teacher returns them. Several teachers give a dict of such dicts by name.
 
         Raises:
             ValueError: If the images, or the teacher's result, are not of these shapes. The message names them.
@@ -83,11 +83,12 @@ class Teachers(Taught):
             x_img (Tensor): Images, as for ``encode``.
 
         Returns:
-            str: A sentence with the least and the largest value, and the share that lies outside; one a teacher.
+            str: A sentence with the least and the largest value, and the share that lies outside; one sentence for each
+                teacher.
 
         Raises:
-            ValueError: If values are not finite, over 1% of them lie outside, or all lie in one half of the range, as
-                those of 0..1 do in -1..1.
+            ValueError: If values are not finite, if over 1% lie outside, or if all lie in one half of the range, as
+                0..1 does in -1..1.
             TypeError: If ``preprocess`` is no Preprocess, whose range is not known here.
         """
         if self.teachers is None:
@@ -124,8 +125,8 @@ class Teachers(Taught):
     ) -> Any:
         """Return by name the features of the teachers that are needed. needs: what is read of each."""
         sources = self.sources()
-        given = {None: features} if self.teachers is None else features or {}
-        return {n: sources[n]._features(images, given.get(n), device, its) for n, its in needs.items()}
+        by_name = {None: features} if self.teachers is None else features or {}
+        return {n: sources[n]._features(images, by_name.get(n), device, its) for n, its in needs.items()}
 
 
 def check_names(teachers: Mapping[Any, Any]) -> list[str]:

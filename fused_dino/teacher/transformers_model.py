@@ -47,7 +47,7 @@ def find_cores(model: nn.Module) -> list[Any]:
 
 
 def without_head(model: nn.Module) -> nn.Module:
-    """Return the model that a classifier of transformers stands on, and any other module as it is."""
+    """Return the model inside of a classifier of transformers, and any other module as it is."""
     known: Any = model
     names = (CLASSES[known.config.model_type],) if is_known(model) else ()
     return next((child for child in model.children() if type(child).__name__ in names), model)
@@ -61,7 +61,8 @@ def count_prefix_tokens(core: Any) -> int:
 def read_own_statistics(core: Any) -> dict[str, tuple[float, float, float]]:
     """Return 'mean' and 'std' of the preprocessor_config.json beside the weights that the model was loaded from.
 
-    That is in its folder, or in Hugging Face's cache. Without it the result has what is known of the model's type.
+    The file is in the model's folder, or in Hugging Face's cache. If there is none, the result has the values of the
+    type.
     """
     half = (0.5, 0.5, 0.5)
     known = {"mean": half, "std": half} if core.config.model_type == SIGLIP else {}
@@ -82,9 +83,9 @@ def read_own_statistics(core: Any) -> dict[str, tuple[float, float, float]]:
 
 
 def call_options(model: Any, size: Size | None) -> dict[str, bool]:
-    """Return the arguments with which a known model takes images of this size, or of any, and returns names.
+    """Return the arguments with which a known model takes images of this size, or of any, and names its outputs.
 
-    Any other model has none of them.
+    Any other model gets no arguments.
     """
     if not is_known(model):
         return {}

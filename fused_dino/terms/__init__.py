@@ -1,4 +1,4 @@
-"""The wing of the terms: a student's tensors and the teacher's features become a loss and its logs."""
+"""The terms: each makes a loss and logs of a student's tensor and the teacher's features."""
 
 from .base import Term
 from .projector import Projector

@@ -1,4 +1,4 @@
-"""What a term is, and the alignment that the terms of this package share: a projector, a loss and rows to compare."""
+"""The class of a term, and the alignment that the terms of this package share: a projector, and a loss of rows."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .targets import read_target
 
 
 class Term(nn.Module):
-    """A part of a supervision's loss: what a student's tensor and the teacher's features make of each other.
+    """A part of a supervision's loss, made of a student's tensor and the teacher's features.
 
-    A subclass writes ``forward``. A supervision hands it whatever its ``forward`` names among ``weight``, ``index``,
-    ``token_grid`` and ``scale``. A term that does not take ``scale`` has its loss multiplied afterwards.
+    A subclass defines ``forward``. A supervision passes those of ``weight``, ``index``, ``token_grid`` and ``scale``
+    that its parameters name. It multiplies the loss of a term that does not take ``scale``.
 
     Args:
         weight (float): Factor of the term in its supervision's sum. Default: 1.
         teacher (str, optional): Name of its teacher, where there are several. Default: the one without a name.
 
     Shape:
-        - student: a floating tensor of B rows; what else is the subclass's
+        - student: a floating tensor whose first dimension is B; a subclass says more
         - Output: a scalar loss, and a dict of detached scalars
 
     Attributes:
         needs (frozenset of str): The features that it reads, of ``"global"``, ``"patch"`` and ``"layers"``.
-        layers (tuple of ints): The layers that it reads, of which a teacher that is made for it gives features.
+        layers (tuple of ints): The layers that it reads. A teacher given by name returns their features.
 
     Raises:
         ValueError: If ``weight`` is no finite number, or ``teacher`` no name.
@@ -80,22 +80,28 @@ class Term(nn.Module):
         """
         return read_target(name, target, self.needs, width)
 
+    def check_target(self, name: str, target: Features, student: Any, **options: Any) -> None:
+        """Check that a target of a call fits a student that ``check`` has passed, with the options of that call.
+
+        name: what the caller calls the target, for errors; target: what ``read_target`` returned.
+        """
+
     def similarity(self, value: Tensor) -> Tensor:
-        """Return the similarity that a loss means, for BySimilarity. A term without one raises ValueError."""
+        """Return the similarity that has this loss, for BySimilarity. A term without a similarity raises ValueError."""
         raise ValueError(f"{type(self).__name__} defines no similarity(value)")
 
     def forward(self, student: Tensor, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss and its logs.
 
         student: the model's tensor; features: of the same images, on its device, detached unless the supervision's
-        stopgrad_image is False. Logs are detached scalars by names without "loss": key k of a term t is logged as
-        dino_t_k, and "value" as dino_t. A term without a "value" has its loss logged there.
+        stopgrad_image is False. Logs are detached scalars by names without "loss". Key k of a term t is logged as
+        dino_t_k, and "value" as dino_t, which is the loss if there is no "value".
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(student, features)")
 
 
 class Parts(NamedTuple):
-    """What an alignment computes with. A module that registers its parts under other names gives those."""
+    """The parts of an alignment. A module that registers them under other names passes them."""
 
     projector: nn.Module
     loss: nn.Module
@@ -161,21 +167,21 @@ class Alignment(Term):
     def align(
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Do what forward does with other parts."""
+        """Compute what forward does, with other parts."""
         raise NotImplementedError(f"{type(self).__name__} must define align(parts, student, features)")
 
     def read_target(self, name: str, target: Any, width: int | None) -> Features:
-        """Do what Term says. A term that reads layers takes no target in their place."""
+        """Return a target as Term does. A term that reads layers takes none."""
         if self.layers:
             raise ValueError(f"{name} must be left out: the term's target is {self.layers} of its teacher's layers")
         return super().read_target(name, target, width)
 
     def choose(self, features: Features) -> Features:
-        """Return the features that the term reads: the last, or in their place those of its layers."""
+        """Return the features that the term reads: those of its layers, else the last ones."""
         return choose(features, self.layers, type(self).needs)
 
     def check_weight(self, weight: Any, rows: tuple[int, ...]) -> None:
-        """Check the rows' weights. rows: the shape of all rows, of which the weights may have the first dimension."""
+        """Check the weights of rows or images. rows: the shape of all rows, whose first dimension is the images."""
         if weight is None:
             return
         check_tensor("weight", weight)

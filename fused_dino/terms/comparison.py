@@ -19,7 +19,7 @@ OURS = (CosineLoss, MSELoss, VICRegLoss)  # a subclass may have a forward of its
 
 
 def make_loss(loss: str | nn.Module, eps: float | None, backend: str | None) -> nn.Module:
-    """Return the loss of a name, or a module as it is. Features come detached already, wherever that is wanted."""
+    """Return the loss of a name, or a module as it is. It does not detach: features that should be detached are."""
     if isinstance(loss, nn.Module):
         if eps is not None:
             raise ValueError("eps belongs to the loss where that is a module: CosineLoss(eps=...)")
@@ -51,9 +51,9 @@ def compare(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return scale times the loss of rows [..., D], and logs: "value", the loss without scale, and VICReg's terms.
 
-    weight: of the rows, broadcastable. normalize: divides by the sum of the weights, as the losses do; False by the
-    number of rows. index: which row of the target each of the student's belongs to. name: of the loss, for errors. An
-    op that takes `scale` applies the factor itself.
+    weight: weights of rows, broadcastable. normalize: whether to divide by the sum of the weights, as the losses do, or
+    by the number of rows. index: the row of the target for each row of the student. name: the argument's name for the
+    loss, in errors. An op that takes `scale` applies the factor itself.
     """
     more: dict[str, Any] = {}
     share: Tensor | None = None

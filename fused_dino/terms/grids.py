@@ -1,8 +1,8 @@
 """Resampling of tokens from one grid onto another by two small matrices: averages of regions, or bilinear samples.
 
 `F.adaptive_avg_pool2d` and `F.interpolate` are the same functions, and on CUDA their backward adds with atomics, in an
-order that changes from run to run. A product of matrices has a fixed order. A NaN or an infinity spreads over its
-whole image here, and there only over its own regions: the loss is NaN in both.
+order that changes from run to run. A product of matrices has a fixed order. It spreads a NaN or an infinity over the
+whole image, where those spread it over some regions. The loss is NaN either way.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ class RegionTerm(Alignment):
     Args:
         latent_shape (sequence of three ints): Channels, rows and columns of the map. Default: (4, 32, 32).
         grid (sequence of two ints): Rows and columns of regions. Default: (2, 2).
-        target (str): Target of a region: ``"region"`` pools the teacher's tokens in it, ``"mean"`` all tokens,
-            ``"nearest"`` takes the most similar token, ``"attention"`` a mean by learnt queries, which may collapse
-            onto tokens that are easy to match. Default: ``"region"``.
+        target (str): Target of a region: ``"region"`` is the mean of the teacher's tokens in the region, ``"mean"``
+            that of all tokens, and ``"nearest"`` the most similar token. ``"attention"`` is a mean by learnt queries,
+            which may collapse onto tokens that are easy to match. Default: ``"region"``.
         projector (nn.Module, optional): A module [B, K, C] -> [B, K, D]. Default: ``Projector(C, hidden_dim, D)``.
         hidden_dim (int): Hidden width of that projector. Default: 256.
         out_dim (int, optional): As in GlobalTerm, and so are the options that follow.
@@ -49,7 +49,7 @@ class RegionTerm(Alignment):
 
     Shape:
         - student: :math:`(B, C h w)` or a map :math:`(B, C, h, w)`
-        - weight, of a call: :math:`(B)`, or :math:`(B, K)` for the regions row by row
+        - weight, of a call: :math:`(B)`, or :math:`(B, K)` for regions in row-major order
         - Output: a scalar, and the logs value, and is_global where the teacher gives no patch tokens
 
     Raises:
@@ -105,7 +105,7 @@ class RegionTerm(Alignment):
             self.build(self.out_dim)
 
     def build(self, width: int) -> None:
-        """Make the projector, unless a module was given, and the queries where the target is attention."""
+        """Make the projector, unless a module was given, and the queries of the target "attention"."""
         if self.projector is None:
             self.projector = Projector(self.latent_shape[0], self.hidden_dim, width)
         if self.patches.target == "attention" and self.queries is None:
@@ -128,15 +128,23 @@ class RegionTerm(Alignment):
             )
         self.check_weight(weight, (batch, self.patches.count))
 
+    def check_target(self, name: str, target: Features, student: Any, **options: Any) -> None:
+        """Check that the grid of a target is known where its tokens are pooled by where they lie."""
+        if self.patches.target == "region" and target.get("grid") is None:
+            raise ValueError(
+                f"{name} must say its grid, as a map [B, D, h, w] or by 'grid', since each region pools its own tokens"
+            )
+
     def align(
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Do what forward does with other parts."""
+        """Compute what forward does, with other parts."""
         features = self.choose(features)
         student = student.to(dtype_of(parts.projector) or student.dtype).flatten(1)
         student, tokens = parts.projector(parts.grids(student)), features.get("patch")
         if tokens is not None:
-            target = parts.grids.targets(tokens, student, parts.queries, grid_of(features))
+            grid = grid_of(features) if parts.grids.target == "region" else None
+            target = parts.grids.targets(tokens, student, parts.queries, grid)
             return self.compare(parts, student, target, weight, scale)
         if parts.queries is not None:
             student = student + reach(parts.queries).to(student.dtype)
@@ -174,8 +182,8 @@ class Patches(nn.Module):
         nearest    the token with the largest cosine to the student's region; no gradient flows through the choice
         attention  sum_n softmax_n(<q_k, t_n> / sqrt(D)) t_n, with learnt queries q [K, D]
 
-    With "attention" the loss moves queries and student towards each other, so that regions may collapse onto tokens
-    that are easy to match. All but "region" ignore where a token lies.
+    With "attention" the loss moves queries and student towards each other, and regions may collapse onto tokens that
+    are easy to match. All targets but "region" ignore where a token lies.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from ..reference.dtypes import upcast
 
 
 def check_layer(layer: Any) -> tuple[int, ...]:
-    """Return the layers of a term's argument `layer`, of which None has none."""
+    """Return the layers of a term's argument `layer`; none for None."""
     if layer is None:
         return ()
     several = isinstance(layer, Sequence) and not isinstance(layer, (str, bytes))
@@ -28,7 +28,7 @@ def check_layer(layer: Any) -> tuple[int, ...]:
 def choose(features: Features, layers: Sequence[int], reads: Collection[str]) -> Features:
     """Return the features with the sum of these layers in place of the last, or as they are where layers is empty.
 
-    reads: which of "global" and "patch" the sum is needed of. Without patch tokens the global token stands for them.
+    reads: which of "global" and "patch" are summed. The global token replaces missing patch tokens.
     """
     if not layers:
         return features
@@ -45,5 +45,5 @@ def choose(features: Features, layers: Sequence[int], reads: Collection[str]) ->
 
 
 def add(several: Sequence[Any]) -> Tensor:
-    """Return the sum, of several tensors in float32, or float64 for float64."""
+    """Return the sum of tensors. Several are added in float32, or in float64 for float64."""
     return several[0] if len(several) == 1 else reduce(torch.add, upcast(*several))

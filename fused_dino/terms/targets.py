@@ -1,4 +1,4 @@
-"""A target of a call, such as an EMA's hidden states, as the features that a term reads in the teacher's place."""
+"""A target of a call, such as an EMA's hidden states, as the features that a term reads in place of a teacher's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grids of hidden tokens: which grid they have, and the one on which they meet the teacher's."""
+"""The grids of hidden tokens: their own, and the grid on which they are compared with the teacher's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MEETINGS = ("larger", "smaller", "teacher")
 class TokenGrids(nn.Module):
     """Brings projected tokens [B, N, D] and the teacher's [B, M, D] onto one grid, bilinearly (align_corners=False).
 
-    compare: the grid where they meet, "larger" in rows and in columns, "smaller" in both, or the "teacher"'s.
-    standardize: the teacher's tokens are first brought to deviation 1 over the positions, without alpha of their mean,
+    compare: the grid of the comparison: in each axis the "larger" or the "smaller", or the "teacher"'s. standardize:
+    the teacher's tokens are first standardised over the positions,
 
         (t_n - alpha mean_n t) / (std_n t + 1e-6)      per image and channel
 
-    with alpha its number, and std_n divided by the positions, or by one less with unbiased. token_grid: of the
-    projected tokens, or None: see find_grid. teacher_grid: of the teacher's, where it is known beforehand.
+    where alpha is its number, and unbiased divides the variance by N - 1. token_grid: the grid of the projected tokens,
+    or None: see find_grid. teacher_grid: the teacher's grid, if it is known beforehand.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TokenGrids(nn.Module):
         if unbiased and not self.standardize:
             raise ValueError("unbiased is of the deviation by which standardize divides; give standardize, too")
         self.compare = check_choice("compare", compare, MEETINGS)
-        self.known: tuple[Grid, Grid] | None = None
+        self.known: Any = None  # (grid, teacher_grid), for which the resampling is made beforehand
         self.resample: Regrid | None = None
         self.resample_teacher: Regrid | None = None
         if teacher_grid is not None:
@@ -63,17 +63,17 @@ class TokenGrids(nn.Module):
         return choose(grid[0], teacher_grid[0]), choose(grid[1], teacher_grid[1])
 
     def student(self, x: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
-        """Bring what lies on the student's grid, [B, N, *], to where both meet."""
+        """Bring tensors [B, N, *] on the student's grid to the grid of the comparison."""
         if (grid, teacher_grid) == self.known:
             return x if self.resample is None else self.resample(x)
         return resample(x, grid, self.meeting(grid, teacher_grid))
 
-    def teacher(self, tokens: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
-        """Bring the teacher's tokens to where both meet. Standardised ones are float32 (float64 for float64)."""
+    def teacher(self, tokens: Tensor, onto: Grid, teacher_grid: Grid) -> Tensor:
+        """Bring the teacher's tokens onto a grid. Standardised tokens are float32 (float64 for float64)."""
         tokens = self.prepare(tokens)
-        if (grid, teacher_grid) == self.known:
-            return tokens if self.resample_teacher is None else self.resample_teacher(tokens)
-        return resample(tokens, teacher_grid, self.meeting(grid, teacher_grid))
+        if self.resample_teacher is not None and (onto, teacher_grid) == (self.meeting(*self.known), self.known[1]):
+            return self.resample_teacher(tokens)
+        return resample(tokens, teacher_grid, onto)
 
     def prepare(self, tokens: Tensor) -> Tensor:
         return standardize(tokens, self.alpha, self.unbiased) if self.standardize else tokens
@@ -101,10 +101,10 @@ def standardize(tokens: Tensor, alpha: float = 1.0, unbiased: bool = False) -> T
 
 
 def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid | None, image_size: Grid | None = None) -> Grid:
-    """Return token_grid if it is given, else the grid of the images' aspect ratio, else the teacher's: which fits.
+    """Return token_grid if it is given, else the grid of the images' aspect ratio or the teacher's, whichever fits
+    first.
 
-    A number of tokens fits several grids. So a square is taken from square images alone, and a grid that is neither
-    the images' nor the teacher's has to be told.
+    The same number of tokens fits several grids. So any other grid has to be given as token_grid.
     """
     if token_grid is not None:
         if count != token_grid[0] * token_grid[1]:
@@ -121,16 +121,17 @@ def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid | None, im
     )
 
 
-def grid_of_target(count: int, token_grid: Grid | None, row_by_row: bool) -> Grid:
-    """Return the grid of a target that says none: token_grid, one of its shape, or one row where each token is met.
+def grid_of_target(name: str, count: int, token_grid: Grid | None, row_by_row: bool) -> Grid:
+    """Return the grid of a target without one: a grid in token_grid's aspect ratio, or one row if none is needed.
 
-    row_by_row: whether no grid is needed, since the student's tokens are the target's, or are at positions of it.
+    name: of the target, for errors; row_by_row: whether no grid is needed, since tokens are compared one by one or by
+    positions.
     """
     grid = None if token_grid is None else grid_of_aspect(count, *token_grid)
     if grid is None and not (row_by_row and token_grid is None):
         student = "no token_grid is given" if token_grid is None else f"token_grid is {token_grid[0]} x {token_grid[1]}"
         raise ValueError(
-            f"the target must say its grid, as a map [B, D, h, w] or by 'grid': it has {count} tokens, and {student}"
+            f"{name} must say its grid, as a map [B, D, h, w] or by 'grid': it has {count} tokens, and {student}"
         )
     return grid or (1, count)
 
@@ -151,7 +152,7 @@ def check_grid(token_grid: Any) -> Grid:
 
 
 def check_alpha(standardize: Any) -> float:
-    """Return the share of the mean that is taken away: 1 for True."""
+    """Return the share of the mean that is subtracted: 1 for True."""
     if isinstance(standardize, bool):
         return 1.0
     return check_number("standardize", standardize, minimum=0)

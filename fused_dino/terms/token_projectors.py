@@ -38,7 +38,7 @@ class TokenConv(nn.Conv2d):
 
 
 def check_projector(name: str, projector: Any) -> str | None:
-    """Return the kind of a projector: None for a module, unless that is a convolution, which is told the grid."""
+    """Return the kind of a projector: "mlp", "conv" (a TokenConv, too), or None for any other module."""
     if isinstance(projector, nn.Module):
         return "conv" if isinstance(projector, TokenConv) else None
     if not isinstance(projector, str):
@@ -51,7 +51,7 @@ def make_projector(kind: str | None, in_dim: int, width: int) -> nn.Module:
 
 
 def check_projectors(in_dim: Any, projector: Any) -> tuple[Any, str | None, nn.Module | None]:
-    """Return a student's width or widths, the kind of the projectors, and those that are given as modules."""
+    """Return a student's width or widths, the kind of the projectors, and the given modules."""
     if not isinstance(in_dim, Sequence) or isinstance(in_dim, (str, bytes)):
         kind = check_projector("projector", projector)
         return check_int("in_dim", in_dim), kind, projector if isinstance(projector, nn.Module) else None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..features import Features, Grid
@@ -17,7 +16,8 @@ from ..reference.dtypes import acc_dtype
 from ..validation import check_flag, check_positions
 from .base import Alignment, Parts, stand_in
 from .comparison import accepts
-from .token_grids import TokenGrids, check_grid, find_grid, grid_of_target, resample
+from .students import as_tokens
+from .token_grids import TokenGrids, check_grid, find_grid, grid_of_target
 from .token_projectors import check_projectors, make_projector
 
 
@@ -142,6 +142,35 @@ class TokenTerm(Alignment):
             if index is not None:
                 self.check_index(index, [len(tokens), patches])
 
+    def check_target(  # type: ignore[override]
+        self,
+        name: str,
+        target: Features,
+        student: Any,
+        *,
+        weight: Any = None,
+        index: Any = None,
+        token_grid: Any = None,
+    ) -> None:
+        """Check that the grids are known on which the tokens meet a target of the call."""
+        for _, its, dim in self.each("student", student):
+            tokens, grid = self.tokens("student", its, dim, len(target["patch"]))  # type: ignore[arg-type]
+            self.places(self.grids, tokens, grid, target, index, token_grid, name)
+
+    def places(
+        self, grids: Any, tokens: Tensor, grid: Grid | None, features: Features, index: Any, token_grid: Any, name: str
+    ) -> tuple[Grid, Grid]:
+        """Return the grid of the student's tokens, or with index the one of their positions, and that of the target.
+
+        grid: of a student that is a map; name: of the target, for errors.
+        """
+        patch: Any = features["patch"]
+        count, several = tokens.shape[1] - self.class_token, patch.shape[1]
+        told = grid or (grids.token_grid if token_grid is None else check_grid(token_grid))
+        row_by_row = index is not None or (several == count and self.kind != "conv")
+        its = features.get("grid") or grid_of_target(name, several, told, row_by_row)
+        return (told or its) if index is not None else find_grid(count, told, its, features.get("image_size")), its
+
     def each(self, name: str, student: Any) -> list[tuple[str, Any, int]]:
         """Return (name, tensor, width) of each layer of the student."""
         if not isinstance(self.in_dim, tuple):
@@ -192,7 +221,7 @@ class TokenTerm(Alignment):
         token_grid: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what forward does with other parts."""
-        options: dict[str, Any] = {"index": index, "token_grid": token_grid}
+        options: dict[str, Any] = {"index": index, "token_grid": token_grid, "targets": {}}
         features = self.choose(features)
         if not isinstance(self.in_dim, tuple):
             return self.align_layer(parts, student, self.in_dim, features, weight, scale=scale, **options)
@@ -217,25 +246,28 @@ class TokenTerm(Alignment):
         scale: Any,
         index: Tensor | None,
         token_grid: Any,
+        targets: dict[Grid, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scaled loss of one layer of the student, and its logs."""
+        """Return the scaled loss of one layer of the student, and its logs.
+
+        targets: the teacher's tokens by the grid on which layers meet them, which are brought there once.
+        """
         patch = features.get("patch")
         batch, *_, width = (features["global"] if patch is None else patch).shape
         tokens, grid = self.tokens("student", student, dim, batch)
-        count = tokens.shape[1] - self.class_token
-        told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
         if patch is None:
             if self.kind == "conv":
-                grid = find_grid(count, told, features.get("grid"), features.get("image_size"))
+                told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
+                grid = find_grid(tokens.shape[1], told, features.get("grid"), features.get("image_size"))
             projected = self.project(parts, tokens, grid, width)
             loss, logs = self.compare(parts, projected, stand_in(features, tokens.shape[1]), weight, scale)
             return loss, {**logs, "is_global": projected.new_ones(())}
-        row_by_row = index is not None or (patch.shape[1] == count and self.kind != "conv")
-        teacher_grid = features.get("grid") or grid_of_target(patch.shape[1], told, row_by_row)
-        positions = None
+        place, teacher_grid = self.places(parts.grids, tokens, grid, features, index, token_grid, "the target")
+        onto = place if index is not None else parts.grids.meeting(place, teacher_grid)
+        if onto not in targets:
+            targets[onto] = parts.grids.teacher(patch, onto, teacher_grid)
+        target, positions = targets[onto], None
         if index is not None:
-            target = parts.grids.prepare(patch)
-            target = target if told is None else resample(target, teacher_grid, told)
             projected = self.project(parts, tokens, None, width)
             if accepts(parts.loss, "index") and not self.class_token:
                 positions = index
@@ -243,12 +275,10 @@ class TokenTerm(Alignment):
                 own = weight[:, self.class_token :] if weight is not None and weight.ndim == 2 else weight
                 target = take(target, index, own)
         else:
-            grid = find_grid(count, told, teacher_grid, features.get("image_size"))
-            projected = self.bring(parts, self.project(parts, tokens, grid, width), grid, teacher_grid)
+            projected = self.bring(parts, self.project(parts, tokens, place, width), place, teacher_grid)
             if weight is not None and weight.ndim == 2:
                 rows = weight.unsqueeze(2).to(acc_dtype(projected))
-                weight = self.bring(parts, rows, grid, teacher_grid).squeeze(2)
-            target = parts.grids.teacher(patch, grid, teacher_grid)
+                weight = self.bring(parts, rows, place, teacher_grid).squeeze(2)
         if self.class_token:
             target = torch.cat([features["global"].unsqueeze(1).to(target.dtype), target], 1)
         return self.compare(parts, projected, target, weight, scale, index=positions)
@@ -276,25 +306,3 @@ def take(patch: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
     if index.is_cpu and is_plain((index, weight)):  # as the op that reads them checks them
         check_positions(index, patch, weight)
     return take_rows(patch, index)
-
-
-def as_tokens(name: str, x: Any, dim: int, batch: int) -> tuple[Tensor, Grid | None]:
-    """Return a student's tokens as [B, N, C], and the grid of a map. Another shape raises ValueError."""
-    expected = f"{name} must be floats of shape [B, N, {dim}]"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{expected}, got {type(x).__name__}")
-    shape = tuple(x.shape)
-    if not x.is_floating_point() or len(shape) not in (3, 4):
-        raise ValueError(f"{expected}, got {x.dtype} of {list(shape)}")
-    if len(shape) == 3 and shape[2] == dim:
-        if shape[0] != batch:
-            raise ValueError(f"{name} must have the images' batch size {batch}, got shape {list(shape)}")
-        return x, None
-    if len(shape) == 4 and shape[3] == dim and shape[0] * shape[1] == batch:
-        return x.flatten(0, 1), None
-    if len(shape) == 4 and shape[1] == dim and shape[0] == batch:
-        return rearrange(x, "b c h w -> b (h w) c"), (shape[2], shape[3])
-    raise ValueError(
-        f"{expected}, a map [B, {dim}, h, w] or frames [B, T, N, {dim}] of {batch} images, got {x.dtype} of "
-        f"{list(shape)}"
-    )

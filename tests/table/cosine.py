@@ -17,7 +17,7 @@ def cosine_scales(
     student: Tensor, target: Tensor, grad_output: Tensor, *, eps: float = 1e-12, reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """A row's distance is at most two. Its gradient is that of the distance, over the norm."""
+    """Return the units: a row's distance is at most two, and its gradient is that of the distance over the norm."""
     distance = torch.full(student.shape[:-1], 2.0, dtype=torch.float64, device=student.device, requires_grad=True)
     value = reduce(distance, weight, reduction)
     (grad,) = torch.autograd.grad(value, distance, grad_output.double())
@@ -31,7 +31,7 @@ def mse_scales(
     student: Tensor, target: Tensor, grad_output: Tensor, *, normalize: bool = True, norm_eps: float = 1e-12,
     reduction: str = "mean", weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The value sums squares of differences, the gradient their derivatives.
+    """Return the units: the value sums squares of differences, and the gradient their derivatives.
 
     The gradient of a normalised row is over its norm, and each element has an error of the whole row.
     """
@@ -45,24 +45,24 @@ def mse_scales(
 
 
 def forward_arguments(kind: str, student: Tensor, target: Tensor) -> tuple:
-    """Arguments of cosine_rows for the loss alone."""
+    """Return the arguments of cosine_rows for the loss alone."""
     return student, target, None, None, None, None, *RowOptions(kind, "sum", len(student), 1e-12)
 
 
 def backward_arguments(kind: str, student: Tensor, target: Tensor, loss: Tensor, *outputs: Tensor) -> tuple:
-    """Arguments of cosine_rows for both gradients."""
+    """Return the arguments of cosine_rows for both gradients."""
     options = RowOptions(kind, "sum", len(student), 1e-12, student_grad=True, target_grad=True)
     return student, target, None, None, None, loss.expand(len(student)), *options
 
 
 def index_of(student: Tensor) -> Tensor:
-    """Positions [B, M] in a target of M - 1 rows: each of them, and some of them more than once."""
+    """Return positions [B, M] in a target of M - 1 rows: each of them, and some of them more than once."""
     batch, rows = student.shape[:2]
     return (2 * torch.arange(batch * rows, device=student.device) + 1).view(batch, rows) % (rows - 1)
 
 
 def indexed(student: Tensor, target: Tensor, *, reduction: str = "none", **options: Any) -> Tensor:
-    """The loss of rows [B, M, D] against some of the target's, of which the first of each image is none."""
+    """Return the loss of rows [B, M, D] against some rows of the target. The first row of each image has none."""
     index = index_of(student)
     return FD.cosine_loss(student, target.detach()[:, 1:], index=index, reduction=reduction, **options)
 
@@ -75,7 +75,7 @@ def indexed_scales(
 
 
 def indexed_arguments(student: Tensor, target: Tensor, *outputs: Tensor) -> tuple:
-    """Arguments of cosine_rows for the loss, or after it for the student's gradient."""
+    """Return the arguments of cosine_rows for the loss, or after it for the student's gradient."""
     rows = student.flatten(0, 1)
     grad_output = outputs[0].expand(len(rows)) if outputs else None
     options = RowOptions("cosine", "sum", len(rows), 1e-12, student_grad=bool(outputs))

@@ -24,11 +24,12 @@ def standardize(
 def standardize_scales(
     x: Tensor, grad_output: Tensor, *, normalize: bool = True, eps: float = 1e-5, norm_eps: float = 1e-12
 ) -> tuple[Tensor, Tensor]:
-    """The value (z - mean) / (s + eps) has two errors: of z - mean, and of s times the value itself.
+    """Return the units. The value (z - mean) / (s + eps) has two errors: that of z - mean, and that of s times the
+    value.
 
-    The first is a rounding of |z| and of its column's size. The gradient adds g, mean(g), and the product of
-    (z - mean) / s with the sum of g (z - mean) / s; a product has the errors of its factors. The gradient of a
-    normalised row is over its norm, and each element has an error of the whole row.
+    The first is a rounding of |z| and of its column's size. The gradient adds g, mean(g), and (z - mean) / s times the
+    sum of g (z - mean) / s. A product has the errors of its factors. The gradient of a normalised row is divided by its
+    norm, and each element has an error of the whole row.
     """
     z, g = x.double(), grad_output.double().abs()
     norm = z.norm(dim=-1, keepdim=True).clamp(norm_eps, 1e154)

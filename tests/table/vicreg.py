@@ -14,7 +14,7 @@ def vicreg_scales(
     cov_weight: float = 0.5, gamma: float = 1.0, eps: float = 1e-4, cov_reduction: str = "mean", unbiased: bool = False,
     route: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The terms are summed without their signs.
+    """Return the units: sums of the terms without their signs.
 
     The covariance c_ij sums |x_ni x_nj|, and its gradient sums products of them with |x|. The diagonal, which eager
     leaves out, is no part of the unit. An x near 0 is a difference too, which is rounded as its column is.

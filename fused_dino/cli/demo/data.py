@@ -81,7 +81,7 @@ def from_folder(folder: Path) -> list[Photo]:
 
 
 def special(path: Path) -> bool:
-    """Whether it is a folder, a pipe or the like. A broken link is none: it is refused when it is read."""
+    """Return whether a path is a folder, a pipe or the like. A broken link is not: reading it raises."""
     return path.exists() and not path.is_file()
 
 

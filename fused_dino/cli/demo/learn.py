@@ -97,8 +97,8 @@ def train(
 ) -> Course:
     """Train both students on the same crops, each rank on its part. `control` gets captions of random photographs.
 
-    They are drawn anew at every step, so that they tell nothing about the crop: its result is chance. A fixed exchange
-    in which no photograph has its own captions would teach it to avoid the right answer instead.
+    The random captions are drawn anew at every step and tell nothing about the crop, so the control's result is chance.
+    Fixed wrong captions would teach it to avoid the right answer.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     course = Course()
@@ -122,7 +122,7 @@ def train(
 
 
 def lesson(photos: list[Photo], generator: torch.Generator) -> tuple[Tensor, list[str], list[str]]:
-    """Return crops of the photographs in turn, a caption of each crop's photograph, and one of a random photograph."""
+    """Return crops of the photographs in turn, a caption for each crop, and a caption of a random photograph."""
 
     def pick(length: int) -> int:
         return int(torch.randint(length, (), generator=generator))

@@ -40,7 +40,8 @@ class Ranks(NamedTuple):
 def joined() -> Iterator[Ranks]:
     """Join torchrun's process group, if it started this process, and yield its ranks.
 
-    Clusters set WORLD_SIZE and its siblings in every shell of a job, too: whoever joined there would wait for ever.
+    Clusters set WORLD_SIZE and its siblings in every shell of a job, too. A process that joined there would wait for
+    ever.
     """
     world = os.environ.get("WORLD_SIZE") or "1"
     if world == "1" or not dist.is_torchelastic_launched():
@@ -58,7 +59,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process without Python's own end, at which a rank aborts in about one run of 150.
+    """End this process at once. Python's own exit aborts a rank in about one run of 150.
 
     DistributedDataParallel leaves gloo's threads running after destroy_process_group (seen in torch 2.14). One that
     frees a tensor of a collective while Python ends finds no interpreter, and C++ terminates the process.

@@ -49,7 +49,7 @@ class Story:
 
 
 class Pictures:
-    """Draws pictures, and keeps a line about each that failed: none is worth the report."""
+    """Draws pictures, and keeps a line about each that failed, since the report matters more."""
 
     def __init__(self) -> None:
         self.failures: list[str] = []

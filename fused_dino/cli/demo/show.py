@@ -18,7 +18,7 @@ from .report import Story
 
 
 class Lasting(io.TextIOBase):
-    """A stream that falls silent where it fails: a full disk or a closed pipe costs the output, not the training."""
+    """A stream that stops writing after an error: a full disk or a closed pipe costs the output, not the training."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -48,7 +48,7 @@ class Lasting(io.TextIOBase):
 
 @contextmanager
 def printing(quiet: bool) -> Iterator[Console]:
-    """Yield a console that prints text as it is, and raise what its output met at the end alone."""
+    """Yield a console that prints text as it is. Raise an error of its output at the end."""
     out = Lasting(sys.stdout)
     yield Console(file=cast(TextIO, out), markup=False, emoji=False, highlight=False, quiet=quiet)
     if out.failure is not None:

@@ -75,7 +75,7 @@ def efficientnet_lite0(weights: Path) -> nn.Module:
 
 
 def by_position(saved: dict[str, torch.Tensor], named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return `saved` under the names of `named`: both list the same layers in the same order under different names."""
+    """Return `saved` under the names of `named`. Both list the same layers in the same order."""
     if [t.shape for t in saved.values()] != [t.shape for t in named.values()]:
         raise CommandError("the saved weights and timm's network differ in the shapes of their layers")
     return dict(zip(named, saved.values(), strict=True))

@@ -40,8 +40,8 @@ def make_teacher(
             "DINOv2Backbone(model=...) makes a teacher of a model of timm's or transformers'"
         )
     if isinstance(teacher, DINOv2Backbone):
-        given = {} if teacher.layers is None else teacher.layers.blocks
-        if missing := sorted(set(layers) - given.keys()):
+        blocks = {} if teacher.layers is None else teacher.layers.blocks
+        if missing := sorted(set(layers) - blocks.keys()):
             raise ValueError(f"teacher gives no layer {missing[0]}, which a term reads: build it with layers={missing}")
     return teacher if dtype is None else teacher.to(dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Results that are made of a module's weights, kept for the sizes used last until it is moved, cast or loaded."""
+"""Caches of results that depend on a module's weights: for the sizes used last, until it is moved, cast or loaded."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LIMIT = 16  # results that a module keeps
+LIMIT = 16  # results that a module caches
 
 
-class Kept:
-    """Results for the keys used last. A copy and a pickle begin without any."""
+class Cache:
+    """Results for the keys used last. A copy and a pickle begin empty."""
 
     def __init__(self) -> None:
         self.results: dict[Hashable, tuple[Any, Any]] = {}
         self.lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        return Kept, ()
+        return Cache, ()
 
     def get(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
-        """Return compute(), or what it returned for this key and these bits of its sources."""
+        """Return compute(), or its earlier result for this key and the same bits of its sources."""
         device = sources[0].device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         autocast = torch.is_autocast_enabled(device.type)
@@ -42,8 +42,8 @@ class Kept:
         return found[1]
 
 
-def may_keep(source: Tensor) -> bool:
-    """Whether what is made of a weight may outlive this call: not in a graph, a transform or with a gradient."""
+def may_cache(source: Tensor) -> bool:
+    """Whether a result of a weight may be cached: not in a graph, under a transform, or with a gradient."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     plain = type(source) in (Tensor, nn.Parameter) and not source.is_inference() and not source.requires_grad
@@ -52,18 +52,18 @@ def may_keep(source: Tensor) -> bool:
     return plain and not (source.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-class Keeps:
-    """Lets a module keep results, out of its state_dict, until it is moved, cast or loaded."""
+class Caching:
+    """Lets a module cache results, out of its state_dict, until it is moved, cast or loaded."""
 
-    kept: Kept
+    cache: Cache
 
-    def keep(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
-        return self.kept.get(key, sources, compute) if all(map(may_keep, sources)) else compute()
+    def cached(self, key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        return self.cache.get(key, sources, compute) if all(map(may_cache, sources)) else compute()
 
     def _apply(self, *args: Any, **options: Any) -> Any:
-        self.kept = Kept()
+        self.cache = Cache()
         return super()._apply(*args, **options)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.kept = Kept()
+        self.cache = Cache()
         super()._load_from_state_dict(*args)  # type: ignore[misc]
