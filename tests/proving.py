@@ -21,9 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 if INTERPRETED:
-    from interpreter import replace_the_language_once_a_launch
+    from interpreter import save_work
 
-    replace_the_language_once_a_launch()
+    save_work()
     IMPLEMENTATIONS: tuple[str, ...] = ("triton",)
     cosine_triton.MANY_ROWS = 64  # a row takes the interpreter some milliseconds
 else:

@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager
 
@@ -77,6 +78,9 @@ def enter(rank, check, world, store, backend):
     try:
         check(rank, world)
         dist.barrier()  # who leaves while another is still receiving takes it down
+    except Exception:
+        traceback.print_exc()  # before others fail because this rank has left, and one of them is reported in its place
+        raise
     finally:
         dist.destroy_process_group()
     # Without the interpreter's own end, at which a process has aborted with "terminate called without an active
