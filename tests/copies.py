@@ -15,7 +15,7 @@ from pathlib import Path
 
 PRELOADED = ("torch", "torch.export", "torch._dynamo.testing", "torch.distributed.fsdp", "timm", "einops", "pytest")
 SERVER = """
-import contextlib, gc, importlib, json, os, runpy, sys, types
+import contextlib, gc, importlib, json, os, runpy, signal, sys, types
 
 sys.path.remove("")
 for name in sys.argv[1:]:
@@ -30,6 +30,7 @@ for line in sys.stdin:
 else:
     sys.exit()
 
+signal.alarm(300)  # what hangs is killed
 job = json.loads(line)
 os.chdir(job["cwd"])
 os.environ.clear()

@@ -88,22 +88,23 @@ def section() -> str:
 The seed gathers student and teacher, computes the whole loss on every rank, and scatters the gradient back. Here every
 rank computes its part, by one of two routes:
 
-- The route by rows gathers the student's rows, and each rank multiplies its own rows with all. Nothing of size [D, D] is
-  allocated. Squared errors are summed while rows are gathered.
-- The route by columns sums [D, D] products over the ranks. Each rank centres its rows by their own means, so that it can
-  multiply while the means of all ranks are summed. Symmetry saves up to a quarter of the work, and is not counted below.
+- The route by rows gathers the student's rows, and each rank multiplies its own rows with all. Nothing of size [D, D]
+  is allocated. Squared errors are summed while rows are gathered.
+- The route by columns sums [D, D] products over the ranks. Each rank centres its rows by their own means, so that it
+  can multiply while the means of all ranks are summed. Symmetry saves up to a quarter of the work, and is not counted
+  below.
 
 On a GPU both routes launch the same kernels as one process, with collectives between the launches. The forward computes
 the gradient, too, and the backward communicates nothing. Second derivatives need `backend="reference"`.
 
-`route="auto"` takes the route that sends fewer bytes: rows up to N = 2 D in float32, and up to 4 D in 16 bits. A group of
-one rank counts as no group: it takes the smaller product.
+`route="auto"` takes the route that sends fewer bytes: rows up to N = 2 D in float32, and up to 4 D in 16 bits. A
+group of one rank counts as no group: it takes the smaller product.
 
-Ranks may have different numbers of rows, or none. All ranks must choose the same route. So `"auto"` and `route="gram"`
-first exchange the counts on the host, eight bytes per rank. No GPU waits for that if the group has a backend for CPUs,
-which `init_process_group()` without a backend sets up. With NCCL alone the host waits for the device once per call.
-`route="covariance"` exchanges no counts and never waits. `cov_weight=0` does not either: it sums D means and D squares, or
-with `var_weight=0` the invariance alone.
+Ranks may have different numbers of rows, or none. All ranks must choose the same route. So `"auto"` and
+`route="gram"` first exchange the counts on the host, eight bytes per rank. No GPU waits for that if the group has a
+backend for CPUs, which `init_process_group()` without a backend sets up. With NCCL alone the host waits for the
+device once per call. `route="covariance"` exchanges no counts and never waits. `cov_weight=0` does not either: it
+sums D means and D squares, or with `var_weight=0` the invariance alone.
 
 `tests/costs.py` calculates these tables, for forward and backward in float32. In 16 bits the route by rows sums N more
 numbers of 4 bytes. `tests/test_distributed.py` counts the bytes of ours and of the seed in three processes, and
