@@ -19,6 +19,8 @@ def check_terms(terms: Any) -> None:
             raise ValueError(f"terms must have names that are identifiers without 'loss', and no dict's, got {name!r}")
         if not isinstance(term, Term):
             raise TypeError(f"terms[{name!r}] must be a Term, got {type(term).__name__}")
+        if (first := next(other for other, x in terms.items() if x is term)) != name:
+            raise ValueError(f"terms must be different ones, got the same for {first!r} and {name!r}; make two")
 
 
 def share_out(terms: Mapping[str, Term], **options: Any) -> dict[str, dict[str, Any]]:

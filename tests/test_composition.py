@@ -248,6 +248,7 @@ def test_bad_calls_are_named_and_count_no_step(teacher, batch, students, message
         ("terms must have names that are identifiers without 'loss'", {"terms": {"a.b": Distance()}}),
         ("terms must have names that are identifiers .* and no dict's", {"terms": {"keys": Distance()}}),
         (r"terms\['near'\] must be a Term, got Linear", {"terms": {"near": nn.Linear(2, 2)}}),
+        ("terms must be different ones, got the same for 'a' and 'b'", {"terms": dict.fromkeys("ab", Distance())}),
         ("schedule must be None or a Schedule", {"terms": {"near": Distance()}, "schedule": 0.5}),
         ("stopgrad_image=False needs a loss of global with detach_teacher=False",
          {"terms": {"global": GlobalTerm(64, loss=fd.CosineLoss())}, "stopgrad_image": False}),

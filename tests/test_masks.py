@@ -205,7 +205,7 @@ def test_statistics_count_each_row_once(loss):
 @pytest.mark.parametrize("mean", [0, 1e3, -1e5])
 @pytest.mark.parametrize("far", [0, 50])
 def test_a_mean_takes_no_digits_of_the_rows_left(mean, far, backend):
-    """The reference is not tested: its float32 mean of large numbers has a larger error."""
+    """The reference takes its mean in float32, and so loses digits as the mean grows."""
     student, target = (x.float() + mean for x in pair(600, 4))
     mask = torch.arange(600, device=DEVICE) % 3 != 0
     student[1] += far  # the first row left
@@ -213,7 +213,7 @@ def test_a_mean_takes_no_digits_of_the_rows_left(mean, far, backend):
     loss = WHITENED["whitened as they are"]
     expected, *_ = alone(loss, student, target, mask, "none")
     error = (loss(student, target, weight=mask, reduction="none") - expected).abs() / (1 + expected)
-    assert error.max() < (1 if backend == "reference" else 3e-6)
+    assert error.max() < 3e-6 + (3e-7 * abs(mean) if backend == "reference" else 0)
 
 
 @each_whitened

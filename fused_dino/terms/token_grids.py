@@ -146,7 +146,7 @@ def grid_of_aspect(count: int, height: int, width: int) -> Grid | None:
 
 
 def check_grid(token_grid: Any) -> Grid:
-    if is_int(token_grid):
+    if not (isinstance(token_grid, Sequence) and len(token_grid) == 2 and all(map(is_int, token_grid))):
         raise ValueError(f"token_grid must be None or two positive ints (rows, columns), got {token_grid!r}")
     return check_size(token_grid, "token_grid")
 
