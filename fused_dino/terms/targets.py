@@ -24,7 +24,8 @@ def read_target(name: str, target: Any, reads: Collection[str], width: int | Non
         raise TypeError(f"{name} must be a tensor, or a dict of {expected}, got {type(target).__name__}")
     found = from_tensor(target, reads, width) if isinstance(target, Tensor) else dict(target)
     tensors = {key: x for key, x in found.items() if key != "grid"}
-    if not {*reads} <= tensors.keys() <= RANKS.keys() or not all(isinstance(x, Tensor) for x in tensors.values()):
+    fits = all(key in tensors for key in reads) and all(key in RANKS for key in tensors)
+    if not fits or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise ValueError(f"{name} must be a dict of {expected}, and 'grid' if need be, got {sorted(map(str, found))}")
     shapes = {key: list(x.shape) for key, x in tensors.items()}
     fits = all(
