@@ -133,7 +133,7 @@ class TokenTerm(Alignment):
         for each, its, dim in self.each(name, student):
             tokens, grid = self.tokens(each, its, dim, batch)
             self.check_weight(weight, tuple(tokens.shape[:2]))
-            patches = tokens.shape[1] - self.class_token
+            patches = tokens.shape[1] - int(self.class_token)  # a size less a bool does not compile by torch 2.11
             if token_grid is not None:
                 told = check_grid(token_grid)
                 if grid not in (None, told):
@@ -166,7 +166,7 @@ class TokenTerm(Alignment):
         grid: of a student that is a map; name: of the target, for errors.
         """
         patch: Any = features["patch"]
-        count, several = tokens.shape[1] - self.class_token, patch.shape[1]
+        count, several = tokens.shape[1] - int(self.class_token), patch.shape[1]
         told = grid or (grids.token_grid if token_grid is None else check_grid(token_grid))
         row_by_row = index is not None or (several == count and self.kind != "conv")
         its = features.get("grid") or grid_of_target(name, several, told, row_by_row)
