@@ -164,6 +164,8 @@ def test_checkpoints_do_not_know_whether_there_are_several(both, batch):
 def test_a_compiler_takes_both(both, batch, fresh_compiler):
     compiled = torch.compile(both.loss_dict, fullgraph=True, backend="eager")
     assert_close(compiled(batch[1], students(), step=1), both.loss_dict(batch[1], students(), step=1))
+    cached = {"students": students(), "features": both.encode(batch[1]), "step": 2}
+    assert_close(compiled(**cached), both.loss_dict(**cached))
 
 
 def test_the_gradient_passes_through_each_to_the_images(teacher):

@@ -103,8 +103,10 @@ class Teachers(Taught):
         sources = self.sources()
         if self.teachers is None and (names or images is not None or features is not None):
             return self._check_images(images, features, argument)
-        if features is not None and (
-            not isinstance(features, Mapping) or not {*names} <= features.keys() <= {*sources}
+        if features is not None and not (
+            isinstance(features, Mapping)
+            and all(name in features for name in names)
+            and all(name in sources for name in features)
         ):
             got = sorted(map(str, features)) if isinstance(features, Mapping) else type(features).__name__
             raise ValueError(

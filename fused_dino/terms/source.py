@@ -33,7 +33,7 @@ def choose(features: Features, layers: Sequence[int], reads: Collection[str]) ->
     if not layers:
         return features
     found: Mapping[int, Any] = features.get("layers") or {}
-    if missing := sorted(set(layers) - found.keys()):
+    if missing := sorted(n for n in layers if n not in found):
         raise ValueError(
             f"layer {', '.join(map(str, missing))} is not among the features, which have {sorted(found) or 'none'}: "
             f"build their teacher with layers={tuple(layers)}"
