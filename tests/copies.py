@@ -1,6 +1,6 @@
-"""Runs Python in copies of one process that has imported what all of them need, which takes a new process seconds.
+"""Runs Python in forks of one process that has imported torch and timm, whose import takes a new process seconds.
 
-The package is not among it: each copy imports its own, as a new process does, from the folder that it is given.
+The process has not imported the package: each fork imports its own, from the folder that it is given.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 custom_imports = dict(imports=["fused_dino.integrations.mmengine"])
 model = dict(type="MyModel", dino=dict(type="DinoSupervision", in_dim=8192, teacher_dtype="bfloat16"))
 
-A config whose types are no names imports them from this module, so that configs among their arguments are built:
+A config with classes as types imports them from this module, which builds the dicts among their arguments:
 
 from fused_dino.integrations.mmengine import DinoSupervision
 dino = dict(type=DinoSupervision, in_dim=8192, loss_type=dict(type="VICRegLoss"))
@@ -32,14 +32,14 @@ MODULES: dict[str, type[Any]] = {
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    """Return what MODELS calls for a module's name, as a config whose types are no names imports it."""
+    """Return the builder of a module, for a config that imports its types."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return builder(MODULES[name], MODELS)
 
 
 def register(registry: Registry) -> None:
-    """Register every module in a registry under its class's name. Where they are registered, this changes nothing.
+    """Register every module in a registry under its class's name. A second call changes nothing.
 
     Args:
         registry (mmengine.registry.Registry): Any registry, such as xtuner's ``BUILDER``. Dicts with a ``type`` among a

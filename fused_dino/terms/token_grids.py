@@ -62,6 +62,10 @@ class TokenGrids(nn.Module):
         choose = max if self.compare == "larger" else min
         return choose(grid[0], teacher_grid[0]), choose(grid[1], teacher_grid[1])
 
+    def told(self, token_grid: Any) -> Grid | None:
+        """Return the grid that a call says, else the term's own, which may be None."""
+        return self.token_grid if token_grid is None else check_grid(token_grid)
+
     def student(self, x: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
         """Bring tensors [B, N, *] on the student's grid to the grid of the comparison."""
         if (grid, teacher_grid) == self.known:
@@ -101,8 +105,7 @@ def standardize(tokens: Tensor, alpha: float = 1.0, unbiased: bool = False) -> T
 
 
 def find_grid(count: int, token_grid: Grid | None, teacher_grid: Grid | None, image_size: Grid | None = None) -> Grid:
-    """Return token_grid if it is given, else the grid of the images' aspect ratio or the teacher's, whichever fits
-    first.
+    """Return token_grid, else the grid of the images' aspect ratio, else the teacher's: the first that has all tokens.
 
     The same number of tokens fits several grids. So any other grid has to be given as token_grid.
     """

@@ -153,7 +153,7 @@ class TokenTerm(Alignment):
         index: Any = None,
         token_grid: Any = None,
     ) -> None:
-        """Check that the grids are known on which the tokens meet a target of the call."""
+        """Check that the grids of the tokens and of a target of the call are known."""
         for _, its, dim in self.each("student", student):
             tokens, grid = self.tokens("student", its, dim, len(target["patch"]))  # type: ignore[arg-type]
             self.places(self.grids, tokens, grid, target, index, token_grid, name)
@@ -167,7 +167,7 @@ class TokenTerm(Alignment):
         """
         patch: Any = features["patch"]
         count, several = tokens.shape[1] - int(self.class_token), patch.shape[1]
-        told = grid or (grids.token_grid if token_grid is None else check_grid(token_grid))
+        told = grid or grids.told(token_grid)
         row_by_row = index is not None or (several == count and self.kind != "conv")
         its = features.get("grid") or grid_of_target(name, several, told, row_by_row)
         return (told or its) if index is not None else find_grid(count, told, its, features.get("image_size")), its
@@ -221,7 +221,7 @@ class TokenTerm(Alignment):
         index: Tensor | None = None,
         token_grid: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Do what forward does with other parts."""
+        """Compute what forward does, with other parts."""
         options: dict[str, Any] = {"index": index, "token_grid": token_grid, "targets": {}}
         features = self.choose(features)
         if not isinstance(self.in_dim, tuple):
@@ -251,7 +251,7 @@ class TokenTerm(Alignment):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scaled loss of one layer of the student, and its logs.
 
-        targets: the teacher's tokens by the grid on which layers meet them, which are brought there once.
+        targets: the teacher's tokens by the grid of the comparison, shared by the layers.
         """
         patch = features.get("patch")
         batch, *_, width = (features["global"] if patch is None else patch).shape
@@ -259,7 +259,7 @@ class TokenTerm(Alignment):
         tokens = blank(tokens, weight)
         if patch is None:
             if self.kind == "conv":
-                told = grid or (parts.grids.token_grid if token_grid is None else check_grid(token_grid))
+                told = grid or parts.grids.told(token_grid)
                 grid = find_grid(tokens.shape[1], told, features.get("grid"), features.get("image_size"))
             projected = self.project(parts, tokens, grid, width)
             loss, logs = self.compare(parts, projected, stand_in(features, tokens.shape[1]), weight, scale)
@@ -284,7 +284,7 @@ class TokenTerm(Alignment):
         return self.compare(parts, projected, target, weight, scale, index=positions)
 
     def bring(self, parts: Parts, x: Tensor, *, grid: Grid, teacher_grid: Grid) -> Tensor:
-        """Bring what lies on the student's grid to where both meet. A class token lies on none, and stays."""
+        """Bring tensors on the student's grid to the grid of the comparison. A class token stays as it is."""
         if not self.class_token or parts.grids.meeting(grid, teacher_grid) == grid:
             return parts.grids.student(x, grid, teacher_grid)
         return torch.cat([x[:, :1], parts.grids.student(x[:, 1:], grid, teacher_grid)], 1)

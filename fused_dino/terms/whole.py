@@ -98,7 +98,7 @@ class GlobalTerm(Alignment):
     def align(
         self, parts: Parts, student: Tensor, features: Features, weight: Tensor | None = None, *, scale: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Do what forward does with other parts."""
+        """Compute what forward does, with other parts."""
         features = self.choose(features)
         student = blank(student, weight).to(dtype_of(parts.projector) or student.dtype)
         return self.compare(parts, parts.projector(student), features["global"], weight, scale)
